@@ -1,0 +1,1 @@
+"""Fine-tunes Hugging Face language models on CUDA GPUs with JAX."""
