@@ -1,0 +1,44 @@
+# `make demo` and `make test` set up what they need; nothing else has to be typed.
+VENV := .venv
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+RUN := $(VENV)/bin/python
+GPU_PYTHON ?= $(RUN)
+ORACLE := .venv-oracle
+ORACLE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+
+.PHONY: demo test check test-gpu test-oracle setup clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@if command -v uv >/dev/null && ! command -v python3.12 >/dev/null; \
+	then uv venv --seed $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(RUN) scripts/demo.py
+
+test: setup
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -q -n 2 -m "not gpu and not network and not slow"
+
+check: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports
+
+test-gpu:
+	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider
+
+$(ORACLE)/.ready: tests/oracle/requirements.txt
+	$(ORACLE_PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/python -m pip install --quiet -r tests/oracle/requirements.txt
+	@touch $@
+
+test-oracle: setup $(ORACLE)/.ready
+	JAX_PLATFORMS=cpu $(RUN) tests/oracle/export.py build/oracle
+	$(ORACLE)/bin/python tests/oracle/verify.py build/oracle
+
+clean:
+	rm -rf $(VENV) $(ORACLE) build outputs

@@ -1,0 +1,309 @@
+"""What `from_pretrained` returns: a decoder, where it came from, its tokenizer."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from conversions.hf import Checkpoint, save_model, stream_weights
+from conversions.peft import write_adapter
+from fastjax import lora as adapters
+from fastjax.config import DType, LoRAConfig
+from fastjax.errors import ConfigError, ModelError
+from fastjax.inference.generate import generate
+from fastjax.inference.sampling import Sampling
+from fastjax.models.build import DecoderSpec, flat_weights
+from fastjax.nn.decoder import Decoder
+from kernels.nf4 import NF4Array
+
+SaveMethod = Literal["merged_16bit", "lora"]
+BasePrecision = Literal["original", "dequantised"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """Where a model came from.
+
+    Attributes:
+      name: Hub name or folder, as adapters record it.
+      folder: Local folder of config, weights and tokenizer.
+      revision: Branch, tag or commit on the hub.
+    """
+
+    name: str
+    folder: Path
+    revision: str = "main"
+
+
+class LanguageModel:
+    """A decoder with its structure, source and tokenizer; the one mutable handle.
+
+    Attributes:
+      decoder: Flax module that holds all arrays.
+      spec: Structure of the decoder.
+      lora: What its adapters are; None without adapters.
+      source: Where the base weights came from.
+      tokenizer: Of the model's folder; None when it has none.
+      max_seq_length: Longest row that training uses, in tokens.
+      remat: What training recomputes, as `get_peft_model` was told.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        spec: DecoderSpec,
+        *,
+        source: ModelSource,
+        tokenizer: Any = None,
+        lora: LoRAConfig | None = None,
+        max_seq_length: int = 2048,
+    ) -> None:
+        self.decoder = decoder
+        self.spec = spec
+        self.source = source
+        self.tokenizer = tokenizer
+        self.lora = lora
+        self.max_seq_length = max_seq_length
+        self.remat: str | None = None
+
+    @property
+    def config(self) -> Any:
+        """Sizes and switches of the model."""
+        return self.spec.config
+
+    def split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        """Returns structure, trainable variables and frozen variables."""
+        graphdef, trainable, frozen = nnx.split(self.decoder, nnx.Param, ...)
+        return graphdef, trainable, frozen
+
+    def update(self, trainable: nnx.State) -> None:
+        """Takes over trained variables."""
+        nnx.update(self.decoder, trainable)
+
+    def num_parameters(self, *, only_trainable: bool = False) -> int:
+        """Returns the number of weights; a 4-bit weight counts as one."""
+        _, trainable, frozen = self.split()
+        states = [trainable] if only_trainable else [trainable, frozen]
+        values = [v for s in states for _, v in nnx.to_flat_state(s)]
+        return sum(_weights_in(variable.get_value()) for variable in values)
+
+    def print_trainable_parameters(self) -> str:
+        """Returns, for people, how many weights train."""
+        count, total = self.num_parameters(only_trainable=True), self.num_parameters()
+        return f"{count:,} of {total:,} weights train ({count / total:.2%})"
+
+    def for_inference(self) -> Decoder:
+        """Returns the decoder as inference runs it.
+
+        Adapters that change nothing are left out, so that they cost nothing.
+        """
+        if self.spec.adapters and not adapters.adapters_act(self.decoder):
+            return adapters.without_adapters(self.decoder, self.spec)
+        return self.decoder
+
+    def base_decoder(self) -> Decoder:
+        """Returns the decoder with its adapters switched off; it shares all weights."""
+        return adapters.without_adapters(self.decoder, self.spec)
+
+    def logits(self, input_ids: np.ndarray, *, uses_adapter: bool = True) -> jax.Array:
+        """Returns (B, T, V) float32 scores of the next token at every place.
+
+        Args:
+          input_ids: (B, T) token ids, without padding.
+          uses_adapter: False runs the base model alone.
+        """
+        decoder = self.for_inference() if uses_adapter else self.base_decoder()
+        ids = jnp.asarray(input_ids, jnp.int32)
+        return _logits(*nnx.split(decoder), ids)
+
+    def generate(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        max_new_tokens: int = 128,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        streamer: Any = None,
+        seed: int = 0,
+        use_cache: bool = True,
+        uses_adapter: bool = True,
+    ) -> np.ndarray:
+        """Returns prompts and their continuations as transformers does.
+
+        Args:
+          input_ids: (B, T) token ids, padded on either side, or a list of lists.
+          attention_mask: 0 where `input_ids` is padding; None: no padding.
+          max_new_tokens: Most tokens that are added.
+          do_sample: Draw; without, the likeliest token is taken.
+          temperature: Divides the scores when drawing.
+          top_k: Draw from so many of the likeliest tokens; 0: all.
+          top_p: Draw from the likeliest tokens up to this probability.
+          eos_token_id: Ends a row; None takes the model's.
+          streamer: Object with `put(ids)` and `end()`; one prompt only.
+          seed: Of the drawing.
+          use_cache: Must be true; generation always uses the cache.
+          uses_adapter: False generates with the base model alone.
+
+        Returns:
+          (B, longest) token ids, padded at the end.
+        """
+        if not use_cache:
+            raise ConfigError("use_cache=False is not supported: the cache is exact")
+        prompts = _prompts(input_ids, attention_mask)
+        if streamer is not None and len(prompts) > 1:
+            raise ConfigError(f"a streamer takes one prompt, not {len(prompts)}")
+        if streamer is not None:
+            streamer.put(np.asarray(prompts[0]))
+        answers = generate(
+            self.for_inference() if uses_adapter else self.base_decoder(),
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self._stops(eos_token_id),
+            sampling=Sampling(
+                temperature=temperature if do_sample else 0.0, top_k=top_k, top_p=top_p
+            ),
+            seed=seed,
+            on_tokens=None if streamer is None else _feeding(streamer),
+        )
+        if streamer is not None:
+            streamer.end()
+        rows = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
+        return _stacked(rows, self._pad_id())
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes the adapter as a PEFT folder, or all weights without an adapter."""
+        folder = Path(folder)
+        if self.lora is None:
+            return self.save_pretrained_merged(folder, overwrite=True)
+        self.write_adapter(folder, self.split()[1])
+        return folder
+
+    def write_adapter(self, folder: Path, trainable: nnx.State) -> None:
+        """Writes trainable variables of this model as a PEFT folder."""
+        if self.lora is None:
+            raise ModelError(
+                "this model has no adapter", fix="use get_peft_model first"
+            )
+        graphdef, _, frozen = self.split()
+        decoder = nnx.merge(graphdef, trainable, frozen)
+        write_adapter(
+            folder,
+            adapters.adapter_weights(decoder, self.spec),
+            self.lora,
+            base_model_name_or_path=self.source.name,
+            revision=self.source.revision,
+        )
+
+    def save_pretrained_merged(
+        self,
+        folder: str | Path,
+        tokenizer: Any = None,
+        *,
+        save_method: SaveMethod = "merged_16bit",
+        base_precision: BasePrecision = "original",
+        dtype: DType | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Writes the model with its adapters merged as a Hugging Face folder.
+
+        Sums are float32, rounded once; config and tokenizer files are copied from the
+        base model as they are.
+
+        Args:
+          folder: Made; an existing one is replaced only with `overwrite`.
+          tokenizer: Saved over the copied files when given.
+          save_method: "lora" writes only the adapter.
+          base_precision: "original" merges onto the weights of the base folder,
+            "dequantised" onto the 4-bit ones, which is the function that was trained.
+          dtype: Of the written weights; None takes that of this model's activations.
+          overwrite: Replace an existing folder.
+        """
+        if save_method == "lora":
+            return self.save_pretrained(folder)
+        target = Path(folder)
+        save_model(
+            target,
+            self._merged(base_precision),
+            self.config,
+            source=self.source.folder,
+            dtype=dtype or self.spec.compute_dtype,
+            overwrite=overwrite,
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        return target
+
+    def _merged(self, base_precision: BasePrecision) -> Iterable[tuple[str, Any]]:
+        held = adapters.adapter_weights(self.decoder, self.spec)
+        base = flat_weights(self.decoder, self.spec)
+        if base_precision == "original" and not self.spec.trains_weights:
+            checkpoint = Checkpoint(self.source.folder)
+            base = stream_weights(checkpoint, self.config, dtype=self.spec.param_dtype)
+        return adapters.merged_weights(base, held, self.spec)
+
+    def _stops(self, eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
+        if isinstance(eos_token_id, int):
+            return (eos_token_id,)
+        if eos_token_id is not None:
+            return tuple(eos_token_id)
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        extra = () if own is None else (own,)
+        return tuple(dict.fromkeys([*self.config.eos_token_ids, *extra]))
+
+    def _pad_id(self) -> int:
+        for value in (
+            getattr(self.tokenizer, "pad_token_id", None),
+            self.config.pad_token_id,
+            *self.config.eos_token_ids,
+        ):
+            if value is not None:
+                return int(value)
+        return 0
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> jax.Array:
+    decoder = nnx.merge(graphdef, state)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+    return decoder.logits(decoder(ids, positions=positions))
+
+
+def _prompts(input_ids: Any, attention_mask: Any) -> list[list[int]]:
+    rows = [np.asarray(row).tolist() for row in input_ids]
+    if attention_mask is None:
+        return rows
+    masks = [np.asarray(mask).tolist() for mask in attention_mask]
+    pairs = zip(rows, masks, strict=True)
+    return [[t for t, kept in zip(*pair, strict=True) if kept] for pair in pairs]
+
+
+def _stacked(rows: list[list[int]], pad_id: int) -> np.ndarray:
+    table = np.full((len(rows), max(map(len, rows))), pad_id, np.int64)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table
+
+
+def _feeding(streamer: Any) -> Callable[[list[list[int]]], None]:
+    def feed(new: list[list[int]]) -> None:
+        for token in new[0]:
+            streamer.put(np.asarray([token]))
+
+    return feed
+
+
+def _weights_in(value: Any) -> int:
+    layers = (
+        np.prod(value.codes.shape[:-1], dtype=int) if hasattr(value, "codes") else 1
+    )
+    return int(layers) * int(value.size)

@@ -1,0 +1,131 @@
+"""From a name to a `LanguageModel`: presets, folders, hub names and adapter folders."""
+
+from pathlib import Path
+
+import jax
+import transformers
+
+from conversions.hf import Checkpoint, load_weights, read_config, resolve
+from conversions.peft import read_adapter, read_adapter_config
+from fastjax import lora as adapters
+from fastjax import runtime
+from fastjax.api.language_model import LanguageModel, ModelSource
+from fastjax.api.random_checkpoint import random_checkpoint_of
+from fastjax.config import DType, Implementations, LoRAConfig, QuantConfig
+from fastjax.errors import ModelError, printable
+from fastjax.models.build import DecoderSpec, build_decoder
+from fastjax.models.registry import PRESETS
+from fastjax.quantize import packed_formats
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str = "main",
+    dtype: DType = "bfloat16",
+    quant: QuantConfig | None = None,
+    full_finetuning: bool = False,
+    implementations: Implementations | None = None,
+    max_seq_length: int = 2048,
+) -> LanguageModel:
+    """Returns the model of a preset, folder or hub name, ready to run.
+
+    An adapter folder gives its base model with the adapter on it.
+
+    Args:
+      name: Preset name, folder or hub name.
+      revision: Branch, tag or commit of a hub model.
+      dtype: Of activations, and of weights that stay in 16 bits.
+      quant: Whether and how weights become 4-bit; None keeps them dense.
+      full_finetuning: Every weight trains, as float32.
+      implementations: Implementation of each op; None takes the first able one.
+      max_seq_length: Longest row that training uses, in tokens.
+
+    Raises:
+      FastJaxError: The model cannot be found, read or held; says why.
+    """
+    runtime.configure()
+    folder, source_name = _folder(name, revision)
+    adapter = folder if (folder / _ADAPTER_CONFIG).is_file() else None
+    if adapter is not None:
+        recorded = read_adapter_config(adapter)
+        source_name = recorded.base_model_name_or_path
+        revision = recorded.revision or "main"
+        folder, _ = _folder(source_name, revision)
+    config = read_config(folder)
+    param_dtype = "float32" if full_finetuning else dtype
+    weights = load_weights(Checkpoint(folder), config, dtype=param_dtype, quant=quant)
+    spec = DecoderSpec(
+        config=config,
+        param_dtype=param_dtype,
+        compute_dtype=dtype,
+        trains_weights=full_finetuning,
+        packed=packed_formats(weights),
+        implementations=implementations or Implementations(),
+    )
+    model = LanguageModel(
+        build_decoder(spec, weights),
+        spec,
+        source=ModelSource(name=source_name, folder=folder, revision=revision),
+        tokenizer=load_tokenizer(adapter or folder, folder),
+        max_seq_length=max_seq_length,
+    )
+    if adapter is not None:
+        _put_adapter(model, adapter)
+    return model
+
+
+def add_adapter(model: LanguageModel, lora: LoRAConfig, *, seed: int) -> None:
+    """Gives the model fresh adapters; those it had are dropped."""
+    adapted = adapters.adapted_spec(adapters.plain_spec(model.spec), lora)
+    model.decoder = adapters.with_adapters(
+        model.decoder, model.spec, adapted, jax.random.key(seed)
+    )
+    model.spec, model.lora = adapted, lora
+
+
+def load_tokenizer(*folders: Path) -> transformers.PreTrainedTokenizerBase | None:
+    """Returns the tokenizer of the first folder that has one.
+
+    Raises:
+      ModelError: Its files cannot be read.
+    """
+    for folder in folders:
+        if not (folder / "tokenizer_config.json").is_file():
+            continue
+        try:
+            return transformers.AutoTokenizer.from_pretrained(folder)
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            ImportError,
+            json.JSONDecodeError,
+        ) as error:
+            raise ModelError(
+                f"the tokenizer cannot be read: {printable(error)}",
+                where=str(folder),
+                fix="download tokenizer.json and tokenizer_config.json again",
+            ) from error
+    return None
+
+
+def _folder(name: str, revision: str) -> tuple[Path, str]:
+    """Returns the local folder of a name, and the name that adapters record."""
+    found = PRESETS.get(name.lower())
+    if found is None or Path(name).is_dir():
+        folder = resolve(name, revision=revision, known_names=PRESETS)
+        return folder, str(folder.resolve()) if Path(name).is_dir() else name
+    if found.hub_id is None:
+        folder = random_checkpoint_of(name.lower())
+        return folder, str(folder)
+    return resolve(found.hub_id, revision=revision), found.hub_id
+
+
+def _put_adapter(model: LanguageModel, folder: Path) -> None:
+    names = adapters.linear_names(model.config)
+    adapter = read_adapter(folder, names)
+    add_adapter(model, adapter.lora, seed=0)
+    adapters.set_adapter_weights(model.decoder, model.spec, adapter.weights)

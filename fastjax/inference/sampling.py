@@ -1,0 +1,73 @@
+"""The next token from the scores of all tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from fastjax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How a token is drawn; the default takes the likeliest.
+
+    Attributes:
+      temperature: Divides the scores; 0 takes the likeliest token.
+      top_k: Only so many of the likeliest tokens are drawn from; 0: all.
+      top_p: Only the likeliest tokens that together reach this probability are
+        (1904.09751).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature={self.temperature} must be 0 or more")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k} must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be in (0, 1]")
+
+
+def sample(
+    logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling
+) -> Int[Array, " B"]:
+    """Returns one token a row.
+
+    Args:
+      logits: Scores in float32.
+      keys: One key a row, so that a row does not depend on its neighbours.
+      sampling: How to draw.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scores = logits / sampling.temperature
+    if sampling.top_k:
+        scores = _keep_top_k(scores, min(sampling.top_k, scores.shape[-1]))
+    if sampling.top_p < 1:
+        scores = _keep_top_p(scores, sampling.top_p)
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+
+
+def _keep_top_k(scores: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+    smallest = jax.lax.top_k(scores, k)[0][:, -1:]
+    return jnp.where(scores >= _wide(smallest, scores), scores, -jnp.inf)
+
+
+def _keep_top_p(scores: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+    descending = -jnp.sort(-scores, axis=-1)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = jnp.where(before < p, descending, jnp.inf)
+    smallest = jnp.min(kept, axis=-1, keepdims=True)
+    return jnp.where(scores >= _wide(smallest, scores), scores, -jnp.inf)
+
+
+def _wide(
+    column: Float[Array, "B 1"], like: Float[Array, "B V"]
+) -> Float[Array, "B V"]:
+    return jnp.broadcast_to(column, like.shape)

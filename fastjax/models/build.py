@@ -1,0 +1,272 @@
+"""From a configuration to a decoder: first its shapes, then its arrays."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from fastjax.config import Implementations
+from fastjax.models.transformer_config import TransformerConfig
+from fastjax.nn.attention import Attention
+from fastjax.nn.block import Block
+from fastjax.nn.decoder import Decoder, Segment
+from fastjax.nn.embedding import Embedding
+from fastjax.nn.linear import AdapterSpec, Linear, LinearSpec, PackedFormat
+from fastjax.nn.mlp import GatedMLP
+from fastjax.nn.norm import RMSNorm
+from fastjax.nn.rope import RotaryEmbedding
+from kernels.nf4 import NF4Array
+
+type Weights = dict[str, Array | NF4Array]
+
+ATTENTION_LINEARS = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+MLP_LINEARS = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+LINEARS = ATTENTION_LINEARS + MLP_LINEARS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderSpec:
+    """Everything that decides the structure of a decoder, and no array.
+
+    Attributes:
+      config: Sizes and switches.
+      param_dtype: Of dense weights.
+      compute_dtype: Of activations and matrix products.
+      trains_weights: Every weight trains (full fine-tuning).
+      packed: 4-bit format of the linears that have one, by canonical module name
+        such as `layers.3.mlp.up_proj`.
+      adapters: Adapter of the linears that have one, by the same names.
+      trained_biases: Linears whose bias trains beside the adapters.
+      implementations: Implementation of each op; None takes the first able one.
+    """
+
+    config: TransformerConfig
+    param_dtype: str = "bfloat16"
+    compute_dtype: str = "bfloat16"
+    trains_weights: bool = False
+    packed: Mapping[str, PackedFormat] = dataclasses.field(default_factory=dict)
+    adapters: Mapping[str, AdapterSpec] = dataclasses.field(default_factory=dict)
+    trained_biases: frozenset[str] = frozenset()
+    implementations: Implementations = dataclasses.field(
+        default_factory=Implementations
+    )
+
+    def linear(self, name: str) -> LinearSpec:
+        """Returns how the linear of that canonical name is stored and trained."""
+        return LinearSpec(
+            dtype=jnp.dtype(self.param_dtype),
+            packed=self.packed.get(name),
+            adapter=self.adapters.get(name),
+            trains_weight=self.trains_weights,
+            trains_bias=name in self.trained_biases,
+        )
+
+    def segments(self) -> list[range]:
+        """Returns the runs of consecutive layers that share one structure."""
+        layers = range(self.config.num_hidden_layers)
+        runs = itertools.groupby(layers, key=self._layer_structure)
+        grouped = [list(run) for _, run in runs]
+        return [range(run[0], run[-1] + 1) for run in grouped]
+
+    def _layer_structure(self, layer: int) -> tuple[LinearSpec, ...]:
+        specs = (self.linear(f"layers.{layer}.{name}") for name in LINEARS)
+        return tuple(_without_scaling(spec) for spec in specs)
+
+
+def linear_names(config: TransformerConfig) -> tuple[str, ...]:
+    """Returns the canonical module name of every linear of the layers."""
+    layers = range(config.num_hidden_layers)
+    return tuple(f"layers.{layer}.{name}" for layer in layers for name in LINEARS)
+
+
+def abstract_decoder(spec: DecoderSpec) -> Decoder:
+    """Returns the decoder of `spec` with shapes in the place of weights."""
+    config = spec.config
+    embedding = {
+        "dtype": jnp.dtype(spec.param_dtype),
+        "is_trainable": spec.trains_weights,
+    }
+    sizes = (config.vocab_size, config.hidden_size)
+    return Decoder(
+        embed_tokens=Embedding(*sizes, **embedding),
+        segments=[_segment(spec, layers) for layers in spec.segments()],
+        norm=_norm(spec, config.hidden_size),
+        lm_head=None if config.tie_word_embeddings else Embedding(*sizes, **embedding),
+        rotary=_rotary(config),
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        compute_dtype=jnp.dtype(spec.compute_dtype),
+    )
+
+
+def build_decoder(spec: DecoderSpec, weights: Weights) -> Decoder:
+    """Returns the decoder of `spec` with the given weights, which it takes out.
+
+    Shapes must be right: the conversions have checked them.
+
+    Raises:
+      ValueError: Weights are missing, or have no place.
+    """
+    decoder = abstract_decoder(spec)
+    missing = place_weights(decoder, spec, weights)
+    if missing or weights:
+        raise ValueError(f"missing {missing[:10]}, without a place {[*weights][:10]}")
+    return decoder
+
+
+def place_weights(decoder: Decoder, spec: DecoderSpec, weights: Weights) -> list[str]:
+    """Moves `weights` into the decoder and returns the names that were not there.
+
+    Each weight leaves `weights` as it is stacked, so that only one stack is held
+    twice. A stack is placed when all its layers are there.
+    """
+    missing = []
+    for names, variable in weight_places(decoder, spec):
+        absent = [name for name in names if name not in weights]
+        missing += absent
+        if not absent:
+            pieces = [weights.pop(name) for name in names]
+            value = _stacked(pieces) if _is_layer(names[0]) else pieces[0]
+            variable.set_value(value)
+    return missing
+
+
+def flat_weights(
+    decoder: Decoder,
+    spec: DecoderSpec,
+    *,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Iterator[tuple[str, Any]]:
+    """Yields (canonical name, array) of the wanted weights, one layer at a time."""
+    for names, variable in weight_places(decoder, spec):
+        value = variable.get_value()
+        for index, name in enumerate(names):
+            if not wanted(name):
+                continue
+            if _is_layer(name):
+                yield name, jax.tree.map(lambda leaf, i=index: leaf[i], value)
+            else:
+                yield name, value
+
+
+def weight_places(
+    decoder: Decoder, spec: DecoderSpec
+) -> Iterator[tuple[list[str], nnx.Variable]]:
+    """Yields each weight's variable with its canonical names, one a stacked layer."""
+    segments = spec.segments()
+    for path, variable in nnx.to_flat_state(nnx.state(decoder)):
+        if path[-1] in ("lora_scaling", "windows"):
+            continue  # numbers of the specification, in no checkpoint
+        if path[0] == "segments":
+            module = ".".join(map(str, path[3:]))
+            layers = segments[path[1]]
+            yield [f"layers.{layer}.{module}" for layer in layers], variable
+        else:
+            yield [".".join(map(str, path))], variable
+
+
+def _segment(spec: DecoderSpec, layers: range) -> Segment:
+    block = _block(spec, layers[0])
+    for path, variable in nnx.to_flat_state(nnx.state(block)):
+        if path[-1] == "lora_scaling":
+            module = ".".join(map(str, path[:-1]))
+            scalings = [spec.adapters[f"layers.{i}.{module}"].scaling for i in layers]
+            variable.set_value(jnp.asarray(scalings, jnp.float32))
+        else:
+            variable.set_value(_with_layer_axis(variable.get_value(), len(layers)))
+    windows = [spec.config.windows[layer] for layer in layers]
+    if len(set(windows)) == 1:
+        return Segment(block, num_layers=len(layers), window=windows[0])
+    everything = spec.config.max_position_embeddings
+    differing = jnp.asarray([w or everything for w in windows], jnp.int32)
+    return Segment(block, num_layers=len(layers), windows=differing)
+
+
+def _block(spec: DecoderSpec, layer: int) -> Block:
+    config = spec.config
+
+    def make_linear(name: str, inputs: int, outputs: int, has_bias: bool) -> Linear:
+        return Linear(
+            inputs,
+            outputs,
+            has_bias=has_bias,
+            spec=spec.linear(f"layers.{layer}.{name}"),
+            implementation=spec.implementations.lora_matmul,
+        )
+
+    return Block(
+        input_layernorm=_norm(spec, config.hidden_size),
+        self_attn=Attention(
+            make_linear,
+            lambda features: _norm(spec, features),
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            has_bias=config.attention_bias,
+            has_out_bias=config.attention_out_bias,
+            qk_norm=config.qk_norm,
+            implementations=spec.implementations,
+        ),
+        post_attention_layernorm=_norm(spec, config.hidden_size),
+        mlp=GatedMLP(
+            make_linear,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            has_bias=config.mlp_bias,
+            activation=config.hidden_act,
+            implementations=spec.implementations,
+        ),
+    )
+
+
+def _norm(spec: DecoderSpec, features: int) -> RMSNorm:
+    return RMSNorm(
+        features,
+        eps=spec.config.rms_norm_eps,
+        offset=spec.config.norm_offset,
+        dtype=jnp.dtype(spec.param_dtype),
+        is_trainable=spec.trains_weights,
+        implementation=spec.implementations.rms_norm,
+    )
+
+
+def _rotary(config: TransformerConfig) -> RotaryEmbedding:
+    rope = config.rope
+    return RotaryEmbedding(
+        config.head_dim,
+        theta=rope.theta,
+        kind=rope.kind,
+        factor=rope.factor,
+        low_freq_factor=rope.low_freq_factor,
+        high_freq_factor=rope.high_freq_factor,
+        original_context=rope.original_max_position_embeddings,
+    )
+
+
+def _without_scaling(spec: LinearSpec) -> LinearSpec:
+    if spec.adapter is None:
+        return spec
+    return dataclasses.replace(
+        spec, adapter=dataclasses.replace(spec.adapter, scaling=0.0)
+    )
+
+
+def _with_layer_axis(value: Any, layers: int) -> Any:
+    def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((layers, *leaf.shape), leaf.dtype)
+
+    return jax.tree.map(stacked, value)
+
+
+def _stacked(pieces: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *pieces)
+
+
+def _is_layer(name: str) -> bool:
+    return name.startswith("layers.")

@@ -1,0 +1,28 @@
+"""The families that fastjax runs, and the presets that users call by name."""
+
+import difflib
+
+from fastjax.errors import ConfigError
+from fastjax.models import llama, mistral, qwen2, qwen3
+from fastjax.models.preset import Preset
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PRESETS: dict[str, Preset] = (
+    llama.PRESETS | mistral.PRESETS | qwen2.PRESETS | qwen3.PRESETS
+)
+
+
+def preset(name: str) -> Preset:
+    """Returns the preset of that name, in any case.
+
+    Raises:
+      ConfigError: There is none; it lists the nearest names.
+    """
+    found = PRESETS.get(name.lower())
+    if found is None:
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.4)
+        raise ConfigError(
+            f"no preset is called {name!r}",
+            fix=f"did you mean {', '.join(near)}?" if near else "see `fastjax models`",
+        )
+    return found

@@ -1,0 +1,178 @@
+"""The whole decoder: embedding, segments of scanned layers, norm and head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from fastjax.config import RematPolicy
+from fastjax.nn.attention import TokenContext
+from fastjax.nn.block import Block
+from fastjax.nn.embedding import Embedding
+from fastjax.nn.kv_cache import KVCache, LayerCache, empty_segment_cache
+from fastjax.nn.norm import RMSNorm
+from fastjax.nn.rope import RotaryEmbedding
+from fastjax.nn.variables import Frozen
+from fastjax.remat import rematerialised
+
+
+class Segment(nnx.Module):
+    """Consecutive layers of equal structure, stacked on axis 0 and run by one scan.
+
+    Attributes:
+      block: A layer whose every variable has a leading axis L.
+      window: Sliding window in tokens when all its layers share one.
+      windows: Window of each layer when they differ.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        *,
+        num_layers: int,
+        window: int | None = None,
+        windows: Int[Array, " L"] | None = None,
+    ) -> None:
+        self.block = block
+        self.num_layers = num_layers
+        self.window = window
+        self.windows = None if windows is None else Frozen(windows)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: TokenContext,
+        *,
+        remat: RematPolicy | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Returns the hidden states after these layers, and their updated cache."""
+        graphdef, stacked = nnx.split(self.block)
+        windows = None if self.windows is None else self.windows.get_value()
+        keys = (
+            None
+            if dropout_key is None
+            else jax.random.split(dropout_key, self.num_layers)
+        )
+
+        def body(hidden: Array, layer: Any) -> tuple[Array, LayerCache | None]:
+            weights, window, key, layer_cache = layer
+            return nnx.merge(graphdef, weights)(
+                hidden,
+                context,
+                window=self.window if window is None else window,
+                dropout_key=key,
+                cache=layer_cache,
+            )
+
+        if remat is not None:
+            body = rematerialised(body, remat)
+        return jax.lax.scan(body, x, (stacked, windows, keys, cache))
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer: token ids in, hidden states or logits out."""
+
+    def __init__(
+        self,
+        *,
+        embed_tokens: Embedding,
+        segments: list[Segment],
+        norm: RMSNorm,
+        lm_head: Embedding | None,
+        rotary: RotaryEmbedding,
+        num_kv_heads: int,
+        head_dim: int,
+        compute_dtype: jnp.dtype,
+    ) -> None:
+        self.embed_tokens = embed_tokens
+        self.segments = nnx.List(segments)
+        self.norm = norm
+        self.lm_head = lm_head
+        self.rotary = rotary
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.compute_dtype = compute_dtype
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        max_segments: int | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+        remat: RematPolicy | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the hidden states after the last norm.
+
+        Args:
+          input_ids: Token ids.
+          positions: Place in the document, from 0; restarts with each packed one.
+          segment_ids: Document of each token, 0 for padding; None when a row is one
+            document, padded at its end if at all.
+          max_segments: Upper bound of the documents in a row, when known.
+          dropout_key: Of the adapters' dropout; None drops nothing.
+          remat: What the backward pass recomputes; None where there is none.
+        """
+        context = self._context(positions, segment_ids, max_segments)
+        x = self.embed_tokens(input_ids, dtype=self.compute_dtype)
+        for index, segment in enumerate(self.segments):
+            key = (
+                None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            )
+            x, _ = segment(x, context, remat=remat, dropout_key=key)
+        return self.norm(x)
+
+    def decode(
+        self,
+        input_ids: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Returns the hidden states of new tokens that see the cache, and the new one.
+
+        Args:
+          input_ids: New tokens.
+          positions: Place of each, which is also its slot; a place beyond the cache
+            marks padding.
+          cache: Keys and values of all earlier tokens.
+        """
+        context = self._context(positions, None, None)
+        x = self.embed_tokens(input_ids, dtype=self.compute_dtype)
+        caches = []
+        for segment, old in zip(self.segments, cache, strict=True):
+            x, new = segment(x, context, cache=old)
+            caches.append(new)
+        return self.norm(x), tuple(caches)
+
+    def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """Returns a cache for `batch` rows of at most `slots` tokens."""
+        sizes = (batch, slots, self.num_kv_heads, self.head_dim, self.compute_dtype)
+        return tuple(
+            empty_segment_cache(segment.num_layers, *sizes) for segment in self.segments
+        )
+
+    def head_weight(self) -> Float[Array, "V D"]:
+        """Returns the table that turns hidden states into logits."""
+        return self._head().weight.get_value()
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Returns the float32 score of every token of the vocabulary."""
+        return self._head().logits(hidden)
+
+    def _head(self) -> Embedding:
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
+    def _context(
+        self,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        max_segments: int | None,
+    ) -> TokenContext:
+        cos, sin = self.rotary(positions)
+        return TokenContext(positions, cos, sin, segment_ids, max_segments)

@@ -1,0 +1,184 @@
+"""A linear layer: frozen 4-bit or 16-bit weight, optional adapter, optional bias."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from fastjax.nn.variables import Frozen, LoRAParam, abstract, variable
+from kernels.lora_matmul import Projection, lora_matmul_group
+from kernels.nf4 import NF4Array, quantize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PackedFormat:
+    """How a 4-bit weight is stored (2305.14314 section 3).
+
+    Attributes:
+      code: Table of the sixteen values.
+      double_quant: The block scales are themselves 8-bit.
+      dtype: Of the dequantised values, which are rounded to it.
+    """
+
+    code: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    dtype: str = "bfloat16"
+
+    def pack(self, weight: Float[Array, "I O"]) -> NF4Array:
+        """Returns the weight, rounded to `dtype`, in this format."""
+        rounded = weight.astype(self.dtype)
+        return quantize(rounded, code=self.code, double_quant=self.double_quant)
+
+    def abstract(self, shape: tuple[int, int]) -> NF4Array:
+        """Returns the shapes of a packed weight."""
+        return jax.eval_shape(self.pack, abstract(shape, jnp.dtype(self.dtype)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterSpec:
+    """Shape and kind of one adapter (2106.09685).
+
+    Attributes:
+      rank: R.
+      scaling: Factor of the product: alpha / R, or alpha / sqrt(R) for rsLoRA.
+      dropout: Share of the adapter's input dropped while training.
+      is_dora: It also trains a magnitude per output feature (2402.09353).
+    """
+
+    rank: int
+    scaling: float
+    dropout: float = 0.0
+    is_dora: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LinearSpec:
+    """How the weight of one linear is stored and what of it trains.
+
+    Attributes:
+      dtype: Of a dense weight, and of the bias.
+      packed: 4-bit format; None keeps the weight dense.
+      adapter: None for a plain linear.
+      trains_weight: Weight and bias train (full fine-tuning).
+      trains_bias: The bias trains beside an adapter.
+    """
+
+    dtype: jnp.dtype
+    packed: PackedFormat | None = None
+    adapter: AdapterSpec | None = None
+    trains_weight: bool = False
+    trains_bias: bool = False
+
+
+class Linear(nnx.Module):
+    """`x @ weight + scaling * (x @ lora_a) @ lora_b + bias`, by `kernels.lora_matmul`.
+
+    Born abstract: its variables hold shapes until `models.build` fills them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        has_bias: bool,
+        spec: LinearSpec,
+        implementation: str | None = None,
+    ) -> None:
+        shape = (in_features, out_features)
+        weight = (
+            abstract(shape, spec.dtype)
+            if spec.packed is None
+            else spec.packed.abstract(shape)
+        )
+        self.weight = variable(weight, is_trainable=spec.trains_weight)
+        self.bias = None
+        if has_bias:
+            trains = spec.trains_weight or spec.trains_bias
+            bias_dtype = jnp.dtype(jnp.float32) if trains else spec.dtype
+            self.bias = variable(
+                abstract((out_features,), bias_dtype), is_trainable=trains
+            )
+        self.lora_a = self.lora_b = self.lora_magnitude = self.lora_scaling = None
+        self.lora_dropout = 0.0
+        if spec.adapter is not None:
+            self._add_adapter(shape, spec.adapter)
+        self.implementation = implementation
+
+    def _add_adapter(self, shape: tuple[int, int], adapter: AdapterSpec) -> None:
+        f32 = jnp.dtype(jnp.float32)
+        self.lora_a = LoRAParam(abstract((shape[0], adapter.rank), f32))
+        self.lora_b = LoRAParam(abstract((adapter.rank, shape[1]), f32))
+        self.lora_scaling = Frozen(jnp.float32(adapter.scaling))
+        if adapter.is_dora:
+            self.lora_magnitude = LoRAParam(abstract((shape[1],), f32))
+        self.lora_dropout = adapter.dropout
+
+    def __call__(
+        self, x: Float[Array, "*B I"], *, dropout_key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*B O"]:
+        """Returns the projection of `x`; dropout acts when a key is given."""
+        return project(x, (self,), dropout_key=dropout_key)[0]
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter acts beside the weight."""
+        return self.lora_a is not None
+
+    def projection(self) -> Projection:
+        """Returns the arrays of this layer as the matmul takes them."""
+        return Projection(
+            weight=self.weight.get_value(),
+            bias=_value(self.bias),
+            lora_a=_value(self.lora_a),
+            lora_b=_value(self.lora_b),
+            scaling=_value(self.lora_scaling),
+            magnitude=_value(self.lora_magnitude),
+        )
+
+
+def project(
+    x: Float[Array, "*B I"],
+    linears: Sequence[Linear],
+    *,
+    dropout_key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, "*B _"], ...]:
+    """Returns the projections of one input by several linears, in one fused op.
+
+    Args:
+      x: Shared input.
+      linears: They share `x`, for example q, k and v.
+      dropout_key: Each linear's adapter drops its own entries of `x`; None drops none.
+    """
+    if isinstance(linears[0].weight, nnx.Param):
+        return tuple(_dense(x, linear) for linear in linears)
+    dropout = max(linear.lora_dropout for linear in linears)
+    keys = None
+    if dropout_key is not None and dropout > 0:
+        keys = tuple(
+            jax.random.fold_in(dropout_key, index) for index in range(len(linears))
+        )
+    return lora_matmul_group(
+        x,
+        tuple(linear.projection() for linear in linears),
+        dropout_rate=dropout if keys is not None else 0.0,
+        dropout_keys=keys,
+        implementation=linears[0].implementation,
+    )
+
+
+def _dense(x: Float[Array, "*B I"], linear: Linear) -> Float[Array, "*B O"]:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    weight = linear.weight.get_value().astype(x.dtype)
+    y = jnp.matmul(x, weight, precision=precision)
+    if linear.bias is None:
+        return y
+    return y + jnp.broadcast_to(linear.bias.get_value().astype(x.dtype), y.shape)
+
+
+def _value(held: nnx.Variable | None) -> Array | None:
+    return None if held is None else held.get_value()

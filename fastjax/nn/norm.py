@@ -1,0 +1,37 @@
+"""RMS normalisation (1910.07467)."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fastjax.nn.variables import abstract, variable
+from kernels.rms_norm import rms_norm
+
+
+class RMSNorm(nnx.Module):
+    """Scales each vector to unit root mean square, then by a weight per feature."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        eps: float,
+        offset: float = 0.0,
+        dtype: jnp.dtype,
+        is_trainable: bool = False,
+        implementation: str | None = None,
+    ) -> None:
+        self.weight = variable(abstract((features,), dtype), is_trainable=is_trainable)
+        self.eps = eps
+        self.offset = offset
+        self.implementation = implementation
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Returns the normalised `x`; the statistics are float32."""
+        return rms_norm(
+            x,
+            self.weight.get_value(),
+            eps=self.eps,
+            offset=self.offset,
+            implementation=self.implementation,
+        )
