@@ -1,0 +1,257 @@
+"""Turns rows of columns into examples, in one of four formats."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from fastjax.config import DataFormat
+from fastjax.data.bad_rows import BadRows
+from fastjax.data.conversation import RowFault, conversation, says_nothing, string
+from fastjax.data.examples import Completion, Example, Text
+from fastjax.data.json_rows import Row
+from fastjax.errors import ConfigError, DataError, printable
+
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that "
+    "provides further context. Write a response that appropriately completes the "
+    "request."
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that "
+    "appropriately completes the request."
+)
+# Columns of formats that other tools read and this one does not.
+_FOREIGN = {
+    "conversations": "sharegpt; write messages of role and content instead",
+    "chosen": "preference pairs, which supervised fine-tuning does not use",
+    "rejected": "preference pairs, which supervised fine-tuning does not use",
+    "input_ids": "tokens; give the text itself",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """Columns of a format and how a row of them becomes an example.
+
+    Attributes:
+      read: None of a row that says nothing: the trained column is null or empty.
+    """
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    read: Callable[[Row], Example | None]
+
+
+class ExampleReader:
+    """Reads rows of one format, detected from the first row.
+
+    Attributes:
+      format: None before the first row.
+      empty_rows: Rows that said nothing and were left out.
+      notes: What a user should know about the columns.
+    """
+
+    def __init__(
+        self,
+        data_format: DataFormat = "auto",
+        *,
+        text_field: str = "text",
+        column_map: tuple[str, ...] = (),
+    ) -> None:
+        known = formats(text_field)
+        self.format = None if data_format == "auto" else known[data_format]
+        self.empty_rows = 0
+        self.notes: list[str] = []
+        self._known = known
+        self._renames = parsed_column_map(column_map)
+        self._is_first = True
+
+    def read(self, rows: Iterable[Row], bad_rows: BadRows) -> Iterator[Example]:
+        """Yields the examples of `rows`.
+
+        Raises:
+          DataError: The format is unknown, or a row breaks it and `bad_rows` is spent.
+        """
+        for row in rows:
+            renamed = Row(self._renamed(row), row.where)
+            if self._is_first:
+                self._start(renamed)
+            try:
+                example = self._example(renamed)
+            except RowFault as fault:
+                bad_rows.refuse(str(fault), row.where)
+                continue
+            if example is None:
+                self.empty_rows += 1
+            else:
+                yield example
+
+    def _example(self, row: Row) -> Example | None:
+        assert self.format is not None
+        lacking = [name for name in self.format.required if name not in row.columns]
+        if lacking:
+            raise RowFault(
+                f"the row lacks {_listed(lacking)}, which the format "
+                f"{self.format.name} needs; it has {_listed(row.columns)}"
+            )
+        return self.format.read(row)
+
+    def _start(self, row: Row) -> None:
+        self._is_first = False
+        fitting = [f for f in self._known.values() if set(f.required) <= set(row[0])]
+        if self.format is None:
+            if not fitting:
+                raise _unknown_format(row, self._known.values())
+            self.format = fitting[0]
+            others = ", ".join(other.name for other in fitting[1:])
+            if others:
+                self.notes.append(
+                    f"read as {self.format.name}; the columns would also fit {others} "
+                    "(--data_format chooses)"
+                )
+        used = {*self.format.required, *self.format.optional}
+        extra = [name for name in row.columns if name not in used]
+        if extra and self.format in fitting:
+            self.notes.append(f"columns not used: {_listed(extra)}")
+
+    def _renamed(self, row: Row) -> dict[str, object]:
+        if not self._renames:
+            return row.columns
+        for old, new in self._renames.items():
+            if self._is_first and old not in row.columns:
+                close = difflib.get_close_matches(old, row.columns, n=1, cutoff=0.0)
+                near = f"; nearest: {printable(close[0], 40)}" if close else ""
+                raise ConfigError(
+                    f"column_map renames {old!r}, which is no column",
+                    where=row.where,
+                    fix=f"the columns are {_listed(row.columns)}{near}",
+                )
+            if self._is_first and new in row.columns and new not in self._renames:
+                raise ConfigError(
+                    f"column_map renames {old!r} to {new!r}, which exists already",
+                    where=row.where,
+                    fix=f"rename that one too: {new}=other_{new}",
+                )
+        return {self._renames.get(name, name): v for name, v in row.columns.items()}
+
+
+def formats(text_field: str = "text") -> dict[str, Format]:
+    """Returns the formats by name, in the order in which they are tried."""
+    known = (
+        Format(
+            name="messages",
+            required=("messages",),
+            optional=("tools",),
+            read=_read_messages,
+        ),
+        Format(
+            name="prompt_completion",
+            required=("prompt", "completion"),
+            optional=("tools",),
+            read=_read_completion,
+        ),
+        Format(
+            name="text",
+            required=(text_field,),
+            read=lambda row: _read_text(row, text_field),
+        ),
+        Format(
+            name="alpaca",
+            required=("instruction", "output"),
+            optional=("input", "system"),
+            read=_read_alpaca,
+        ),
+    )
+    return {entry.name: entry for entry in known}
+
+
+def parsed_column_map(entries: tuple[str, ...]) -> dict[str, str]:
+    """Returns old name -> new name of "old=new" entries."""
+    renames: dict[str, str] = {}
+    for entry in (part for text in entries for part in text.split(",")):
+        old, sign, new = (part.strip() for part in entry.partition("="))
+        if not (old and sign and new):
+            raise ConfigError(f"column_map={entry!r} must be old=new: question=prompt")
+        renames[old] = new
+    return renames
+
+
+def alpaca_prompt(instruction: str, context: str = "", system: str = "") -> str:
+    """Returns the prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca)."""
+    preamble = system or (_ALPACA_WITH_INPUT if context else _ALPACA)
+    middle = f"\n\n### Input:\n{context}" if context else ""
+    return f"{preamble}\n\n### Instruction:\n{instruction}{middle}\n\n### Response:\n"
+
+
+def _read_text(row: Row, field: str) -> Text | None:
+    text = _optional_string(row.columns, field)
+    return Text(text=text, where=row.where) if text.strip() else None
+
+
+def _read_completion(row: Row) -> Example | None:
+    prompt, completion = row.columns["prompt"], row.columns["completion"]
+    if prompt is None or completion is None:
+        return None
+    if isinstance(prompt, str) or isinstance(completion, str):
+        before, after = string(prompt, "prompt"), string(completion, "completion")
+        where = row.where
+        example = Completion(prompt=before, completion=after, where=where)
+        return example if after.strip() else None
+    chat = conversation(
+        completion, row.columns.get("tools"), prompt=prompt, where=row.where
+    )
+    return None if says_nothing(chat) else chat
+
+
+def _read_messages(row: Row) -> Example | None:
+    messages = row.columns["messages"]
+    if messages is None:
+        return None
+    chat = conversation(messages, row.columns.get("tools"), where=row.where)
+    return None if says_nothing(chat) else chat
+
+
+def _read_alpaca(row: Row) -> Completion | None:
+    names = ("instruction", "input", "output", "system")
+    columns = {name: _optional_string(row.columns, name) for name in names}
+    if not columns["output"].strip() or not columns["instruction"].strip():
+        return None
+    prompt = alpaca_prompt(columns["instruction"], columns["input"], columns["system"])
+    return Completion(prompt=prompt, completion=columns["output"], where=row.where)
+
+
+def _optional_string(columns: Mapping[str, object], field: str) -> str:
+    value = columns.get(field)
+    return "" if value is None else string(value, field)
+
+
+def _unknown_format(row: Row, known: Iterable[Format]) -> DataError:
+    columns = list(row.columns)
+
+    def likeness(entry: Format) -> float:
+        scores = [
+            max(
+                (difflib.SequenceMatcher(None, n, c).ratio() for c in columns),
+                default=0,
+            )
+            for n in entry.required
+        ]
+        return -sum(scores) / len(scores)
+
+    nearest = sorted(known, key=likeness)[:3]
+    needs = "; ".join(f"{f.name} ({', '.join(f.required)})" for f in nearest)
+    foreign = [_FOREIGN[name] for name in columns if name in _FOREIGN]
+    looks = f"; they look like {foreign[0]}" if foreign else ""
+    return DataError(
+        f"no known format has the columns {_listed(columns)}{looks}",
+        where=row.where,
+        fix=f"nearest formats: {needs}; rename columns with --column_map old=new",
+        code="FJ-DATA-FORMAT",
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = [printable(name, 40) for name in names]
+    more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
+    return (", ".join(shown[:12]) or "none") + more
