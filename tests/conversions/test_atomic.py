@@ -1,0 +1,45 @@
+"""Files and folders appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from conversions.atomic import new_file, new_folder
+from fastjax.errors import StorageError
+
+
+def test_folder_appears_at_the_end(tmp_path: Path):
+    path = tmp_path / "deep" / "folder"
+    with new_folder(path) as new:
+        (new / "x").write_text("1")
+        assert not path.exists()
+    assert (path / "x").read_text() == "1"
+    assert [p.name for p in path.parent.iterdir()] == ["folder"]
+
+
+def test_taken_name_is_refused_unless_overwriting(tmp_path: Path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(StorageError, match="exists already"), new_folder(path):
+        pass
+    with new_folder(path, overwrite=True) as new:
+        (new / "x").write_text("1")
+    assert [p.name for p in path.iterdir()] == ["x"]
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_error_leaves_the_old_folder(tmp_path: Path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    with pytest.raises(KeyError), new_folder(path, overwrite=True):
+        raise KeyError
+    assert path.is_dir()
+    assert not list(path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_full_disk_is_a_storage_error(tmp_path: Path):
+    with pytest.raises(StorageError, match="No space"), new_file(tmp_path / "x"):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
