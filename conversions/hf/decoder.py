@@ -1,0 +1,44 @@
+"""Tensors that every family of plain decoders has."""
+
+from conversions.rules import WeightRule
+
+_LAYER = "layers.{i}."
+
+
+def _layer_rule(name: str, shape: str, **options) -> WeightRule:
+    name = _LAYER + name
+    return WeightRule(hf="model." + name, name=name, shape=shape, **options)
+
+
+def _linear(name: str, shape: str) -> WeightRule:
+    return _layer_rule(f"{name}.weight", shape, layout="transpose")
+
+
+DECODER_RULES = (
+    WeightRule(hf="model.embed_tokens.weight", name="embed_tokens.weight", shape="V D"),
+    _layer_rule("input_layernorm.weight", "D"),
+    _linear("self_attn.q_proj", "NH D"),
+    _linear("self_attn.k_proj", "KH D"),
+    _linear("self_attn.v_proj", "KH D"),
+    _linear("self_attn.o_proj", "D NH"),
+    _layer_rule("self_attn.q_proj.bias", "NH", when=lambda c: c.attention_bias),
+    _layer_rule("self_attn.k_proj.bias", "KH", when=lambda c: c.attention_bias),
+    _layer_rule("self_attn.v_proj.bias", "KH", when=lambda c: c.attention_bias),
+    _layer_rule("self_attn.o_proj.bias", "D", when=lambda c: c.attention_out_bias),
+    _layer_rule("self_attn.q_norm.weight", "H", when=lambda c: c.qk_norm),
+    _layer_rule("self_attn.k_norm.weight", "H", when=lambda c: c.qk_norm),
+    _layer_rule("post_attention_layernorm.weight", "D"),
+    _linear("mlp.gate_proj", "F D"),
+    _linear("mlp.up_proj", "F D"),
+    _linear("mlp.down_proj", "D F"),
+    _layer_rule("mlp.gate_proj.bias", "F", when=lambda c: c.mlp_bias),
+    _layer_rule("mlp.up_proj.bias", "F", when=lambda c: c.mlp_bias),
+    _layer_rule("mlp.down_proj.bias", "D", when=lambda c: c.mlp_bias),
+    WeightRule(hf="model.norm.weight", name="norm.weight", shape="D"),
+    WeightRule(
+        hf="lm_head.weight",
+        name="lm_head.weight",
+        shape="V D",
+        when=lambda c: not c.tie_word_embeddings,
+    ),
+)

@@ -1,0 +1,65 @@
+"""Sliding windows in config.json: one for all layers, or chosen by layer."""
+
+from typing import Any
+
+from conversions.hf.config_fields import ConfigFields
+from conversions.hf.family import Windows
+from fastjax.models.transformer_config import TransformerConfig
+
+_KINDS = ("full_attention", "sliding_attention")
+
+
+def no_window(fields: ConfigFields, layers: int) -> Windows:
+    """Returns full attention for all layers."""
+    return (None,)
+
+
+def one_window(fields: ConfigFields, layers: int) -> Windows:
+    """Returns the window that all layers share."""
+    return (fields.optional_integer("sliding_window"),)
+
+
+def one_window_keys(config: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys that `one_window` reads."""
+    return {"sliding_window": config.windows[0]}
+
+
+def windows_by_layer(fields: ConfigFields, layers: int) -> Windows:
+    """Returns the window of each layer: `layer_types`, or layers after a border."""
+    window = None
+    if fields.flag("use_sliding_window"):
+        window = fields.optional_integer("sliding_window")
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        border = fields.integer("max_window_layers", minimum=0)
+        windows = tuple(window if i >= border else None for i in range(layers))
+    else:
+        if (
+            not isinstance(kinds, list)
+            or len(kinds) != layers
+            or any(kind not in _KINDS for kind in kinds)
+        ):
+            raise fields.error(
+                "layer_types", f"{layers} entries, each one of: {', '.join(_KINDS)}"
+            )
+        if window is None and _KINDS[1] in kinds:
+            raise fields.error(
+                "layer_types",
+                "full_attention everywhere, because use_sliding_window or "
+                "sliding_window is off",
+            )
+        windows = tuple(window if kind == _KINDS[1] else None for kind in kinds)
+    return windows if len(set(windows)) > 1 else windows[:1]
+
+
+def windows_by_layer_keys(config: TransformerConfig) -> dict[str, Any]:
+    """Returns the keys that `windows_by_layer` reads."""
+    windows = config.windows
+    sizes = [window for window in windows if window is not None]
+    full = next((i for i, window in enumerate(windows) if window), len(windows))
+    return {
+        "use_sliding_window": bool(sizes),
+        "sliding_window": sizes[0] if sizes else None,
+        "max_window_layers": full,
+        "layer_types": [_KINDS[window is not None] for window in windows],
+    }
