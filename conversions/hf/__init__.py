@@ -1,1 +1,12 @@
+"""Hugging Face model folders: config.json, safetensors, hub."""
 
+from .checkpoint import Checkpoint as Checkpoint
+from .config import read_config as read_config
+from .config import write_config as write_config
+from .families import checkpoint_tensors as checkpoint_tensors
+from .folder import resolve as resolve
+from .load import Weights as Weights
+from .load import load_weights as load_weights
+from .load import stream_weights as stream_weights
+from .save import copy_companions as copy_companions
+from .save import save_model as save_model
