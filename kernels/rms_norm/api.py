@@ -1,0 +1,81 @@
+"""RMSNorm, arxiv.org/abs/1910.07467, for activations of any rank."""
+
+import jax
+from jaxtyping import Array, Float
+
+from kernels import dispatch
+
+from . import reference, vjp
+
+
+def rms_norm(
+    x: Float[Array, "*B D"],
+    weight: Float[Array, " D"],
+    *,
+    eps: float,
+    offset: float = 0.0,
+    implementation: str | None = None,
+) -> Float[Array, "*B D"]:
+    """Returns `x / sqrt(mean(x²) + eps) * (offset + weight)`, means over D.
+
+    Computes in float32, returns the dtype of `x`. The weight gradient is accumulated
+    in float32 and returned in the dtype of `weight`.
+
+    Args:
+      x: Activations.
+      weight: Gain of each feature.
+      eps: Added to the mean square.
+      offset: 1.0 for families whose checkpoints store the gain less one.
+      implementation: "xla" or "reference"; None takes the first able.
+
+    Raises:
+      ValueError: The sizes disagree.
+    """
+    _check(x, weight)
+    return dispatch.run(
+        "rms_norm",
+        {"xla": vjp.rms_norm, "reference": reference.rms_norm},
+        implementation,
+        x,
+        weight,
+        eps=eps,
+        offset=offset,
+    )
+
+
+def add_rms_norm(
+    x: Float[Array, "*B D"],
+    residual: Float[Array, "*B D"],
+    weight: Float[Array, " D"],
+    *,
+    eps: float,
+    offset: float = 0.0,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+    """Returns (`rms_norm(total)`, `total`) where `total = x + residual`.
+
+    The sum is rounded to the dtype of `x` before it is normalised, so that the pair
+    equals an addition followed by `rms_norm`; see there for the arguments.
+
+    Raises:
+      ValueError: The sizes or dtypes disagree.
+    """
+    _check(x, weight)
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        types = f"{jax.typeof(x)}, {jax.typeof(residual)}"
+        raise ValueError(f"x and residual must be alike: {types}")
+    return dispatch.run(
+        "add_rms_norm",
+        {"xla": vjp.add_rms_norm, "reference": reference.add_rms_norm},
+        implementation,
+        x,
+        residual,
+        weight,
+        eps=eps,
+        offset=offset,
+    )
+
+
+def _check(x: Array, weight: Array) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"{weight.shape=} must be the last axis of {x.shape=}")
