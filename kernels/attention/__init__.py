@@ -1,0 +1,5 @@
+"""Causal grouped-query attention."""
+
+from .api import attention as attention
+from .vjp import RESIDUAL_NAMES as RESIDUAL_NAMES
+from .vjp import SAVED_PRIMITIVES as SAVED_PRIMITIVES

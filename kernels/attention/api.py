@@ -1,0 +1,116 @@
+"""Causal grouped-query attention over packed, windowed or cached rows."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from kernels import dispatch
+
+from . import cudnn, reference, vjp
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_index: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    q_segment_ids: Int[Array, "B T"] | None = None,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    max_segments: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns `softmax(scale * q kᵀ) v` over the keys that each query may see.
+
+    Query t sees key s if `s <= q_index[t]`, `q_index[t] - s < window` and both are of
+    one document. A query that sees no key gives zeros and has no gradient. Scores and
+    softmax are float32; probabilities are rounded to the dtype of `v`. Grouped heads
+    share keys (arxiv.org/abs/2305.13245); N must be a multiple of K.
+
+    Args:
+      q: Queries, rotated.
+      k: Keys, rotated.
+      v: Values.
+      q_index: Row index of each query, for decoding into a cache; None is 0 .. T-1.
+      segment_ids: Document of each key, from 1; 0 is padding, which is neither seen
+        nor sees. "cudnn" wants them ascending, with the padding at the end.
+      q_segment_ids: Document of each query; by default that of the keys.
+      window: Tokens seen, the query's own included (arxiv.org/abs/2004.05150); may be
+        a traced scalar, so that layers under one scan can differ.
+      softcap: Bounds scores to `softcap * tanh(scores / softcap)`.
+      scale: Of the scores; H**-0.5 by default.
+      max_segments: No row has more documents than this; lets "cudnn" run packed rows,
+        for which it keeps `4 * max_segments` bytes a query and head. Queries of a
+        document above it become NaN there.
+      implementation: "cudnn", "xla" or "reference"; None takes the first able.
+
+    Raises:
+      ValueError: Shapes, dtypes or options contradict each other.
+      UnsupportedOp: The named implementation cannot run this case here.
+    """
+    _check_arrays(q, k, v)
+    _check_options(q, k, segment_ids, q_segment_ids, softcap, max_segments)
+    return dispatch.run(
+        "attention",
+        {
+            "cudnn": cudnn.attention,
+            "xla": vjp.attention,
+            "reference": reference.attention,
+        },
+        implementation,
+        q,
+        k,
+        v,
+        q_index=q_index,
+        segment_ids=segment_ids,
+        q_segment_ids=segment_ids if q_segment_ids is None else q_segment_ids,
+        window=_effective_window(window, q, q_index),
+        softcap=softcap,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        max_segments=max_segments,
+    )
+
+
+def _check_arrays(q: Array, k: Array, v: Array) -> None:
+    if k.shape != v.shape or q.shape[::3] != k.shape[::3]:
+        raise ValueError(f"shapes disagree: {q.shape=}, {k.shape=}, {v.shape=}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"query heads must be a multiple of key heads: {q.shape=}, {k.shape=}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"dtypes disagree: {q.dtype=}, {k.dtype=}, {v.dtype=}")
+
+
+def _check_options(
+    q: Array,
+    k: Array,
+    segment_ids: Array | None,
+    q_segment_ids: Array | None,
+    softcap: float | None,
+    max_segments: int | None,
+) -> None:
+    if q_segment_ids is not None and segment_ids is None:
+        raise ValueError("q_segment_ids need segment_ids of the keys")
+    if segment_ids is not None and q_segment_ids is None and q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"segment_ids are of the keys; {q.shape[1]} queries against {k.shape[1]} "
+            "keys need q_segment_ids too"
+        )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{softcap=} must be above 0")
+    if max_segments is not None and max_segments < 1:
+        raise ValueError(f"{max_segments=} must be at least 1")
+
+
+def _effective_window(
+    window: int | jax.Array | None, q: Array, q_index: Array | None
+) -> int | jax.Array | None:
+    """Returns None for a window that hides nothing."""
+    if not isinstance(window, int):
+        return window
+    if window < 1:
+        raise ValueError(f"{window=} must be at least 1")
+    return None if q_index is None and window >= q.shape[1] else window
