@@ -168,7 +168,7 @@ class LanguageModel:
             self.for_inference() if uses_adapter else self.base_decoder(),
             prompts,
             max_new_tokens=max_new_tokens,
-            stop_ids=self._stops(eos_token_id),
+            stop_ids=self.stop_ids(eos_token_id),
             sampling=Sampling(
                 temperature=temperature if do_sample else 0.0, top_k=top_k, top_p=top_p
             ),
@@ -251,7 +251,10 @@ class LanguageModel:
             base = stream_weights(checkpoint, self.config, dtype=self.spec.param_dtype)
         return adapters.merged_weights(base, held, self.spec)
 
-    def _stops(self, eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    def stop_ids(
+        self, eos_token_id: int | Sequence[int] | None = None
+    ) -> tuple[int, ...]:
+        """Returns the tokens that end a text: those given, or the model's."""
         if isinstance(eos_token_id, int):
             return (eos_token_id,)
         if eos_token_id is not None:
@@ -303,7 +306,6 @@ def _feeding(streamer: Any) -> Callable[[list[list[int]]], None]:
 
 
 def _weights_in(value: Any) -> int:
-    layers = (
-        np.prod(value.codes.shape[:-1], dtype=int) if hasattr(value, "codes") else 1
-    )
-    return int(layers) * int(value.size)
+    if not isinstance(value, NF4Array):
+        return int(value.size)
+    return int(np.prod(value.codes.shape[:-1], dtype=int)) * value.size

@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 from conversions.hf import save_model, write_config
 from fastjax import runtime
 from fastjax.config import DType
-from fastjax.data.tiny_tokenizer import save_tiny_tokenizer
+from fastjax.data import embedded_text, save_tiny_tokenizer
 from fastjax.models.build import DecoderSpec, abstract_decoder, weight_places
 from fastjax.models.registry import preset
 from fastjax.models.transformer_config import TransformerConfig
@@ -43,7 +43,7 @@ def make_random_checkpoint(
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch)
         write_config(source, config, dtype=dtype)
-        save_tiny_tokenizer(source)
+        save_tiny_tokenizer(source, texts=embedded_text())
         weights = random_weights(config, dtype=dtype, key=jax.random.key(seed))
         save_model(folder, weights, config, source=source, dtype=dtype)
     return folder

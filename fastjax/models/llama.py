@@ -92,6 +92,7 @@ PRESETS["tiny"] = Preset(
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
         bos_token_id=0,
-        eos_token_ids=(1,),
+        eos_token_ids=(4,),
+        pad_token_id=5,
     ),
 )

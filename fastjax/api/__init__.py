@@ -1,0 +1,21 @@
+"""What users call: models, adapters, training, generation and export."""
+
+from fastjax.api.arguments import SFTConfig as SFTConfig
+from fastjax.api.arguments import TrainingArguments as TrainingArguments
+from fastjax.api.fast_language_model import FastLanguageModel as FastLanguageModel
+from fastjax.api.fast_language_model import (
+    is_bfloat16_supported as is_bfloat16_supported,
+)
+from fastjax.api.generation import answer as answer
+from fastjax.api.generation import run_export as run_export
+from fastjax.api.generation import run_generation as run_generation
+from fastjax.api.language_model import LanguageModel as LanguageModel
+from fastjax.api.loading import load_model as load_model
+from fastjax.api.random_checkpoint import (
+    make_random_checkpoint as make_random_checkpoint,
+)
+from fastjax.api.trainer import SFTTrainer as SFTTrainer
+from fastjax.api.trainer import get_chat_template as get_chat_template
+from fastjax.api.trainer import train_on_responses_only as train_on_responses_only
+from fastjax.api.training import run_evaluation as run_evaluation
+from fastjax.api.training import run_training as run_training

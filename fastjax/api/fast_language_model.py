@@ -1,0 +1,145 @@
+"""`FastLanguageModel`: loading and adapting models by the calls that users know."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from fastjax import runtime
+from fastjax.api.language_model import LanguageModel
+from fastjax.api.loading import add_adapter, load_model
+from fastjax.api.tokenizer import Tokenizer
+from fastjax.config import ALL_LINEAR, LoRABias, LoRAConfig, QuantConfig
+from fastjax.errors import ConfigError
+from fastjax.flat_config import coerced, field_types, train_config
+from kernels.device import compute_capability
+
+_AMPERE = (8, 0)
+
+
+class FastLanguageModel:
+    """Static methods that return or change a `LanguageModel`."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        max_seq_length: int = 2048,
+        dtype: Any = None,
+        load_in_4bit: bool = True,
+        *,
+        full_finetuning: bool = False,
+        revision: str = "main",
+        bnb_4bit_quant_type: str = "nf4",
+    ) -> tuple[LanguageModel, Tokenizer | None]:
+        """Returns the model of a preset, folder or hub name, and its tokenizer.
+
+        Args:
+          model_name: Preset name, folder or hub name; an adapter folder gives its
+            base model with the adapter.
+          max_seq_length: Longest row that training uses, in tokens.
+          dtype: Of activations: a name or a NumPy dtype; None takes bfloat16 where
+            the device has it, else float16.
+          load_in_4bit: Hold frozen weights in 4 bits.
+          full_finetuning: Train every weight; turns 4-bit off.
+          revision: Branch, tag or commit of a hub model.
+          bnb_4bit_quant_type: "nf4" or "fp4".
+
+        Raises:
+          FastJaxError: The model cannot be found, read or held; says why.
+        """
+        hints = field_types()
+        code = coerced(
+            "bnb_4bit_quant_type", bnb_4bit_quant_type, hints["bnb_4bit_quant_type"]
+        )
+        packed = load_in_4bit and not full_finetuning
+        model = load_model(
+            model_name,
+            revision=revision,
+            dtype=_dtype_name(dtype),
+            quant=QuantConfig(load_in_4bit=packed, bnb_4bit_quant_type=code),
+            full_finetuning=full_finetuning,
+            max_seq_length=max_seq_length,
+        )
+        tokenizer = model.tokenizer
+        return model, None if tokenizer is None else Tokenizer(tokenizer)
+
+    @staticmethod
+    def get_peft_model(
+        model: LanguageModel,
+        r: int = 16,
+        target_modules: str | Sequence[str] = ALL_LINEAR,
+        lora_alpha: float = 16,
+        *,
+        lora_dropout: float = 0.0,
+        bias: LoRABias = "none",
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        use_gradient_checkpointing: bool | str = True,
+        random_state: int = 3407,
+        max_seq_length: int | None = None,
+        loftq_config: dict[str, Any] | None = None,
+    ) -> LanguageModel:
+        """Returns the model with fresh adapters on the targeted linear layers.
+
+        Args:
+          model: Changed in place.
+          r: Rank.
+          target_modules: "all-linear", a regular expression, or names by suffix.
+          lora_alpha: The adapter is multiplied by alpha / r.
+          lora_dropout: Share of the adapter's input dropped while training.
+          bias: Biases that train.
+          use_rslora: Multiply by alpha / sqrt(r) instead.
+          use_dora: Train a magnitude for each output feature.
+          use_gradient_checkpointing: True recomputes attention blocks in the backward
+            pass, "unsloth" whole layers, False only norms and activations.
+          random_state: Seed of the adapters' start.
+          max_seq_length: Replaces the model's.
+          loftq_config: Must be empty: LoftQ is not supported.
+
+        Raises:
+          ConfigError: A value is out of range, or the targets match nothing.
+        """
+        if loftq_config:
+            raise ConfigError("loftq_config is not supported", fix="leave it out")
+        targets = target_modules
+        if not isinstance(targets, str):
+            targets = tuple(targets)
+        lora = LoRAConfig(
+            lora_r=r,
+            lora_alpha=float(lora_alpha),
+            lora_dropout=float(lora_dropout),
+            lora_target_modules=targets,
+            lora_bias=bias,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+        )
+        checkpointing = {"gradient_checkpointing": use_gradient_checkpointing}
+        model.remat = train_config(checkpointing)[0].remat
+        add_adapter(model, lora, seed=random_state)
+        if max_seq_length is not None:
+            model.max_seq_length = max_seq_length
+        return model
+
+    @staticmethod
+    def for_inference(model: LanguageModel) -> LanguageModel:
+        """Returns the model as it is: generation needs no preparation."""
+        return model
+
+    @staticmethod
+    def for_training(model: LanguageModel) -> LanguageModel:
+        """Returns the model as it is: training needs no preparation."""
+        return model
+
+
+def is_bfloat16_supported() -> bool:
+    """Whether the device multiplies bfloat16: CUDA GPUs from Ampere on, and CPUs."""
+    runtime.configure()
+    capability = compute_capability()
+    return capability is None or capability >= _AMPERE
+
+
+def _dtype_name(dtype: Any) -> Any:
+    if dtype is None:
+        return "bfloat16" if is_bfloat16_supported() else "float16"
+    name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else None
+    return coerced("dtype", name or jnp.dtype(dtype).name, field_types()["dtype"])

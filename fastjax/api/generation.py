@@ -1,0 +1,152 @@
+"""Text in, text out; and the merged model of an adapter."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fastjax.api.language_model import BasePrecision, LanguageModel
+from fastjax.api.loading import load_model
+from fastjax.config import DType, QuantConfig
+from fastjax.errors import ModelError
+from fastjax.inference.generate import generate
+from fastjax.inference.sampling import Sampling
+
+
+def run_generation(
+    name: str,
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    seed: int = 0,
+    uses_chat_template: bool = True,
+    load_in_4bit: bool = True,
+    dtype: DType = "bfloat16",
+    stream: Callable[[str], Any] | None = None,
+) -> list[str]:
+    """Returns the answers of the model of that name; see `answer`."""
+    model = load_model(name, dtype=dtype, quant=QuantConfig(load_in_4bit=load_in_4bit))
+    return answer(
+        model,
+        prompts,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        uses_chat_template=uses_chat_template,
+        stream=stream,
+    )
+
+
+def answer(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    uses_chat_template: bool = True,
+    stream: Callable[[str], Any] | None = None,
+) -> list[str]:
+    """Returns one answer a prompt, all prompts in one batch.
+
+    Args:
+      model: Needs a tokenizer.
+      prompts: Questions, or beginnings of texts.
+      sampling: How tokens are drawn; None takes the likeliest.
+      max_new_tokens: Most tokens of an answer.
+      seed: Of the drawing.
+      uses_chat_template: Each prompt is a user's turn, when there is a template.
+      stream: Takes the text of a single prompt's answer as it comes. The answers
+        that are returned are then empty.
+
+    Raises:
+      ModelError: The model has no tokenizer.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ModelError(
+            "the model folder has no tokenizer", where=str(model.source.folder)
+        )
+    is_chat = uses_chat_template and bool(tokenizer.chat_template)
+    ids = [_prompt_ids(tokenizer, prompt, is_chat=is_chat) for prompt in prompts]
+    printer = None if stream is None else _Printer(tokenizer, stream)
+    answers = generate(
+        model.for_inference(),
+        ids,
+        max_new_tokens=max_new_tokens,
+        stop_ids=model.stop_ids(),
+        sampling=sampling,
+        seed=seed,
+        on_tokens=None if printer is None else printer.add,
+    )
+    if printer is not None:
+        return [""] * len(answers)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in answers]
+
+
+def run_export(
+    name: str,
+    folder: Path,
+    *,
+    base_precision: BasePrecision,
+    dtype: DType,
+    overwrite: bool,
+) -> Iterator[str]:
+    """Writes the merged model of an adapter folder, and yields lines for people.
+
+    The merged folder is read again and its logits are compared with the adapter's.
+
+    Raises:
+      StorageError: The folder exists, or the disk is full.
+    """
+    model = load_model(name, dtype=dtype, quant=QuantConfig())
+    model.save_pretrained_merged(
+        folder, base_precision=base_precision, dtype=dtype, overwrite=overwrite
+    )
+    yield f"merged onto the {base_precision} weights: {folder}"
+    merged = load_model(str(folder), dtype=dtype)
+    ids = _probe_ids(model)
+    difference = jnp.max(jnp.abs(merged.logits(ids) - model.logits(ids)))
+    agreement = jnp.mean(
+        jnp.argmax(merged.logits(ids), -1) == jnp.argmax(model.logits(ids), -1)
+    )
+    yield (
+        f"merged against adapter on {ids.shape[1]} tokens: largest logit difference "
+        f"{float(difference):.3g}, same likeliest token {float(agreement):.1%}"
+    )
+
+
+class _Printer:
+    """Turns tokens into text piece by piece; never half a character."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], Any]) -> None:
+        self._tokenizer, self._write = tokenizer, write
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def add(self, new: list[list[int]]) -> None:
+        self._ids += new[0]
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._write(text[len(self._shown) :])
+            self._shown = text
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:
+    if not is_chat:
+        return tokenizer(prompt)["input_ids"]
+    turns = [{"role": "user", "content": prompt}]
+    encoded = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=True
+    )
+    return encoded["input_ids"]
+
+
+def _probe_ids(model: LanguageModel) -> np.ndarray:
+    """Returns one row of token ids that touches the whole vocabulary."""
+    count = min(64, model.config.vocab_size)
+    steps = np.linspace(0, model.config.vocab_size - 1, count).astype(np.int32)
+    return steps[None]

@@ -1,0 +1,58 @@
+"""The model's tokenizer, whose tensors are NumPy arrays."""
+
+from typing import Any
+
+import transformers
+
+_TENSORS = ("pt", "tf", "jax", "np")
+
+
+class ArrayEncoding(transformers.BatchEncoding):
+    """What a tokenizer returns, in NumPy arrays, which need no device."""
+
+    def to(self, device: Any = None, **options: Any) -> "ArrayEncoding":
+        """Returns itself: the model moves arrays to its device."""
+        return self
+
+
+class Tokenizer:
+    """A transformers tokenizer that gives NumPy arrays where tensors are asked for.
+
+    Everything else is the tokenizer's own, so that scripts written for PyTorch run
+    without it: `tokenizer(texts, return_tensors="pt").to("cuda")`.
+    """
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        object.__setattr__(self, "wrapped", tokenizer)
+
+    def __call__(
+        self, *texts: Any, return_tensors: str | None = None, **options: Any
+    ) -> transformers.BatchEncoding:
+        """Returns the token ids of texts, as NumPy arrays for any kind of tensor."""
+        kind = "np" if return_tensors in _TENSORS else return_tensors
+        encoded = self.wrapped(*texts, return_tensors=kind, **options)
+        return ArrayEncoding(dict(encoded)) if kind == "np" else encoded
+
+    def apply_chat_template(
+        self, conversation: Any, *, return_tensors: str | None = None, **options: Any
+    ) -> Any:
+        """Returns the rendered conversation; as NumPy ids where tensors are asked."""
+        if return_tensors not in _TENSORS:
+            return self.wrapped.apply_chat_template(conversation, **options)
+        wants_dict = options.pop("return_dict", False)
+        encoded = self.wrapped.apply_chat_template(
+            conversation, return_tensors="np", return_dict=True, **options
+        )
+        return ArrayEncoding(dict(encoded)) if wants_dict else encoded["input_ids"]
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns the tokenizer's own attribute."""
+        return getattr(self.wrapped, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets the tokenizer's own attribute."""
+        setattr(self.wrapped, name, value)
+
+    def __len__(self) -> int:
+        """Returns the number of tokens, added ones included."""
+        return len(self.wrapped)

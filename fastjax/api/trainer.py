@@ -1,0 +1,281 @@
+"""`SFTTrainer`: supervised fine-tuning of a `LanguageModel` on rows in memory."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from fastjax.api.arguments import TrainingArguments
+from fastjax.api.language_model import LanguageModel
+from fastjax.api.tokenizer import Tokenizer
+from fastjax.api.training import evaluate_model, evaluation_loader, prepare_data, train
+from fastjax.config import TrainConfig
+from fastjax.data import ResponseMarkers, Source, TrainingData
+from fastjax.data import get_chat_template as set_chat_template
+from fastjax.errors import ConfigError
+from fastjax.train import TrainResult
+from kernels.cross_entropy import token_log_probs
+
+
+class TrainOutput(NamedTuple):
+    """What `train` returns, as transformers' class of this name."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+class PredictionOutput(NamedTuple):
+    """What `predict` returns.
+
+    Attributes:
+      predictions: (rows, length) float32 log-probability of each label; 0 where there
+        is none. Whole logits would not fit in memory.
+      label_ids: (rows, length) labels, -100 where there is none.
+      metrics: test_loss, test_perplexity, test_runtime.
+    """
+
+    predictions: np.ndarray
+    label_ids: np.ndarray
+    metrics: dict[str, float]
+
+
+class SFTTrainer:
+    """Trains a model on text, prompt-completion, messages or alpaca rows.
+
+    Attributes:
+      model: Trained in place.
+      config: Settings, with what the model itself decides.
+      data: The tokenised documents.
+      result: Of the last `train`, with step times and compiled memory.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        train_dataset: Source,
+        eval_dataset: Source | None = None,
+        args: TrainingArguments | None = None,
+        tokenizer: Any = None,
+        processing_class: Any = None,
+        formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
+        dataset_text_field: str | None = None,
+        max_seq_length: int | None = None,
+        packing: bool | None = None,
+        dataset_num_proc: int | None = None,
+    ) -> None:
+        """Reads, checks and tokenises the rows.
+
+        Args:
+          model: From `FastLanguageModel`, with adapters or for full fine-tuning.
+          train_dataset: File, folder, list of dicts or `datasets.Dataset`.
+          eval_dataset: Rows to evaluate on.
+          args: Settings.
+          tokenizer: Replaces the model's.
+          processing_class: The newer name of `tokenizer`.
+          formatting_func: Makes the text of a row.
+          dataset_text_field: Column of plain texts.
+          max_seq_length: Longest row in tokens.
+          packing: Several documents share a row, isolated from each other.
+          dataset_num_proc: Has no effect: one process tokenises fast enough.
+
+        Raises:
+          ConfigError: Settings contradict each other or the model.
+          DataError: The rows cannot be used; says where and why.
+        """
+        del dataset_num_proc
+        self.model = model
+        self.args = args or TrainingArguments()
+        _take_tokenizer(model, tokenizer or processing_class)
+        data_fields = {
+            "dataset_text_field": dataset_text_field,
+            "max_length": max_seq_length,
+            "packing": packing,
+        }
+        self.config = _resolved(self.args, model, data_fields)
+        if formatting_func is not None:
+            train_dataset = _formatted(train_dataset, formatting_func)
+            if eval_dataset is not None:
+                eval_dataset = _formatted(eval_dataset, formatting_func)
+        self._sources = (train_dataset, eval_dataset)
+        self._markers: ResponseMarkers | None = None
+        self.result: TrainResult | None = None
+        self.data = self._prepared()
+
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+        """Trains and returns the metrics, train_runtime among them.
+
+        Args:
+          resume_from_checkpoint: True continues the newest whole checkpoint of the
+            output folder, a path that one; None starts anew.
+        """
+        mode = {None: "no", False: "no", True: "auto"}.get(
+            resume_from_checkpoint, str(resume_from_checkpoint)
+        )
+        config = dataclasses.replace(self.config, resume_from_checkpoint=mode)
+        console = Console(stderr=True)
+        for note in self.args.notes:
+            console.print(note, markup=False)
+        self.result = train(self.model, config, self.data, console=console)
+        metrics = dict(self.result.metrics)
+        return TrainOutput(self.result.step, metrics["train_loss"], metrics)
+
+    def evaluate(self, eval_dataset: Source | None = None) -> dict[str, float]:
+        """Returns eval_loss, eval_perplexity and eval_runtime.
+
+        Raises:
+          ConfigError: There is nothing to evaluate on.
+        """
+        return evaluate_model(self.model, self.config, self._evaluation(eval_dataset))
+
+    def predict(self, test_dataset: Source) -> PredictionOutput:
+        """Returns the log-probability of every label of a data set."""
+        data = self._evaluation(test_dataset)
+        loader = evaluation_loader(self.config, data)
+        graphdef, state = nnx.split(self.model.for_inference())
+        started = time.perf_counter()
+        scores, labels = [], []
+        for step in range(loader.steps_per_epoch):
+            batch = {name: array[0] for name, array in loader.batch(step).items()}
+            scores.append(np.asarray(_label_scores(graphdef, state, batch)))
+            labels.append(batch["targets"])
+        predictions = np.concatenate(scores)[: loader.rows]
+        label_ids = np.concatenate(labels)[: loader.rows]
+        loss = -float(predictions.sum() / max((label_ids >= 0).sum(), 1))
+        metrics = {
+            "test_loss": loss,
+            "test_perplexity": float(np.exp(loss)),
+            "test_runtime": time.perf_counter() - started,
+        }
+        return PredictionOutput(predictions, label_ids, metrics)
+
+    def train_on_responses(self, markers: ResponseMarkers) -> None:
+        """Trains only what follows the response marker in each row."""
+        self._markers = markers
+        self.data = self._prepared()
+
+    def _prepared(self) -> TrainingData:
+        train_source, eval_source = self._sources
+        return prepare_data(
+            self.config,
+            self.model,
+            train_source=train_source,
+            eval_source=eval_source,
+            markers=self._markers,
+        )
+
+    def _evaluation(self, dataset: Source | None) -> TrainingData:
+        if dataset is None and not self.data.evaluation:
+            raise ConfigError(
+                "there is no evaluation data",
+                fix="give eval_dataset to SFTTrainer or to this call",
+            )
+        if dataset is None:
+            return self.data
+        whole = dataclasses.replace(self.config.data, val_set_size=0.0)
+        config = dataclasses.replace(self.config, data=whole)
+        return prepare_data(
+            config, self.model, train_source=dataset, markers=self._markers
+        )
+
+
+def train_on_responses_only(
+    trainer: SFTTrainer, *, instruction_part: str, response_part: str
+) -> SFTTrainer:
+    """Returns the trainer with loss on responses alone.
+
+    Args:
+      trainer: Changed in place; its rows are tokenised again.
+      instruction_part: Text that begins each instruction, as the template prints it.
+      response_part: Text that begins each response.
+
+    Raises:
+      DataError: No row holds the markers.
+    """
+    trainer.train_on_responses(
+        ResponseMarkers(instruction=instruction_part, response=response_part)
+    )
+    return trainer
+
+
+def get_chat_template(tokenizer: Any, chat_template: str = "chatml") -> Any:
+    """Returns the tokenizer with a built-in chat template.
+
+    Raises:
+      ConfigError: There is no such template; lists those there are.
+    """
+    plain = tokenizer.wrapped if isinstance(tokenizer, Tokenizer) else tokenizer
+    set_chat_template(plain, chat_template)
+    return tokenizer
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _label_scores(
+    graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, jax.Array]
+) -> jax.Array:
+    decoder = nnx.merge(graphdef, state)
+    hidden = decoder(
+        batch["input_ids"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+    )
+    scores = token_log_probs(
+        hidden.reshape(-1, hidden.shape[-1]),
+        decoder.head_weight().astype(hidden.dtype),
+        batch["targets"].reshape(-1),
+    )
+    return scores.reshape(batch["targets"].shape)
+
+
+def _resolved(
+    args: TrainingArguments, model: LanguageModel, data_fields: Mapping[str, Any]
+) -> TrainConfig:
+    """Returns the settings with what the model itself decides."""
+    if not model.spec.adapters and not model.spec.trains_weights:
+        raise ConfigError(
+            "the model has nothing to train",
+            fix="call FastLanguageModel.get_peft_model(model, ...) first, or load it "
+            "with full_finetuning=True",
+        )
+    config = args.config
+    given = {name: value for name, value in data_fields.items() if value is not None}
+    if "max_length" not in given and "max_length" not in args.given:
+        given["max_length"] = model.max_seq_length
+    wants_remat = "remat" in args.given or model.remat is None
+    return dataclasses.replace(
+        config,
+        model=model.source.name,
+        model_revision=model.source.revision,
+        dtype=model.spec.compute_dtype,
+        full_finetuning=model.spec.trains_weights,
+        quant=dataclasses.replace(config.quant, load_in_4bit=bool(model.spec.packed)),
+        lora=model.lora or config.lora,
+        remat=config.remat if wants_remat else model.remat,
+        data=dataclasses.replace(config.data, **given),
+        implementations=model.spec.implementations,
+    )
+
+
+def _take_tokenizer(model: LanguageModel, tokenizer: Any) -> None:
+    if tokenizer is not None:
+        is_ours = isinstance(tokenizer, Tokenizer)
+        model.tokenizer = tokenizer.wrapped if is_ours else tokenizer
+
+
+def _formatted(
+    rows: Source, formatting_func: Callable[[Mapping[str, Any]], str]
+) -> list[dict[str, str]]:
+    if isinstance(rows, str | Path) or not isinstance(rows, Iterable):
+        raise ConfigError(
+            "formatting_func needs rows in memory",
+            fix="load the file with datasets.load_dataset, or leave the function out",
+        )
+    return [{"text": formatting_func(row)} for row in rows]

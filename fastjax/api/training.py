@@ -1,0 +1,247 @@
+"""Runs: a configuration, a model and its data, from first step to written adapter."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jaxtyping import PyTree
+from rich.console import Console
+
+from fastjax import runtime
+from fastjax.api.language_model import LanguageModel
+from fastjax.api.loading import add_adapter, load_model
+from fastjax.config import TrainConfig
+from fastjax.data import Loader, ResponseMarkers, Source, TrainingData, load_data
+from fastjax.errors import ModelError
+from fastjax.flat_config import flat_values
+from fastjax.train import Job, TrainResult, evaluate, make_eval_step, run
+
+_HASH_DIGITS = 8
+
+
+def run_training(config: TrainConfig, *, notes: list[str] | None = None) -> TrainResult:
+    """Trains as the command line does: model and data by name, results in a folder.
+
+    Args:
+      config: Everything that the run depends on.
+      notes: Sentences to show first.
+
+    Raises:
+      FastJaxError: The run cannot start, go on or finish; says why.
+    """
+    runtime.configure()
+    console = Console(stderr=True)
+    for note in notes or []:
+        console.print(note, markup=False)
+    if config.output_dir is None:
+        config = dataclasses.replace(config, output_dir=default_output_dir(config))
+    console.print(f"loading {config.model}", markup=False)
+    model = load_for_training(config)
+    data = prepare_data(config, model)
+    result = train(model, config, data, console=console)
+    _say_next(config, console)
+    return result
+
+
+def load_for_training(config: TrainConfig) -> LanguageModel:
+    """Returns the model of a configuration, with adapters unless all weights train."""
+    model = load_model(
+        config.model,
+        revision=config.model_revision,
+        dtype=config.dtype,
+        quant=config.quant,
+        full_finetuning=config.full_finetuning,
+        implementations=config.implementations,
+        max_seq_length=config.data.max_length,
+    )
+    if not config.full_finetuning and model.lora is None:
+        add_adapter(model, config.lora, seed=config.seed)
+    return model
+
+
+def prepare_data(
+    config: TrainConfig,
+    model: LanguageModel,
+    *,
+    train_source: Source | None = None,
+    eval_source: Source | None = None,
+    markers: ResponseMarkers | None = None,
+) -> TrainingData:
+    """Returns the documents of a run, read, checked and tokenised.
+
+    Raises:
+      ModelError: The model has no tokenizer.
+      DataError: The data cannot be used; says where and why.
+    """
+    if model.tokenizer is None:
+        raise ModelError(
+            "the model folder has no tokenizer",
+            where=str(model.source.folder),
+            fix="copy tokenizer.json and tokenizer_config.json of the model there",
+        )
+    return load_data(
+        config.data,
+        model.tokenizer,
+        seed=_data_seed(config),
+        vocab_size=model.config.vocab_size,
+        train_source=train_source,
+        eval_source=eval_source,
+        markers=markers,
+    )
+
+
+def train(
+    model: LanguageModel,
+    config: TrainConfig,
+    data: TrainingData,
+    *,
+    console: Console | None = None,
+) -> TrainResult:
+    """Trains the model in place and writes the result to `config.output_dir`.
+
+    The newest weights are put back into the model however the run ends.
+
+    Args:
+      model: Its trainable variables are consumed and replaced.
+      config: Everything else that the run depends on.
+      data: From `prepare_data`.
+      console: Takes notes and progress; None writes to the standard error.
+    """
+    console = console or Console(stderr=True)
+    for line in (*data.notes, f"training data: {data.train_report}"):
+        console.print(line, markup=False, highlight=False)
+    if data.eval_report is not None:
+        console.print(f"evaluation data: {data.eval_report}", markup=False)
+    console.print(model.print_trainable_parameters(), markup=False)
+    graphdef, trainable, frozen = model.split()
+    folder = Path(config.output_dir or default_output_dir(config))
+    result = run(
+        Job(
+            config=config,
+            graphdef=graphdef,
+            trainable=trainable,
+            frozen=frozen,
+            train_loader=train_loader(config, data),
+            eval_loader=eval_loader(config, data),
+            output_dir=folder,
+            write_adapter=_adapter_writer(model),
+            on_exit=model.update,
+            resume_command="the same command",
+        ),
+        console,
+    )
+    if model.spec.trains_weights:
+        model.save_pretrained_merged(folder / "model", overwrite=True)
+    return result
+
+
+def run_evaluation(config: TrainConfig) -> dict[str, float]:
+    """Returns the loss of a model or adapter folder on a whole data set."""
+    model = load_model(
+        config.model,
+        revision=config.model_revision,
+        dtype=config.dtype,
+        quant=config.quant,
+        implementations=config.implementations,
+        max_seq_length=config.data.max_length,
+    )
+    return evaluate_model(model, config, prepare_data(config, model))
+
+
+def evaluate_model(
+    model: LanguageModel, config: TrainConfig, data: TrainingData
+) -> dict[str, float]:
+    """Returns eval_loss, eval_perplexity and eval_runtime.
+
+    The held-out documents are measured, or all of them when none are held out.
+    """
+    loader = evaluation_loader(config, data)
+    graphdef, trainable, frozen = nnx.split(model.for_inference(), nnx.Param, ...)
+    job = Job(
+        config=config,
+        graphdef=graphdef,
+        trainable=trainable,
+        frozen=frozen,
+        train_loader=loader,
+        output_dir=Path(),
+    )
+    step = make_eval_step(job.loss_function(loader, None))
+    return dict(evaluate(step, trainable, frozen, loader))
+
+
+def train_loader(config: TrainConfig, data: TrainingData) -> Loader:
+    """Returns the shuffled batches of the training documents."""
+    return _loader(config, data, data.train, for_training=True)
+
+
+def eval_loader(config: TrainConfig, data: TrainingData) -> Loader | None:
+    """Returns the ordered batches of the evaluation documents, None without any."""
+    if not data.evaluation:
+        return None
+    return _loader(config, data, data.evaluation, for_training=False)
+
+
+def evaluation_loader(config: TrainConfig, data: TrainingData) -> Loader:
+    """Returns ordered batches of the evaluation documents, or of all when none are."""
+    documents = data.evaluation or data.train
+    return _loader(config, data, documents, for_training=False)
+
+
+def default_output_dir(config: TrainConfig) -> str:
+    """Returns a folder that the same configuration finds again."""
+    values = flat_values(config)
+    values.pop("output_dir")
+    text = json.dumps(values, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:_HASH_DIGITS]
+    return f"outputs/{Path(config.model).name}-{digest}"
+
+
+def _loader(
+    config: TrainConfig, data: TrainingData, documents: list, *, for_training: bool
+) -> Loader:
+    batch_size = config.per_device_eval_batch_size
+    if for_training:
+        batch_size = config.per_device_train_batch_size
+    return Loader(
+        documents,
+        batch_size=batch_size,
+        accumulation=config.gradient_accumulation_steps if for_training else 1,
+        max_length=config.data.max_length,
+        packing=data.packing,
+        seed=_data_seed(config),
+        shuffle=for_training,
+    )
+
+
+def _data_seed(config: TrainConfig) -> int:
+    return config.seed if config.data_seed is None else config.data_seed
+
+
+def _adapter_writer(model: LanguageModel) -> Any:
+    if model.lora is None:
+        return None
+
+    def write(folder: Path, trainable: PyTree) -> None:
+        model.write_adapter(folder, trainable)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(folder)
+
+    return write
+
+
+def _say_next(config: TrainConfig, console: Console) -> None:
+    folder = config.output_dir
+    lines = [f"adapter: {folder}"]
+    if config.full_finetuning:
+        lines = [f"model: {folder}/model"]
+    target = f"{folder}/model" if config.full_finetuning else folder
+    lines.append(f"ask it:   python scripts/generate.py --model {target} --prompt ...")
+    if not config.full_finetuning:
+        lines.append(
+            f"merge it: python scripts/export.py --model {folder} --output_dir ..."
+        )
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
