@@ -1,0 +1,58 @@
+"""The loss of supervised fine-tuning: next-token cross-entropy, summed over tokens."""
+
+from collections.abc import Mapping
+
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from fastjax.config import RematPolicy
+from kernels.cross_entropy import linear_cross_entropy
+
+
+def cross_entropy(
+    graphdef: nnx.GraphDef,
+    trainable: PyTree,
+    frozen: PyTree,
+    batch: Mapping[str, Int[Array, "B S"]],
+    *,
+    dropout_key: PRNGKeyArray | None = None,
+    max_segments: int | None = None,
+    remat: RematPolicy | None = None,
+    head_is_trainable: bool = False,
+    softcap: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the sum of -log p(target) over trained tokens, and their number.
+
+    Sum and number are float32 and stay apart, so that micro-batches add up exactly
+    and are divided once. The logits of a chunk of tokens exist at a time.
+
+    Args:
+      graphdef: Structure of the decoder, from `nnx.split`.
+      trainable: Its variables that get gradients.
+      frozen: All its others.
+      batch: input_ids, targets (-100 carries no loss), positions and segment_ids.
+      dropout_key: Of the adapters' dropout; None drops nothing.
+      max_segments: Upper bound of the documents in a row.
+      remat: What the backward pass recomputes.
+      head_is_trainable: The output table gets a gradient; without, none is computed.
+      softcap: Bound of the logits, `softcap * tanh(logits / softcap)`.
+      implementation: Of the cross-entropy op.
+    """
+    decoder = nnx.merge(graphdef, trainable, frozen)
+    hidden_btd = decoder(
+        batch["input_ids"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        max_segments=max_segments,
+        dropout_key=dropout_key,
+        remat=remat,
+    )
+    return linear_cross_entropy(
+        hidden_btd.reshape(-1, hidden_btd.shape[-1]),
+        decoder.head_weight().astype(hidden_btd.dtype),
+        batch["targets"].reshape(-1),
+        softcap=softcap,
+        head_is_trainable=head_is_trainable,
+        implementation=implementation,
+    )

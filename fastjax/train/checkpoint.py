@@ -1,0 +1,209 @@
+"""Checkpoints: a folder appears under its name only when it is whole.
+
+`state/` (Orbax) is the one source of the weights that a resumed run continues with:
+it keeps every array in its own dtype, also where an adapter file would not and where
+full fine-tuning has none. The adapter beside it is for readers elsewhere.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from fastjax.errors import CheckpointMismatch, ModelError, printable
+from fastjax.train import faults, files, manifest
+from fastjax.train.state import TrainState
+
+WriteAdapter = Callable[[Path, PyTree], None]
+RECORD_NAME = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Returns the folders that look like checkpoints, in order of their steps."""
+    found = (path for path in output_dir.iterdir() if _NAME.fullmatch(path.name))
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Returns the step that the name of a checkpoint says, -1 for another name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def save(
+    output_dir: Path,
+    state: TrainState,
+    record: Mapping[str, Any],
+    *,
+    step: int,
+    write_adapter: WriteAdapter | None,
+    keep: int,
+) -> Path:
+    """Returns the new checkpoint's folder, which is on the disk and verified.
+
+    Older checkpoints are deleted only afterwards, so that one whole checkpoint exists
+    at every moment.
+
+    Args:
+      output_dir: Of the run.
+      state: Everything that changes from step to step.
+      record: What else the run continues from; JSON.
+      step: Steps done.
+      write_adapter: Writes the adapter into a folder; None leaves it out.
+      keep: Newest checkpoints that stay.
+
+    Raises:
+      StorageError: Nothing of the new checkpoint is left, the old ones are intact.
+    """
+    folder = output_dir / f"checkpoint-{step:06d}"
+    aside = output_dir / f".tmp-{folder.name}-{os.getpid()}"
+    arrays = named_arrays(state)
+    with files.storage_errors(f"save {folder.name}", output_dir):
+        _require_space(output_dir, arrays)
+        with _removed_on_failure(aside):
+            aside.mkdir()
+            if write_adapter is not None:
+                write_adapter(aside, state.trainable)
+            faults.hit("save:after_adapter", step)
+            _write_arrays(aside / "state", arrays)
+            faults.hit("save:after_state", step)
+            full = {**record, "step": step, "arrays": _descriptions(arrays)}
+            (aside / RECORD_NAME).write_text(files.dump_json(full), encoding="utf-8")
+            files.settle(aside)
+            manifest.write_manifest(aside)
+            faults.hit("save:after_manifest", step)
+            files.rename(aside, folder)
+        faults.hit("save:after_rename", step)
+        rotate(output_dir, keep, step)
+    return folder
+
+
+def rotate(output_dir: Path, keep: int, step: int) -> None:
+    """Deletes all checkpoints but the newest `keep`; half a deletion leaves no name."""
+    for folder in checkpoints(output_dir)[:-keep]:
+        doomed = output_dir / f".tmp-{folder.name}-{os.getpid()}-old"
+        files.rename(folder, doomed)
+        faults.hit("save:before_delete", step)
+        shutil.rmtree(doomed)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Returns what `save` was given as record, with the step.
+
+    Raises:
+      ModelError: The file is broken, or not of a checkpoint.
+    """
+    record = files.read_json(folder / RECORD_NAME)
+    if not isinstance(record.get("step"), int):
+        raise ModelError(f"{RECORD_NAME} has no step", where=str(folder))
+    return record
+
+
+def read_state(folder: Path, like: TrainState, record: Mapping[str, Any]) -> TrainState:
+    """Returns the saved state, bit for bit, in the structure and places of `like`.
+
+    Args:
+      folder: A verified checkpoint.
+      like: Arrays, or their shapes and dtypes.
+      record: From `read_record`.
+
+    Raises:
+      CheckpointMismatch: Names, shapes or dtypes differ from those of `like`.
+    """
+    wanted = named_arrays(like)
+    _require_equal(_descriptions(wanted), record.get("arrays", {}), folder)
+    abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        arrays = checkpointer.restore(
+            (folder / "state").absolute(),
+            args=ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            ),
+        )
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[n] for n in wanted])
+
+
+def named_arrays(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths, in the order of the tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in leaves
+    }
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
+    # A full disk reaches us as a ValueError of the storage engine, logged at length.
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error)[-160:]
+        raise files.storage_error("save state", folder.parent, reason) from error
+    finally:
+        log.setLevel(level)
+
+
+def _require_space(output_dir: Path, arrays: Mapping[str, Any]) -> None:
+    need = sum(array.nbytes for array in arrays.values())
+    if files.free_bytes(output_dir) < need:
+        reason = f"it needs {need / 2**30:.2f} GiB"
+        raise files.storage_error("save a checkpoint", output_dir, reason)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    is_whole = False
+    try:
+        yield
+        is_whole = True
+    finally:
+        if not is_whole:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _descriptions(arrays: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{np.dtype(array.dtype).name}{list(array.shape)}"
+        for name, array in arrays.items()
+    }
+
+
+def _require_equal(
+    wanted: Mapping[str, str], saved: Mapping[str, str], folder: Path
+) -> None:
+    names = sorted(n for n in {*wanted, *saved} if wanted.get(n) != saved.get(n))
+    if not names:
+        return
+    rows = [
+        f"{printable(n)}: saved {printable(saved.get(n, 'nothing'))}, "
+        f"wanted {wanted.get(n, 'nothing')}"
+        for n in names[:10]
+    ]
+    more = [f"and {len(names) - 10} more"] if len(names) > 10 else []
+    raise CheckpointMismatch(
+        f"{len(names)} arrays of the checkpoint do not fit this run",
+        where="\n         ".join([str(folder), *rows, *more]),
+        fix="use the settings it was saved with, or another output_dir",
+    )

@@ -1,0 +1,120 @@
+"""Steps compiled ahead of their first call: time, memory and choices are known."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from fastjax.errors import OutOfMemory
+from fastjax.train.batches import DeviceBatch
+from fastjax.train.state import TrainState
+from fastjax.train.step import Metrics
+from kernels import dispatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepMemory:
+    """What XLA plans for one step, in bytes.
+
+    Attributes:
+      argument_bytes: State, frozen weights and batch.
+      output_bytes: New state and metrics.
+      alias_bytes: Outputs that live where donated arguments were.
+      temp_bytes: Activations, gradients and workspace.
+    """
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temp_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All that exists at once."""
+        fresh = self.output_bytes - self.alias_bytes
+        return self.argument_bytes + fresh + self.temp_bytes
+
+
+class CompiledSteps:
+    """Keeps a compiled step for each shape of batch.
+
+    Attributes:
+      compile_seconds: Sum over shapes.
+      memory: Of the last shape compiled; None where the backend does not tell.
+      implementations: Op to the implementations that its calls took.
+    """
+
+    def __init__(
+        self, jitted: Any, frozen: PyTree, before_compile: Callable[[], None]
+    ) -> None:
+        self.compile_seconds = 0.0
+        self.memory: StepMemory | None = None
+        self.implementations: dict[str, list[str]] = {}
+        self._jitted, self._frozen = jitted, frozen
+        self._before_compile = before_compile
+        self._steps: dict[tuple[int, ...], Any] = {}
+
+    def __call__(
+        self, state: TrainState, batch: DeviceBatch
+    ) -> tuple[TrainState, Metrics]:
+        """Returns the next state and the metrics, which the device may still owe."""
+        if batch.shape not in self._steps:
+            self._compile(state, batch)
+        step = self._steps[batch.shape]
+        with out_of_memory(self.memory):
+            return step(state, self._frozen, batch.arrays)
+
+    def _compile(self, state: TrainState, batch: DeviceBatch) -> None:
+        self._before_compile()
+        start = time.perf_counter()
+        with dispatch.record() as chosen, out_of_memory(None):
+            lowered = self._jitted.lower(state, self._frozen, batch.arrays)
+            step = lowered.compile()
+        self._steps[batch.shape] = step
+        self.compile_seconds += time.perf_counter() - start
+        self.memory = step_memory(step)
+        for op, names in chosen.items():
+            known = set(self.implementations.get(op, ()))
+            self.implementations[op] = sorted(known | names)
+
+
+def step_memory(compiled: Any) -> StepMemory | None:
+    """Returns the memory plan of a compiled function, None where there is none."""
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return None
+    return StepMemory(
+        argument_bytes=plan.argument_size_in_bytes,
+        output_bytes=plan.output_size_in_bytes,
+        alias_bytes=plan.alias_size_in_bytes,
+        temp_bytes=plan.temp_size_in_bytes,
+    )
+
+
+def device_peak_bytes() -> int | None:
+    """Returns the most memory the device has held, None where it does not tell."""
+    stats = jax.local_devices()[0].memory_stats()
+    return None if stats is None else stats.get("peak_bytes_in_use")
+
+
+@contextlib.contextmanager
+def out_of_memory(memory: StepMemory | None) -> Iterator[None]:
+    """Turns the device's lack of memory into an `OutOfMemory` that says what to do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        need = f"{memory.total_bytes / 2**30:.2f} GiB" if memory else "more memory"
+        raise OutOfMemory(
+            f"the step needs {need} than the device has free"
+            if memory is None
+            else f"the step needs {need}, more than the device has free",
+            where=str(error).splitlines()[0][:200],
+            fix="halve per_device_train_batch_size and double "
+            "gradient_accumulation_steps, or set remat to layer, or lower max_length",
+        ) from error

@@ -1,0 +1,74 @@
+"""What a training run is given."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jaxtyping import PyTree
+
+from fastjax.config import RematPolicy, TrainConfig
+from fastjax.losses import cross_entropy
+from fastjax.train.batches import Loader
+from fastjax.train.checkpoint import WriteAdapter
+from fastjax.train.step import LossFunction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a run is given.
+
+    Attributes:
+      config: Settings.
+      graphdef: Structure of the model.
+      trainable: Its weights that train; the run consumes them.
+      frozen: All its other variables.
+      train_loader: Batches of shape (A, B, S).
+      eval_loader: Batches of the held-out set; None evaluates nothing.
+      output_dir: Folder of this run alone.
+      write_adapter: Writes an adapter's files into a folder. None, for full
+        fine-tuning, leaves the writing of the result to the caller.
+      loss: Takes what `fastjax.losses.cross_entropy` takes.
+      on_exit: Receives the newest weights however the run ends, since the ones it
+        was given are gone.
+      resume_command: Continues the run; shown when it is interrupted.
+    """
+
+    config: TrainConfig
+    graphdef: nnx.GraphDef
+    trainable: PyTree
+    frozen: PyTree
+    train_loader: Loader
+    output_dir: Path
+    eval_loader: Loader | None = None
+    write_adapter: WriteAdapter | None = None
+    loss: Callable[..., Any] = cross_entropy
+    on_exit: Callable[[PyTree], None] | None = None
+    resume_command: str = "the same command"
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        per_epoch = self.train_loader.steps_per_epoch
+        return max(1, math.ceil(self.config.num_train_epochs * per_epoch))
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether steps need keys."""
+        return self.config.lora.lora_dropout > 0 and not self.config.full_finetuning
+
+    def loss_function(self, loader: Loader, remat: RematPolicy | None) -> LossFunction:
+        """Returns the loss of one micro-batch of this loader."""
+        return functools.partial(
+            self.loss,
+            self.graphdef,
+            max_segments=loader.max_segments,
+            remat=remat,
+            head_is_trainable=self.config.full_finetuning,
+            implementation=self.config.implementations.cross_entropy,
+        )

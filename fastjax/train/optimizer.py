@@ -1,0 +1,96 @@
+"""Optimisers: gradients become a direction, a schedule says how far to go along it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from fastjax.config import OptimizerConfig
+from fastjax.train.schedule import make_schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Optimizer:
+    """An Optax chain without a learning rate, and the learning rate.
+
+    They stay apart so that the rate is a function of the step alone: a skipped update
+    leaves the chain's state as it was, and the schedule still ends in time.
+
+    Attributes:
+      transform: Clips, scales and adds weight decay; its result is subtracted.
+      schedule: Learning rate of a step.
+    """
+
+    transform: optax.GradientTransformation
+    schedule: optax.Schedule
+
+    def init(self, trainable: PyTree) -> PyTree:
+        """Returns the state before the first step, in float32."""
+        return self.transform.init(as_float32(trainable))
+
+    def update(
+        self,
+        gradients: PyTree,
+        opt_state: PyTree,
+        trainable: PyTree,
+        step: Int[Array, ""],
+    ) -> tuple[PyTree, PyTree]:
+        """Returns the trainable tree after one step, and the optimiser's new state.
+
+        Args:
+          gradients: Of the mean loss, float32.
+          opt_state: From `init` or the step before.
+          trainable: Any float dtype; the sum is taken in float32.
+          step: Steps done so far.
+        """
+        weights = as_float32(trainable)
+        # Optax raises floats to integer counts, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            direction, new_state = self.transform.update(gradients, opt_state, weights)
+        rate = self.schedule(step)
+
+        def moved(
+            old: Float[Array, "..."], along: Float[Array, "..."]
+        ) -> Float[Array, "..."]:
+            return (old.astype(jnp.float32) - rate * along).astype(old.dtype)
+
+        return jax.tree.map(moved, trainable, direction), new_state
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
+    """Returns the optimiser and schedule that the config names.
+
+    "adamw" computes what torch.optim.AdamW does (1711.05101), with weight decay on
+    every trained weight. "adafactor" (1804.04235) is used with an explicit rate and
+    no parameter scaling; its second moments are factored over the two largest sides
+    of an array where both have at least 128 elements. "lion" is 2302.06675, "sgd" has
+    no momentum.
+    """
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    decay = optax.add_decayed_weights(config.weight_decay)
+    parts = [clip] if config.max_grad_norm > 0 else []
+    parts += _scaling(config)
+    parts += [decay] if config.weight_decay > 0 else []
+    return Optimizer(
+        transform=optax.chain(*parts), schedule=make_schedule(config, total_steps)
+    )
+
+
+def as_float32(tree: PyTree) -> PyTree:
+    """Returns the tree with every array in float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def _scaling(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    b1, b2 = config.adam_beta1, config.adam_beta2
+    match config.optim:
+        case "adamw":
+            return [optax.scale_by_adam(b1=b1, b2=b2, eps=config.adam_epsilon)]
+        case "lion":
+            return [optax.scale_by_lion(b1=b1, b2=b2)]
+        case "adafactor":
+            return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+        case "sgd":
+            return [optax.identity()]

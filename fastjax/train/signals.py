@@ -1,0 +1,43 @@
+"""Ctrl-C and friends: the first one asks a run to stop, the second one stops it."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopRequest:
+    """Notes the first SIGINT, SIGTERM or SIGHUP; a second raises KeyboardInterrupt.
+
+    Outside the main thread, where Python allows no handlers, it never asks.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        self._before: dict[signal.Signals, object] = {}
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether a signal has come."""
+        return bool(self.signal_name)
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in _ASKING:
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.is_requested:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
