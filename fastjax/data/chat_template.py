@@ -161,7 +161,8 @@ class ChatTemplate:
         if len(texts[0]) > MAX_RENDERED_CHARACTERS:
             what = "the chat template makes over 4 MB of text of this row"
             raise DataError(what, where=conversation.where)
-        return texts[0], [(int(start), int(end)) for start, end in marks[0]]
+        spans = marks[0] if marks else []
+        return texts[0], [(int(start), int(end)) for start, end in spans]
 
 
 def template_source(path: str) -> str:

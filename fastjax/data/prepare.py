@@ -75,7 +75,7 @@ def load_data(
     held = _evaluation(config, eval_source, named)
     examples = train.examples
     if held is None and config.val_set_size:
-        examples, held = held_out(examples, config.val_set_size, seed=seed)
+        examples, held = held_out(examples, float(config.val_set_size), seed=seed)
     notes = list(train.notes)
     everything = [*examples, *(held or [])]
     template = None
