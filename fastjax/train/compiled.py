@@ -68,6 +68,16 @@ class CompiledSteps:
         with out_of_memory(self.memory):
             return step(state, self._frozen, batch.arrays)
 
+    def report(self) -> list[str]:
+        """Returns what a user may want to know of the compiled step."""
+        lines = [f"compiled in {self.compile_seconds:.1f} s"]
+        if self.memory is not None:
+            lines[0] += f"; the step needs {self.memory.total_bytes / 2**30:.2f} GiB"
+        chosen = [
+            f"{op}={'+'.join(n)}" for op, n in sorted(self.implementations.items())
+        ]
+        return [*lines, "implementations: " + ", ".join(chosen)] if chosen else lines
+
     def _compile(self, state: TrainState, batch: DeviceBatch) -> None:
         self._before_compile()
         start = time.perf_counter()

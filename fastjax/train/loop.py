@@ -133,7 +133,7 @@ class _Loop:
     def _restore(self, saved: dict[str, Any]) -> None:
         self.step = self.saved_step = saved.get("step", 0)
         self.bad_steps: int = saved.get("bad_steps", 0)
-        self.best: dict[str, float] | None = saved.get("best_metric")
+        self.best: dict[str, float | int] | None = saved.get("best_metric")
         self.last_eval: dict[str, float | None] = saved.get("last_eval", {})
         self._seconds_before: float = saved.get("seconds", 0.0)
         if saved:
@@ -198,14 +198,21 @@ class _Loop:
 
     def _launch(self, batch: DeviceBatch) -> DeviceBatch | None:
         """Starts a step and returns the batch of the next one, on its way."""
-        is_first = not self.steps.compile_seconds
+        compiled_before = self.steps.compile_seconds
         self.state, metrics = self.steps(self.state, batch)
         self.step += 1
         self._in_flight.append((self.step, metrics, batch))
-        if is_first:
-            self._write_run_file(is_finished=False)
+        if not compiled_before:
+            self._report_compilation()
+        self._mark += self.steps.compile_seconds - compiled_before
         faults.hit("step", self.step)
         return self._batch_of(self.step)
+
+    def _report_compilation(self) -> None:
+        self._write_run_file(is_finished=False)
+        for line in self.steps.report():
+            self.progress.note(line)
+        self.progress.start(self.step - 1)
 
     def _batch_of(self, step: int) -> DeviceBatch | None:
         return put_batch(self.job.train_loader, step) if step < self.total else None
@@ -306,7 +313,7 @@ class _Loop:
         }
         publish.write_run_file(self.job.output_dir, content)
 
-    def _summary(self) -> dict[str, float | None]:
+    def _summary(self) -> dict[str, float | int | None]:
         totals, seconds = self.log.totals, max(self.seconds, 1e-9)
         summary = {
             "train_runtime": self.seconds,

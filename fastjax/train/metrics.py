@@ -91,7 +91,7 @@ class MetricsLog:
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if _is_within(line, step)]
         with files.storage_errors("write metrics", self.path):
             files.write_atomic(self.path, "".join(f"{line}\n" for line in kept))
 
@@ -155,11 +155,11 @@ def stamped(record: Mapping[str, Any], peak_bytes: int | None) -> dict[str, Any]
     return {**record, **peak, "time": round(time.time(), 3)}
 
 
-def _step_of(line: str) -> float:
+def _is_within(line: str, step: int) -> bool:
     try:
-        return json.loads(line)["step"]
+        return json.loads(line)["step"] <= step
     except (ValueError, TypeError, KeyError):
-        return math.inf
+        return False
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:

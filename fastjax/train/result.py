@@ -25,7 +25,7 @@ class TrainResult:
 
     trainable: Any
     step: int
-    metrics: dict[str, float | None]
+    metrics: dict[str, float | int | None]
     implementations: dict[str, list[str]]
     memory: StepMemory | None
     compile_seconds: float

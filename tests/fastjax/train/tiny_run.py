@@ -163,8 +163,14 @@ def train(
         return run(Job(**arguments), console or Console(file=silence))
 
 
+def train_in_process(output: str, environment: dict[str, str], cache: str) -> None:
+    """What a process to kill does."""
+    os.environ.update(environment)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    train(Path(output))
+
+
 if __name__ == "killable":
-    environment: dict[str, str]
-    output: str
-    os.environ.update(environment)  # noqa: F821
-    train(Path(output))  # noqa: F821
+    train_in_process(**globals()["settings"])
