@@ -1,0 +1,6 @@
+"""Frozen weights with low-rank adapters (arxiv.org/abs/2106.09685)."""
+
+from .api import lora_matmul as lora_matmul
+from .api import lora_matmul_group as lora_matmul_group
+from .projection import Projection as Projection
+from .vjp import RESIDUAL_NAMES as RESIDUAL_NAMES

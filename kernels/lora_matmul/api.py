@@ -1,0 +1,113 @@
+"""The public LoRA products: types, checks, dispatch."""
+
+import jax
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
+
+from kernels import dispatch
+from kernels.nf4 import NF4Array
+
+from . import reference, vjp
+from .projection import Projection
+
+_IMPLEMENTATIONS = {
+    "xla": vjp.lora_matmul_group,
+    "reference": reference.lora_matmul_group,
+}
+
+
+def lora_matmul(
+    x: Float[Array, "*B I"],
+    w: Float[Array, "I O"] | NF4Array,
+    a: Float[Array, "I R"] | None,
+    b: Float[Array, "R O"] | None,
+    *,
+    scaling: Float32[Array, ""] | float | None,
+    bias: Float[Array, " O"] | None = None,
+    magnitude: Float[Array, " O"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*B O"]:
+    """Returns `x @ w + scaling * (drop(x) @ a) @ b + bias`; see `lora_matmul_group`."""
+    projection = Projection(w, bias, a, b, scaling, magnitude)
+    (y,) = lora_matmul_group(
+        x,
+        (projection,),
+        dropout_rate=dropout_rate,
+        dropout_keys=(dropout_key,),
+        implementation=implementation,
+    )
+    return y
+
+
+def lora_matmul_group(
+    x: Float[Array, "*B I"],
+    projections: tuple[Projection, ...],
+    *,
+    dropout_rate: float = 0.0,
+    dropout_keys: tuple[PRNGKeyArray | None, ...] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*B _"], ...]:
+    """Returns `x @ w + scaling * (drop(x) @ a) @ b + bias` of each projection.
+
+    With a magnitude (DoRA, arxiv.org/abs/2402.09353) the first two terms are multiplied
+    by magnitude / |w + scaling * a @ b|, the length of each column, which counts as a
+    constant in the gradient.
+
+    Products accumulate in float32; results have the dtype of `x`, to which weights and
+    adapters are cast. Frozen weights get no gradient and no float copy of them is kept
+    for the backward pass. Gradients of adapters and biases accumulate in float32 and
+    have the dtype of what they belong to.
+
+    Args:
+      x: Activations that all projections read: for q, k and v, or for gate and up.
+      projections: Weights of (I, O) with what is trained beside them.
+      dropout_rate: Fraction of `x` that the adapter branch does not see.
+      dropout_keys: One for each projection, its mask; None drops nothing, as in
+        evaluation.
+      implementation: A name runs that one or fails; None takes the first able.
+
+    Raises:
+      ValueError: Sizes disagree, an adapter is incomplete, the rate is not in [0, 1).
+    """
+    keys = dropout_keys if dropout_keys is not None else (None,) * len(projections)
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f"{dropout_rate=} must be at least 0 and below 1")
+    if len(keys) != len(projections):
+        raise ValueError(f"{len(projections)} projections, {len(keys)} dropout keys")
+    for projection in projections:
+        _check(x.shape[-1], projection)
+    if dropout_rate == 0:
+        keys = (None,) * len(projections)
+    outputs = dispatch.run(
+        "lora_matmul",
+        _IMPLEMENTATIONS,
+        implementation,
+        dropout_rate,
+        x.reshape(-1, x.shape[-1]),
+        projections,
+        keys,
+    )
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+
+def _check(features: int, projection: Projection) -> None:
+    inputs, outputs = projection.weight.shape
+    if features != inputs:
+        raise ValueError(f"x has {features} features, the weight {inputs} inputs")
+    a, b = projection.lora_a, projection.lora_b
+    if (a is None) != (b is None) or (a is not None and projection.scaling is None):
+        raise ValueError("an adapter needs lora_a, lora_b and scaling")
+    if projection.magnitude is not None and a is None:
+        raise ValueError("a magnitude (DoRA) needs lora_a and lora_b")
+    rank = 0 if a is None else a.shape[-1]
+    expected = {
+        "lora_a": (inputs, rank),
+        "lora_b": (rank, outputs),
+        "bias": (outputs,),
+        "magnitude": (outputs,),
+    }
+    for name, shape in expected.items():
+        array: jax.Array | None = getattr(projection, name)
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")

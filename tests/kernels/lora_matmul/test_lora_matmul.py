@@ -1,0 +1,312 @@
+"""LoRA products: every case and implementation against the float32 reference."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import dispatch
+from kernels.lora_matmul import Projection, lora_matmul, lora_matmul_group
+from kernels.lora_matmul.cases import SMALL, Case
+from kernels.nf4 import dequantize, quantize
+from kernels.numerics import relative_error, tolerance
+
+CASES = {case.name: case for case in SMALL}
+
+
+def _normal(
+    key: jax.Array, shape: tuple[int, ...], dtype: Any = "float32"
+) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+
+
+def _projection(case: Case, index: int, dtype: str, key: jax.Array) -> Projection:
+    keys = jax.random.split(key, 5)
+    outputs, rank = case.outputs[index], case.ranks[index]
+    weight = (_normal(keys[0], (case.inputs, outputs)) * 0.2).astype(dtype)
+    adapter = {}
+    if rank:
+        adapter = {
+            "lora_a": _normal(keys[1], (case.inputs, rank)) * 0.3,
+            "lora_b": _normal(keys[2], (rank, outputs)) * 0.3,
+            "scaling": jnp.float32(0.5 + index),
+        }
+    return Projection(
+        quantize(weight) if case.is_quantized else weight,
+        bias=_normal(keys[3], (outputs,)) if case.has_bias else None,
+        magnitude=1 + _normal(keys[4], (outputs,)) ** 2 if case.has_magnitude else None,
+        **adapter,
+    )
+
+
+def _inputs(case: Case, dtype: str) -> tuple[jax.Array, tuple[Projection, ...], tuple]:
+    keys = jax.random.split(jax.random.key(3), 2 * len(case.outputs) + 1)
+    count = len(case.outputs)
+    projections = tuple(_projection(case, i, dtype, keys[i]) for i in range(count))
+    x = _normal(keys[-1], (*case.lead, case.inputs), dtype)
+    return x, projections, tuple(keys[count:-1])
+
+
+def _trained(projection: Projection) -> dict[str, jax.Array]:
+    names = ("bias", "lora_a", "lora_b", "magnitude")
+    found = {name: getattr(projection, name) for name in names}
+    return {name: array for name, array in found.items() if array is not None}
+
+
+def _with(projection: Projection, trained: dict[str, jax.Array]) -> Projection:
+    return Projection(
+        projection.weight,
+        **{"scaling": projection.scaling, **_trained(projection), **trained},
+    )
+
+
+def _value_and_grads(
+    case: Case, x: jax.Array, projections: tuple, keys: tuple, implementation: str
+) -> tuple[tuple[jax.Array, ...], Any]:
+    """Outputs, and the gradients of a fixed random combination of them."""
+
+    def loss(x: jax.Array, trained: list[dict]) -> tuple[jax.Array, tuple]:
+        group = tuple(map(_with, projections, trained))
+        outputs = lora_matmul_group(
+            x,
+            group,
+            dropout_rate=case.dropout_rate,
+            dropout_keys=keys,
+            implementation=implementation,
+        )
+        weights = [
+            _normal(jax.random.key(i), y.shape, y.dtype) for i, y in enumerate(outputs)
+        ]
+        terms = [
+            jnp.sum(y.astype(jnp.float32) * w.astype(jnp.float32))
+            for y, w in zip(outputs, weights, strict=True)
+        ]
+        return sum(terms[1:], terms[0]), outputs
+
+    trained = [_trained(p) for p in projections]
+    run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    gradients, outputs = run(x, trained)
+    return outputs, gradients
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", CASES)
+def test_xla_matches_the_reference(name: str, dtype: str) -> None:
+    case = CASES[name]
+    x, projections, keys = _inputs(case, dtype)
+    actual = _value_and_grads(case, x, projections, keys, "xla")
+    # The reference computes in float32 from the same (rounded) inputs.
+    exact = (
+        x.astype(jnp.float32),
+        tuple(_with_weight(p, p.weight) for p in projections),
+    )
+    expected = _value_and_grads(case, *exact, keys, "reference")
+    limit = tolerance(dtype, terms=4)
+    for got, want in zip(
+        jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+    ):
+        assert got.shape == want.shape
+        assert relative_error(got, want) < limit
+    assert actual[1][0].dtype == x.dtype
+    for got, had in zip(actual[1][1], projections, strict=True):
+        assert {k: v.dtype for k, v in got.items()} == {
+            k: v.dtype for k, v in _trained(had).items()
+        }
+
+
+def _with_weight(projection: Projection, weight: Any) -> Projection:
+    return Projection(weight, scaling=projection.scaling, **_trained(projection))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("name", ["qkv_mixed", "dropout", "dora"])
+def test_a_group_equals_its_members(name: str, implementation: str) -> None:
+    case = CASES[name]
+    x, projections, keys = _inputs(case, "float32")
+    options = {"dropout_rate": case.dropout_rate, "implementation": implementation}
+    group = lora_matmul_group(x, projections, dropout_keys=keys, **options)
+    for projection, key, together in zip(projections, keys, group, strict=True):
+        alone = lora_matmul(
+            x,
+            projection.weight,
+            projection.lora_a,
+            projection.lora_b,
+            scaling=projection.scaling,
+            bias=projection.bias,
+            magnitude=projection.magnitude,
+            dropout_key=key,
+            **options,
+        )
+        assert relative_error(together, alone) < tolerance("float32")
+
+
+def test_the_formula_in_numpy() -> None:
+    x, (p,), _ = _inputs(CASES["one"], "float32")
+    x64, w, a, b = (
+        np.asarray(t, np.float64) for t in (x, p.weight, p.lora_a, p.lora_b)
+    )
+    actual = lora_matmul(x, p.weight, p.lora_a, p.lora_b, scaling=2.0)
+    assert relative_error(actual, x64 @ w + 2 * x64 @ a @ b) < tolerance("float32")
+
+
+def test_dora_in_numpy() -> None:
+    """`magnitude * direction`, the direction's length taken as a constant."""
+    case = CASES["dora"]
+    x, projections, _ = _inputs(case, "float32")
+    p = projections[0]
+    w = np.asarray(dequantize(p.weight), np.float64)
+    x64, a, b, m, bias = (
+        np.asarray(t, np.float64) for t in (x, p.lora_a, p.lora_b, p.magnitude, p.bias)
+    )
+    adapted = w + float(p.scaling) * a @ b
+    expected = x64 @ (m * adapted / np.linalg.norm(adapted, axis=0)) + bias
+    for implementation in ("xla", "reference"):
+        (actual,) = lora_matmul_group(x, (p,), implementation=implementation)
+        assert relative_error(actual, expected) < tolerance("float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dora_norm_is_accurate_to_float32(dtype: str) -> None:
+    from kernels.lora_matmul.dora import column_norm
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    w = (_normal(keys[0], (256, 40)) * 0.02).astype(dtype)
+    a, b = _normal(keys[1], (256, 8)) * 0.05, _normal(keys[2], (8, 40)) * 0.05
+    actual = jax.jit(column_norm)(w, a, b, jnp.float32(2))
+    w64, a64, b64 = (np.asarray(t).astype(np.float64) for t in (w, a, b))
+    expected = np.linalg.norm(w64 + 2 * a64 @ b64, axis=0)
+    assert np.abs(actual / expected - 1).max() < 1e-6
+
+
+def test_dropout_keeps_the_mean_and_repeats_itself() -> None:
+    x = jnp.ones((400, 16))
+    w, a, b = jnp.zeros((16, 4)), jnp.eye(16), jnp.ones((16, 4)) / 16
+    run = jax.jit(
+        lambda key: lora_matmul(
+            x, w, a, b, scaling=1.0, dropout_rate=0.25, dropout_key=key
+        )
+    )
+    first = run(jax.random.key(0))
+    # 6,400 draws: the standard error of the mean is 0.0072.
+    assert abs(float(first.mean()) - 1) < 0.03
+    np.testing.assert_array_equal(first, run(jax.random.key(0)))
+    assert (first != run(jax.random.key(1))).any()
+    kept = lora_matmul(x, w, a, b, scaling=1.0, dropout_rate=0.25)
+    np.testing.assert_allclose(kept, 1, rtol=1e-6)
+
+
+def _saved_floats(
+    case: Case, implementation: str, is_quantized: bool
+) -> list[tuple[int, ...]]:
+    """Shapes of the float arrays kept for the backward pass that were not given."""
+    x, projections, keys = _inputs(
+        dataclasses.replace(case, is_quantized=is_quantized), "bfloat16"
+    )
+
+    def run(x: jax.Array, trained: list[dict]) -> tuple[jax.Array, ...]:
+        return lora_matmul_group(
+            x,
+            tuple(map(_with, projections, trained)),
+            dropout_rate=case.dropout_rate,
+            dropout_keys=keys,
+            implementation=implementation,
+        )
+
+    _, pullback = jax.vjp(run, x, [_trained(p) for p in projections])
+    given = {id(leaf) for leaf in jax.tree.leaves((x, projections))}
+    saved = [t for t in jax.tree.leaves(pullback) if id(t) not in given]
+    return [t.shape for t in saved if jnp.issubdtype(t.dtype, jnp.floating)]
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_nothing_of_the_weights_size_is_saved(is_quantized: bool) -> None:
+    """No float matrix made from the weight, no array of (rows, outputs)."""
+    case = Case(
+        name="",
+        lead=(64,),
+        inputs=48,
+        outputs=(80, 80),
+        ranks=(4, 4),
+        has_magnitude=True,
+        has_bias=True,
+        dropout_rate=0.1,
+    )
+    large = {(48, 80), (80, 48), (64, 80)}
+    saved = _saved_floats(case, "xla", is_quantized)
+    assert (64, 4) in saved
+    assert not large & set(saved)
+    # The same look at plain differentiation finds them.
+    assert large & set(_saved_floats(case, "reference", is_quantized))
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_scan_over_stacked_layers(use_checkpoint: bool) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    case = Case(
+        name="", lead=(6,), inputs=32, outputs=(32,), ranks=(4,), is_quantized=True
+    )
+    layers = [_projection(case, 0, "float32", key) for key in keys]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    x = _normal(jax.random.key(1), (6, 32))
+
+    def scanned(x: jax.Array, a: jax.Array) -> jax.Array:
+        def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+            projection, a = layer
+            (y,) = lora_matmul_group(x, (_with(projection, {"lora_a": a}),))
+            return jnp.tanh(y), None
+
+        if use_checkpoint:
+            body = jax.checkpoint(body)
+        return jnp.sum(jax.lax.scan(body, x, (stacked, a))[0])
+
+    def unrolled(x: jax.Array, a: jax.Array) -> jax.Array:
+        for i, layer in enumerate(layers):
+            (y,) = lora_matmul_group(
+                x, (_with(layer, {"lora_a": a[i]}),), implementation="reference"
+            )
+            x = jnp.tanh(y)
+        return jnp.sum(x)
+
+    actual = jax.jit(jax.value_and_grad(scanned, (0, 1)))(x, stacked.lora_a)
+    expected = jax.jit(jax.value_and_grad(unrolled, (0, 1)))(x, stacked.lora_a)
+    for got, want in zip(
+        jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+    ):
+        assert relative_error(got, want) < tolerance("float32", terms=6)
+
+
+def test_the_choice_is_recorded() -> None:
+    x, projections, _ = _inputs(CASES["qkv_mixed"], "float32")
+    with dispatch.record() as chosen:
+        jax.eval_shape(lambda x: lora_matmul_group(x, projections), x)
+    assert chosen == {"lora_matmul": {"xla"}, "nf4": {"xla"}}
+
+
+def test_wrong_use_is_named() -> None:
+    x, (p,), _ = _inputs(CASES["one"], "float32")
+
+    def run(projection: Projection, x: jax.Array = x, **options: Any) -> None:
+        lora_matmul_group(x, (projection,), **options)
+
+    with pytest.raises(ValueError, match="x has 23 features, the weight 24 inputs"):
+        run(p, x[:, :23])
+    wrong_a = _with(p, {"lora_a": jnp.ones((4, 24))})
+    with pytest.raises(ValueError, match=r"lora_a has shape \(4, 24\)"):
+        run(wrong_a)
+    with pytest.raises(
+        ValueError, match=r"lora_b has shape \(3, 32\), expected \(4, 32"
+    ):
+        run(_with(p, {"lora_b": jnp.ones((3, 32))}))
+    with pytest.raises(ValueError, match=r"bias has shape \(31,\), expected \(32,\)"):
+        run(_with(p, {"bias": jnp.ones(31)}))
+    with pytest.raises(ValueError, match="needs lora_a, lora_b and scaling"):
+        run(Projection(p.weight, lora_a=p.lora_a, lora_b=p.lora_b))
+    with pytest.raises(ValueError, match="magnitude"):
+        run(Projection(p.weight, magnitude=jnp.ones(32)))
+    with pytest.raises(ValueError, match=r"dropout_rate=1\.0"):
+        run(p, dropout_rate=1.0)
+    with pytest.raises(ValueError, match="1 projections, 2 dropout keys"):
+        run(p, dropout_keys=(None, None))
