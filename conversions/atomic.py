@@ -67,6 +67,16 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             _remove(leftover)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents, unless it is there.
+
+    Raises:
+      StorageError: It cannot be made.
+    """
+    with _storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def sync_folder(path: Path) -> None:
     """Waits until the names in a folder are on the disk."""
     handle = os.open(path, os.O_RDONLY)

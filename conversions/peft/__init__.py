@@ -1,1 +1,7 @@
+"""Adapter folders of PEFT."""
 
+from .adapter_config import AdapterConfig as AdapterConfig
+from .adapter_config import read_adapter_config as read_adapter_config
+from .read import Adapter as Adapter
+from .read import read_adapter as read_adapter
+from .write import write_adapter as write_adapter

@@ -1,0 +1,265 @@
+"""adapter_config.json <-> LoRAConfig."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from conversions.atomic import new_file
+from conversions.hf.config_fields import ConfigFields
+from conversions.strict_json import read_json_object
+from fastjax.config import ALL_LINEAR, LoRABias, LoRAConfig, choices
+from fastjax.errors import ConfigError, ModelError, printable
+from fastjax.target_modules import ends_with_module, matched_modules
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 1_000_000
+PEFT_VERSION = "0.21.2"
+
+# Keys that this reader obeys, or that say nothing about a finished adapter. Any other
+# key with a value asks for something that the model cannot hold.
+_KNOWN = frozenset(
+    (
+        *("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying"),
+        *("eva_config", "exclude_modules", "inference_mode", "init_lora_weights"),
+        *("layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout"),
+        *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "r"),
+        *("revision", "runtime_config", "target_modules", "task_type", "use_dora"),
+        "use_rslora",
+    )
+)
+_DEFAULTS: dict[str, Any] = {
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "exclude_modules": None,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "lora_dropout": 0.0,
+    "revision": None,
+    "task_type": None,
+    "use_dora": False,
+    "use_rslora": False,
+}
+# Other ways to start (PiSSA, OLoRA, LoftQ, CorDA) change the base weights as well.
+_STARTS = ("gaussian", "eva", "orthogonal")
+_OUTSIDE_BLOCKS = ("embed_tokens", "lm_head")
+# Nested repetition can make a match take exponential time.
+_NESTED_REPETITION = re.compile(r"[*+}]\??\)[*+{]")
+_MAX_EXPRESSION = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """What adapter_config.json says.
+
+    Attributes:
+      lora: Kind of the adapter; its target modules still speak of the whole model.
+      base_model_name_or_path: Folder or hub name of the base model, if recorded.
+      revision: Of the base model, if recorded.
+      excluded: Target that the target modules leave out.
+      layers: Only these layers have adapters; None for all.
+      layers_pattern: Names of the lists that `layers` counts in; empty for any.
+      where: The file.
+    """
+
+    lora: LoRAConfig
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    excluded: str | tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    where: str = CONFIG_NAME
+
+    def resolved(self, names: Sequence[str]) -> tuple[LoRAConfig, tuple[str, ...]]:
+        """Returns the adapter's kind and its modules among the full names given.
+
+        Target modules of the result match exactly these modules.
+
+        Raises:
+          ModelError: They match nothing.
+        """
+        target = self.lora.lora_target_modules
+        if isinstance(target, tuple):
+            target = tuple(
+                entry
+                for entry in target
+                if any(ends_with_module(name, entry) for name in names)
+            )
+        try:
+            matched = matched_modules(target, names)
+            if not matched:
+                matched = matched_modules(self.lora.lora_target_modules, names)
+        except ConfigError as error:
+            raise ModelError(error.what, where=self.where, fix=error.fix) from error
+        kept = tuple(name for name in matched if self._is_kept(name))
+        if not kept:
+            raise ModelError("no layer is left to adapt", where=self.where)
+        target = target if kept == matched else kept
+        return dataclasses.replace(self.lora, lora_target_modules=target), kept
+
+    def _is_kept(self, name: str) -> bool:
+        if isinstance(self.excluded, str) and re.fullmatch(self.excluded, name):
+            return False
+        if isinstance(self.excluded, tuple) and any(
+            ends_with_module(name, entry) for entry in self.excluded
+        ):
+            return False
+        if self.layers is None:
+            return True
+        lists = "|".join(map(re.escape, self.layers_pattern)) or r"[^.]*"
+        found = re.match(rf".*\.(?:{lists})\.(\d+)\.", name)
+        return found is not None and int(found[1]) in self.layers
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Returns what the adapter of a folder is.
+
+    Raises:
+      ModelError: A key is missing, wrong, or asks for what is not supported.
+    """
+    path = folder / CONFIG_NAME
+    values = read_json_object(path, limit_bytes=MAX_CONFIG_BYTES)
+    fields = ConfigFields(values, where=str(path), defaults=_DEFAULTS)
+    fields.choice("peft_type", ("LORA",))
+    if fields.get("task_type") is not None:
+        fields.choice("task_type", ("CAUSAL_LM",))
+    for key, value in values.items():
+        if key not in _KNOWN and value:
+            raise _unsupported(fields, key)
+    start = fields.get("init_lora_weights")
+    if type(start) is not bool and start not in _STARTS:
+        raise _unsupported(fields, "init_lora_weights")
+    try:
+        return AdapterConfig(
+            lora=_lora(fields),
+            base_model_name_or_path=_text(fields, "base_model_name_or_path"),
+            revision=_text(fields, "revision"),
+            excluded=_target(fields, "exclude_modules"),
+            layers=_layers(fields),
+            layers_pattern=_names(fields, "layers_pattern"),
+            where=str(path),
+        )
+    except ConfigError as error:
+        raise ModelError(error.what, where=str(path), fix=error.fix) from error
+
+
+def write_adapter_config(
+    folder: Path,
+    lora: LoRAConfig,
+    modules: Sequence[str],
+    *,
+    base_model_name_or_path: str,
+    revision: str | None,
+) -> None:
+    """Writes the keys that every version of PEFT understands, sorted.
+
+    Args:
+      folder: Folder of the adapter.
+      lora: Kind of the adapter.
+      modules: Full names of the adapted modules, which replace "all-linear".
+      base_model_name_or_path: Folder or hub name of the base model.
+      revision: Of the base model.
+    """
+    target = lora.lora_target_modules
+    listed = modules if target == ALL_LINEAR else target
+    alpha = lora.lora_alpha
+    values = {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model_name_or_path,
+        "bias": lora.lora_bias,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": lora.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": lora.lora_r,
+        "rank_pattern": {},
+        "revision": revision,
+        "target_modules": listed if isinstance(listed, str) else sorted(listed),
+        "task_type": "CAUSAL_LM",
+        "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
+    }
+    with new_file(folder / CONFIG_NAME) as file:
+        file.write(json.dumps(values, indent=2).encode("utf-8"))
+
+
+def _lora(fields: ConfigFields) -> LoRAConfig:
+    target = _target(fields, "target_modules")
+    if not target:
+        raise fields.error("target_modules", "a list of names or an expression")
+    names = target if isinstance(target, tuple) else ()
+    if any(entry.rpartition(".")[2] in _OUTSIDE_BLOCKS for entry in names):
+        raise _unsupported(fields, "target_modules")
+    dropout = fields.get("lora_dropout")
+    return LoRAConfig(
+        lora_r=fields.integer("r"),
+        lora_alpha=fields.number("lora_alpha"),
+        lora_dropout=fields.number("lora_dropout") if dropout != 0 else 0.0,
+        lora_target_modules=target,
+        lora_bias=cast(LoRABias, fields.choice("bias", choices(LoRABias))),
+        use_rslora=fields.flag("use_rslora"),
+        use_dora=fields.flag("use_dora"),
+    )
+
+
+def _target(fields: ConfigFields, key: str) -> str | tuple[str, ...] | None:
+    """Returns a target: an expression, checked, or names."""
+    value = fields.get(key)
+    if value is None or isinstance(value, list):
+        return _names(fields, key) or None
+    if not isinstance(value, str):
+        raise fields.error(key, "a list of names or an expression")
+    if len(value) > _MAX_EXPRESSION or _NESTED_REPETITION.search(value):
+        raise fields.error(key, "a shorter expression without nested repetition")
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise fields.error(key, f"a regular expression ({error})") from error
+    return value
+
+
+def _names(fields: ConfigFields, key: str) -> tuple[str, ...]:
+    value = fields.get(key)
+    names = [value] if isinstance(value, str) else value or []
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and name for name in names
+    ):
+        raise fields.error(key, "a list of names")
+    return tuple(names)
+
+
+def _layers(fields: ConfigFields) -> tuple[int, ...] | None:
+    value = fields.get("layers_to_transform")
+    if value is None:
+        return None
+    layers = value if isinstance(value, list) else [value]
+    if not all(type(layer) is int and 0 <= layer < 2**31 for layer in layers):
+        raise fields.error("layers_to_transform", "layer numbers")
+    return tuple(layers)
+
+
+def _text(fields: ConfigFields, key: str) -> str | None:
+    value = fields.get(key)
+    if value is not None and not isinstance(value, str):
+        raise fields.error(key, "a name")
+    return value or None
+
+
+def _unsupported(fields: ConfigFields, key: str) -> ModelError:
+    return ModelError(
+        f"{key}={printable(repr(fields.get(key)))} is not supported yet",
+        where=fields.where,
+        fix="adapters may be LoRA, rsLoRA or DoRA on the linear layers inside blocks, "
+        "all of one rank, with biases; merge this one with PEFT first",
+    )
