@@ -28,7 +28,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            sync_folder(path.parent)
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -53,11 +53,13 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         with _storage_errors(path):
             temporary.mkdir(parents=True)
             yield temporary
-            sync_folder(temporary)
+            for written in temporary.rglob("*"):
+                _sync(written)
+            _sync(temporary)
             if os.path.lexists(path):
                 path.rename(old)
             temporary.rename(path)
-            sync_folder(path.parent)
+            _sync(path.parent)
     except BaseException:
         if os.path.lexists(old) and not os.path.lexists(path):
             old.rename(path)
@@ -77,8 +79,8 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def sync_folder(path: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -5,7 +5,6 @@ from .config import read_config as read_config
 from .config import write_config as write_config
 from .families import checkpoint_tensors as checkpoint_tensors
 from .folder import resolve as resolve
-from .load import Weights as Weights
 from .load import load_weights as load_weights
 from .load import stream_weights as stream_weights
 from .save import copy_companions as copy_companions

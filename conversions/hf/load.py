@@ -22,10 +22,9 @@ from conversions.report import TensorReport, compare_shapes
 from conversions.rules import Layout, Tensor, relaid
 from fastjax.config import DType, QuantConfig
 from fastjax.errors import CheckpointMismatch, ModelError
+from fastjax.models.build import Weights
 from fastjax.models.transformer_config import TransformerConfig
 from kernels.nf4 import NF4Array, quantize
-
-Weights = dict[str, Array | NF4Array]
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
