@@ -121,17 +121,6 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g / (factor * divisor), sums)
         loss, grad_norm = loss_sum / divisor, optax.tree.norm(gradients)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        trainable, opt_state = optimizer.update(
-            gradients, state.opt_state, state.trainable, step
-        )
-        new_state = TrainState(
-            trainable=_choose(is_finite, trainable, state.trainable),
-            opt_state=_choose(is_finite, opt_state, state.opt_state),
-            step=step + 1,
-            loss_scale=state.loss_scale.after(is_finite)
-            if dtype == "float16"
-            else state.loss_scale,
-        )
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -140,9 +129,29 @@ def make_train_step(
             "skipped": 1.0 - is_finite.astype(jnp.float32),
             "loss_scale": state.loss_scale.scale,
         }
-        return new_state, metrics
+        return _advanced(state, optimizer, gradients, is_finite, dtype), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _advanced(
+    state: TrainState,
+    optimizer: Optimizer,
+    gradients: PyTree,
+    is_finite: Bool[Array, ""],
+    dtype: DType,
+) -> TrainState:
+    """Returns the state after the step; without the update where it is not finite."""
+    trainable, opt_state = optimizer.update(
+        gradients, state.opt_state, state.trainable, state.step
+    )
+    scale = state.loss_scale
+    return TrainState(
+        trainable=_choose(is_finite, trainable, state.trainable),
+        opt_state=_choose(is_finite, opt_state, state.opt_state),
+        step=state.step + 1,
+        loss_scale=scale.after(is_finite) if dtype == "float16" else scale,
+    )
 
 
 def _unit(batch: Batch, dtype: DType) -> float:
