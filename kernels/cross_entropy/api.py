@@ -1,0 +1,93 @@
+"""The public cross-entropy functions: types, checks, dispatch."""
+
+from jaxtyping import Array, Float, Float32, Int
+
+from kernels import dispatch
+
+from . import reference, vjp
+from .options import Options
+
+_LOSS = {
+    "xla": vjp.linear_cross_entropy,
+    "reference": reference.linear_cross_entropy,
+}
+_LOG_PROBS = {"xla": vjp.token_log_probs, "reference": reference.token_log_probs}
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "M D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " M"],
+    *,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int = 2048,
+    head_is_trainable: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Returns the sum of `-log softmax(hidden @ head^T)[target]`, and their number.
+
+    Logits, log-sum-exp and loss are float32; products take the dtype of `hidden` as
+    input. When differentiated, the gradient of `hidden` is computed in the same pass.
+
+    Args:
+      hidden: After the final norm.
+      head: Output table; embedding tables can be passed as they are.
+      targets: Indices into the vocabulary, already shifted.
+      softcap: Logits become `softcap * tanh(logits / softcap)` (Gemma 2).
+      ignore_index: Target of rows that carry no loss.
+      chunk_tokens: Rows whose logits exist at a time, 4 V bytes each.
+      head_is_trainable: Differentiates with respect to `head`; else nothing is
+        computed for it and its gradient is zero.
+      implementation: A name runs that one or fails; None takes the first able.
+
+    Raises:
+      ValueError: Sizes disagree, or a setting is not positive.
+    """
+    options = Options(
+        softcap=softcap,
+        ignore_index=ignore_index,
+        chunk_tokens=chunk_tokens,
+        head_is_trainable=head_is_trainable,
+    )
+    _check(hidden.shape, head.shape, targets.shape)
+    return dispatch.run(
+        "cross_entropy", _LOSS, implementation, options, hidden, head, targets
+    )
+
+
+def token_log_probs(
+    hidden: Float[Array, "M D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " M"],
+    *,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int = 2048,
+    head_is_trainable: bool = False,
+    implementation: str | None = None,
+) -> Float32[Array, " M"]:
+    """Returns `log softmax(hidden @ head^T)[target]` of each row, 0 where ignored.
+
+    The backward pass computes the logits of each chunk again. Arguments and errors are
+    those of `linear_cross_entropy`.
+    """
+    options = Options(
+        softcap=softcap,
+        ignore_index=ignore_index,
+        chunk_tokens=chunk_tokens,
+        head_is_trainable=head_is_trainable,
+    )
+    _check(hidden.shape, head.shape, targets.shape)
+    return dispatch.run(
+        "cross_entropy", _LOG_PROBS, implementation, options, hidden, head, targets
+    )
+
+
+def _check(
+    hidden: tuple[int, ...], head: tuple[int, ...], targets: tuple[int, ...]
+) -> None:
+    if hidden[1] != head[1]:
+        raise ValueError(f"hidden has {hidden[1]} features, the head {head[1]}")
+    if hidden[0] != targets[0]:
+        raise ValueError(f"hidden has {hidden[0]} rows, targets {targets[0]}")

@@ -1,0 +1,91 @@
+"""Cross-entropy over chunks of rows, each against the full vocabulary.
+
+The largest temporary is one chunk of logits in float32. Chunking the vocabulary as well
+would make the matrix products too small to run well.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from .options import Options
+
+
+class Chunks(NamedTuple):
+    """Rows in chunks of equal size; inside a scan, one of them."""
+
+    hidden: Float[Array, "*N M D"]
+    targets: Int[Array, "*N M"]
+
+
+def in_chunks(options: Options, hidden: jax.Array, targets: jax.Array) -> Chunks:
+    """Cuts rows into the fewest chunks of at most `chunk_tokens`, about equal.
+
+    The last is filled up with ignored targets.
+    """
+    rows = hidden.shape[0]
+    count = max(1, -(-rows // options.chunk_tokens))
+    padding = -rows % count
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
+    targets = jnp.pad(targets, (0, padding), constant_values=options.ignore_index)
+    return Chunks(
+        hidden.reshape(count, -1, hidden.shape[-1]), targets.reshape(count, -1)
+    )
+
+
+def logits_and_lse(
+    options: Options, hidden: Float[Array, "M D"], head: Float[Array, "V D"]
+) -> tuple[Float32[Array, "M V"], Float32[Array, " M"]]:
+    """Returns the logits of a chunk and their log-sum-exp."""
+    logits = _product(hidden, head.T)
+    if options.softcap is not None:
+        logits = options.softcap * jnp.tanh(logits / options.softcap)
+    return logits, jax.nn.logsumexp(logits, axis=1)
+
+
+def target_log_probs(
+    options: Options, logits: jax.Array, lse: jax.Array, targets: jax.Array
+) -> Float32[Array, " M"]:
+    """Returns log p(target) of a chunk, 0 where the target is ignored."""
+    is_target = targets != options.ignore_index
+    index = jnp.where(is_target, targets, 0)[:, None]
+    own = jnp.take_along_axis(logits, index, axis=1)[:, 0]
+    return jnp.where(is_target, own - lse, 0)
+
+
+def chunk_gradients(
+    options: Options,
+    chunk: Chunks,
+    head: Float[Array, "V D"],
+    logits: Float32[Array, "M V"],
+    lse: Float32[Array, " M"],
+    dlog_probs: Float32[Array, " M"],
+) -> tuple[Float[Array, "M D"], Float32[Array, "V D"] | None]:
+    """Returns the cotangents of a chunk's hidden states and of the head.
+
+    The logits' cotangent takes the dtype of the hidden states before it is multiplied:
+    left in float32 it would run on TF32 units, or slower ones.
+    """
+    tokens = jax.lax.broadcasted_iota(chunk.targets.dtype, logits.shape, 1)
+    own = (tokens == chunk.targets[:, None]).astype(jnp.float32)
+    weight = jnp.where(chunk.targets != options.ignore_index, dlog_probs, 0)
+    dlogits = weight[:, None] * (own - jnp.exp(logits - lse[:, None]))
+    if options.softcap is not None:
+        dlogits = dlogits * (1 - jnp.square(logits / options.softcap))
+    dlogits = dlogits.astype(chunk.hidden.dtype)
+    dhidden = _product(dlogits, head).astype(chunk.hidden.dtype)
+    dhead = _product(dlogits.T, chunk.hidden) if options.head_is_trainable else None
+    return dhidden, dhead
+
+
+def _product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Returns `lhs @ rhs` in float32, without TF32 where the inputs are float32."""
+    is_float32 = lhs.dtype == jnp.float32
+    return jnp.dot(
+        lhs,
+        rhs,
+        precision=jax.lax.Precision.HIGHEST if is_float32 else None,
+        preferred_element_type=jnp.float32,
+    )

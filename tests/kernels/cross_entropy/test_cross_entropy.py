@@ -1,0 +1,192 @@
+"""Chunked cross-entropy against the float32 reference, and what it must not compute."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.cross_entropy import linear_cross_entropy, token_log_probs
+from kernels.cross_entropy.cases import SMALL, Case
+from kernels.numerics import relative_error, tolerance
+
+CASES = {case.name: case for case in SMALL}
+
+
+def _inputs(case: Case, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(5), 4)
+    hidden = jax.random.normal(keys[0], (case.rows, case.features)).astype(dtype)
+    head = jax.random.normal(keys[1], (case.vocabulary, case.features)).astype(dtype)
+    targets = jax.random.randint(keys[2], (case.rows,), 0, case.vocabulary)
+    ignored = jax.random.uniform(keys[3], (case.rows,)) < case.ignored
+    return hidden, head, jnp.where(ignored, -100, targets)
+
+
+def _options(case: Case) -> dict[str, Any]:
+    return {"softcap": case.softcap, "chunk_tokens": case.chunk_tokens}
+
+
+def _float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(array.astype(jnp.float32) for array in arrays)
+
+
+def _compare(actual: Any, expected: Any, dtype: str) -> None:
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    for got, want in zip(actual, expected, strict=True):
+        assert got.shape == want.shape
+        assert relative_error(got, want) < tolerance(dtype, terms=3)
+
+
+@pytest.mark.parametrize("head_is_trainable", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients(name: str, dtype: str, head_is_trainable: bool) -> None:
+    case = CASES[name]
+    hidden, head, targets = _inputs(case, dtype)
+
+    def run(implementation: str) -> Callable:
+        def loss(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+            total, count = linear_cross_entropy(
+                hidden,
+                head,
+                targets,
+                head_is_trainable=head_is_trainable,
+                implementation=implementation,
+                **_options(case),
+            )
+            return 0.3 * total, count
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+    actual = run("xla")(hidden, head)
+    expected = run("reference")(*_float32(hidden, head))
+    _compare(actual, expected, dtype)
+    assert actual[1][0].dtype == hidden.dtype
+    assert int(actual[0][1]) == np.sum(np.asarray(targets) != -100)
+    assert head_is_trainable or not actual[1][1].any()
+    alone, _ = linear_cross_entropy(hidden, head, targets, **_options(case))
+    np.testing.assert_allclose(0.3 * alone, actual[0][0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("head_is_trainable", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_token_log_probs(name: str, dtype: str, head_is_trainable: bool) -> None:
+    case = CASES[name]
+    hidden, head, targets = _inputs(case, dtype)
+    weights = jax.random.normal(jax.random.key(9), (case.rows,))
+
+    def run(implementation: str) -> Callable:
+        def score(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+            log_probs = token_log_probs(
+                hidden,
+                head,
+                targets,
+                head_is_trainable=head_is_trainable,
+                implementation=implementation,
+                **_options(case),
+            )
+            return jnp.sum(weights * log_probs), log_probs
+
+        return jax.jit(jax.grad(score, (0, 1), has_aux=True))
+
+    actual = run("xla")(hidden, head)
+    expected = run("reference")(*_float32(hidden, head))
+    _compare(actual, expected, dtype)
+    assert not actual[1][np.asarray(targets) == -100].any()
+
+
+def test_the_loss_in_numpy() -> None:
+    hidden, head, targets = _inputs(CASES["softcap"], "float32")
+    h, w, t = (np.asarray(x, np.float64) for x in (hidden, head, targets))
+    logits = 3 * np.tanh(h @ w.T / 3)
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    rows = np.flatnonzero(t != -100)
+    expected = -log_probs[rows, t[rows].astype(int)].sum()
+    loss, count = linear_cross_entropy(hidden, head, targets, softcap=3.0)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert count == rows.size
+
+
+def test_gradient_by_finite_differences() -> None:
+    hidden, head, targets = _inputs(CASES["softcap"], "float32")
+    direction = jax.random.normal(jax.random.key(1), hidden.shape)
+
+    def loss(step: jax.Array) -> jax.Array:
+        moved = hidden + step * direction
+        return linear_cross_entropy(moved, head, targets, softcap=3.0, chunk_tokens=16)[
+            0
+        ]
+
+    step = 1e-2
+    numeric = (loss(jnp.float32(step)) - loss(jnp.float32(-step))) / (2 * step)
+    np.testing.assert_allclose(jax.grad(loss)(jnp.float32(0)), numeric, rtol=2e-3)
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden, head, targets = _inputs(CASES["even_chunks"], "float32")
+    loss, _ = linear_cross_entropy(hidden * 1e4, head, targets)
+    assert jnp.isfinite(loss)
+
+
+def test_a_target_outside_the_vocabulary_shows() -> None:
+    hidden, head, targets = _inputs(CASES["one_chunk"], "float32")
+    loss, _ = linear_cross_entropy(hidden, head, targets.at[3].set(50))
+    assert jnp.isnan(loss)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr"),
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, token_log_probs])
+@pytest.mark.parametrize("head_is_trainable", [False, True])
+def test_no_whole_logits_and_no_frozen_head_gradient(
+    function: Callable, head_is_trainable: bool
+) -> None:
+    case = CASES["odd_chunks"]
+    hidden, head, targets = _inputs(case, "bfloat16")
+
+    def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        result = function(
+            hidden,
+            head,
+            targets,
+            head_is_trainable=head_is_trainable,
+            **_options(case),
+        )
+        return jnp.sum(jax.tree.leaves(result)[0])
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(hidden, head)
+    equations = list(_equations(jaxpr.jaxpr))
+    chunk = -(-case.rows // 4)
+    products = [e for e in equations if e.primitive.name == "dot_general"]
+    shapes = {e.outvars[0].aval.shape for e in products}
+    expected = {(chunk, case.vocabulary), (chunk, case.features)}
+    head_shape = (case.vocabulary, case.features)
+    assert shapes == expected | ({head_shape} if head_is_trainable else set())
+    for product in products:
+        assert {v.aval.dtype for v in product.invars} == {jnp.dtype("bfloat16")}
+    sizes = [v.aval.size for e in equations for v in e.outvars if v.aval.shape]
+    limit = max(chunk * case.vocabulary, case.vocabulary * case.features)
+    assert max(sizes) <= limit < case.rows * case.vocabulary
+
+
+def test_wrong_use_is_named() -> None:
+    hidden, head, targets = _inputs(CASES["one_chunk"], "float32")
+    with pytest.raises(ValueError, match="chunk_tokens=0"):
+        linear_cross_entropy(hidden, head, targets, chunk_tokens=0)
+    with pytest.raises(ValueError, match="softcap=-1"):
+        token_log_probs(hidden, head, targets, softcap=-1.0)
+    with pytest.raises(ValueError, match="no implementation 'liger'"):
+        linear_cross_entropy(hidden, head, targets, implementation="liger")
