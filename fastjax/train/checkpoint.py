@@ -168,7 +168,7 @@ def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
 def _require_space(output_dir: Path, arrays: Mapping[str, Any]) -> None:
     need = sum(array.nbytes for array in arrays.values())
     if files.free_bytes(output_dir) < need:
-        reason = f"it needs {need / 2**30:.2f} GiB"
+        reason = f"it needs {files.mebibytes(need)}"
         raise files.storage_error("save a checkpoint", output_dir, reason)
 
 

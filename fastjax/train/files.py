@@ -27,9 +27,14 @@ def storage_error(action: str, path: Path, reason: str) -> StorageError:
     """Returns the error for a file that cannot be written."""
     return StorageError(
         f"cannot {action}: {printable(reason)}",
-        where=f"{path} ({free_bytes(path) / 2**30:.2f} GiB free)",
+        where=f"{path} ({mebibytes(free_bytes(path))} free)",
         fix="free space there or give another output_dir, then run the command again",
     )
+
+
+def mebibytes(count: int) -> str:
+    """Returns a size for people."""
+    return f"{count / 2**20:,.1f} MiB"
 
 
 def free_bytes(path: Path) -> int:
