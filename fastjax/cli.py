@@ -25,6 +25,7 @@ _USAGE = """usage: fastjax COMMAND [flags]
   export                  merge an adapter into a Hugging Face model folder
   models                  list the presets
   make-random-checkpoint  write random weights of a preset's shapes
+  bench-train             time the training step on random weights
   demo                    train a tiny model, then a QLoRA adapter on it
 
 `fastjax COMMAND --help` lists the flags of a command. `--debug` shows tracebacks.
@@ -279,6 +280,13 @@ def _make_random_checkpoint(words: Sequence[str]) -> None:
     sys.stdout.write(f"{folder}\n")
 
 
+def _bench_train(words: Sequence[str]) -> None:
+    from fastjax.api.benchmark import BenchmarkArgs, run_benchmark
+
+    result = run_benchmark(tyro.cli(BenchmarkArgs, args=words, prog="bench_train"))
+    sys.stdout.write(yaml.safe_dump(result, sort_keys=False))
+
+
 def _demo(words: Sequence[str]) -> None:
     from fastjax.demo import DemoArgs, run_demo
 
@@ -300,5 +308,6 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "export": _export,
     "models": _models,
     "make-random-checkpoint": _make_random_checkpoint,
+    "bench-train": _bench_train,
     "demo": _demo,
 }

@@ -79,7 +79,7 @@ def with_adapters(
       key: Of the random start.
     """
     fresh = _rehoused(decoder, spec, adapted)
-    for index, (_, linear) in enumerate(_adapted_linears(fresh)):
+    for index, linear in enumerate(_linears(fresh)):
         _initialise(linear, jax.random.fold_in(key, index))
     return fresh
 
@@ -91,13 +91,13 @@ def without_adapters(decoder: Decoder, spec: DecoderSpec) -> Decoder:
 
 def adapters_act(decoder: Decoder) -> bool:
     """Whether any adapter changes the model's output: `lora_b` not zero, or DoRA."""
-    for _, linear in _adapted_linears(decoder):
-        if linear.lora_magnitude is not None or linear.lora_b is None:
+    for linear in _linears(decoder):
+        is_dora = linear.lora_magnitude is not None
+        if is_dora or isinstance(linear.bias, nnx.Param):
             return True
-        if bool(jnp.any(linear.lora_b.get_value() != 0)):
+        if linear.lora_b is not None and bool(jnp.any(linear.lora_b.get_value() != 0)):
             return True
-    biases = (m.bias for _, m in decoder.iter_modules() if isinstance(m, Linear))
-    return any(isinstance(bias, nnx.Param) for bias in biases)
+    return False
 
 
 def adapter_weights(decoder: Decoder, spec: DecoderSpec) -> Weights:
@@ -132,13 +132,15 @@ def merged_weights(
       spec: Structure of the adapted decoder.
     """
     for name, value in base:
+        if _is_adapter(name):
+            continue
         weight = dequantize(value) if isinstance(value, NF4Array) else value
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in spec.adapters:
             yield name, _merged(weight, module, adapters, spec.adapters[module])
         elif name in adapters:
             yield name, adapters[name].astype(weight.dtype)
-        elif not _is_adapter(name):
+        else:
             yield name, weight
 
 
@@ -179,10 +181,11 @@ def _rehoused(decoder: Decoder, old: DecoderSpec, new: DecoderSpec) -> Decoder:
     return housed
 
 
-def _adapted_linears(decoder: Decoder) -> Iterator[tuple[tuple, Linear]]:
-    for path, module in decoder.iter_modules():
-        if isinstance(module, Linear) and module.has_adapter:
-            yield path, module
+def _linears(decoder: Decoder) -> Iterator[Linear]:
+    for segment in decoder.segments:
+        attention, mlp = segment.block.self_attn, segment.block.mlp
+        yield from (attention.q_proj, attention.k_proj, attention.v_proj)
+        yield from (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
 def _initialise(linear: Linear, key: PRNGKeyArray) -> None:

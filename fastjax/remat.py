@@ -9,7 +9,9 @@ and 8 key heads of 128):
 | attention | residual, gate, up | 73 K |
 | layer | nothing | 8 K |
 
-No policy ever saves a dequantised weight: the matmul's own VJP keeps the packed one.
+`x @ lora_a`, 2 R bytes a token and linear, is saved by the first two as well. No
+policy ever saves a dequantised weight: the matmul's own VJP keeps the
+packed one.
 """
 
 from collections.abc import Callable
@@ -27,9 +29,9 @@ QUERY_RAW, KEY_RAW = "query_raw", "key_raw"
 ATTENTION_RESIDUAL = "attention_residual"
 GATE, UP = "gate", "up"
 
-_MLP_NAMES = (ATTENTION_RESIDUAL, GATE, UP)
+_MLP_NAMES = (ATTENTION_RESIDUAL, GATE, UP, *LORA_RESIDUALS)
 _PROJECTION_NAMES = (QUERY, KEY, VALUE, QUERY_RAW, KEY_RAW)
-_ATTENTION_NAMES = (*_PROJECTION_NAMES, *ATTENTION_RESIDUALS, *LORA_RESIDUALS)
+_ATTENTION_NAMES = (*_PROJECTION_NAMES, *ATTENTION_RESIDUALS)
 
 
 def rematerialised(body: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:

@@ -23,6 +23,8 @@ def configure() -> None:
     """
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join([*_XLA_GPU_FLAGS, *flags])
+    # Transformers is used for tokenizers alone; it need not say that torch is missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
 
     folder = cache_folder() / "xla"

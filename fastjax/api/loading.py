@@ -51,7 +51,13 @@ def load_model(
     adapter = folder if (folder / _ADAPTER_CONFIG).is_file() else None
     if adapter is not None:
         recorded = read_adapter_config(adapter)
-        source_name = recorded.base_model_name_or_path
+        source_name = recorded.base_model_name_or_path or ""
+        if not source_name:
+            raise ModelError(
+                "the adapter does not say which base model it belongs to",
+                where=str(adapter / _ADAPTER_CONFIG),
+                fix="add base_model_name_or_path to that file",
+            )
         revision = recorded.revision or "main"
         folder, _ = _folder(source_name, revision)
     config = read_config(folder)
@@ -125,7 +131,6 @@ def _folder(name: str, revision: str) -> tuple[Path, str]:
 
 
 def _put_adapter(model: LanguageModel, folder: Path) -> None:
-    names = adapters.linear_names(model.config)
-    adapter = read_adapter(folder, names)
+    adapter = read_adapter(folder, model.config)
     add_adapter(model, adapter.lora, seed=0)
     adapters.set_adapter_weights(model.decoder, model.spec, adapter.weights)

@@ -201,7 +201,7 @@ def train_on_responses_only(
       DataError: No row holds the markers.
     """
     trainer.train_on_responses(
-        ResponseMarkers(instruction=instruction_part, response=response_part)
+        ResponseMarkers(instruction_part=instruction_part, response_part=response_part)
     )
     return trainer
 

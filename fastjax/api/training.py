@@ -169,7 +169,7 @@ def evaluate_model(
         output_dir=Path(),
     )
     step = make_eval_step(job.loss_function(loader, None))
-    return dict(evaluate(step, trainable, frozen, loader))
+    return evaluate(step, trainable, frozen, loader).metrics()
 
 
 def train_loader(config: TrainConfig, data: TrainingData) -> Loader:

@@ -31,8 +31,8 @@ class TokenContext:
     """
 
     positions: Int[Array, "B T"]
-    cos: Float[Array, "B T H/2"]
-    sin: Float[Array, "B T H/2"]
+    cos: Float[Array, "B T half_H"]
+    sin: Float[Array, "B T half_H"]
     segment_ids: Int[Array, "B T"] | None
     max_segments: int | None = dataclasses.field(metadata={"static": True})
 

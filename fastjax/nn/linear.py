@@ -95,28 +95,20 @@ class Linear(nnx.Module):
             if spec.packed is None
             else spec.packed.abstract(shape)
         )
+        trains_bias = spec.trains_weight or spec.trains_bias
+        bias_dtype = jnp.dtype(jnp.float32) if trains_bias else spec.dtype
+        bias = abstract((out_features,), bias_dtype)
         self.weight = variable(weight, is_trainable=spec.trains_weight)
-        self.bias = None
-        if has_bias:
-            trains = spec.trains_weight or spec.trains_bias
-            bias_dtype = jnp.dtype(jnp.float32) if trains else spec.dtype
-            self.bias = variable(
-                abstract((out_features,), bias_dtype), is_trainable=trains
-            )
-        self.lora_a = self.lora_b = self.lora_magnitude = self.lora_scaling = None
-        self.lora_dropout = 0.0
-        if spec.adapter is not None:
-            self._add_adapter(shape, spec.adapter)
+        self.bias = variable(bias, is_trainable=trains_bias) if has_bias else None
+        adapter, f32 = spec.adapter, jnp.dtype(jnp.float32)
+        rank = 0 if adapter is None else adapter.rank
+        is_dora = adapter is not None and adapter.is_dora
+        self.lora_a = _parameter((in_features, rank), f32) if adapter else None
+        self.lora_b = _parameter((rank, out_features), f32) if adapter else None
+        self.lora_magnitude = _parameter((out_features,), f32) if is_dora else None
+        self.lora_scaling = Frozen(jnp.float32(adapter.scaling)) if adapter else None
+        self.lora_dropout = adapter.dropout if adapter else 0.0
         self.implementation = implementation
-
-    def _add_adapter(self, shape: tuple[int, int], adapter: AdapterSpec) -> None:
-        f32 = jnp.dtype(jnp.float32)
-        self.lora_a = LoRAParam(abstract((shape[0], adapter.rank), f32))
-        self.lora_b = LoRAParam(abstract((adapter.rank, shape[1]), f32))
-        self.lora_scaling = Frozen(jnp.float32(adapter.scaling))
-        if adapter.is_dora:
-            self.lora_magnitude = LoRAParam(abstract((shape[1],), f32))
-        self.lora_dropout = adapter.dropout
 
     def __call__(
         self, x: Float[Array, "*B I"], *, dropout_key: PRNGKeyArray | None = None
@@ -178,6 +170,10 @@ def _dense(x: Float[Array, "*B I"], linear: Linear) -> Float[Array, "*B O"]:
     if linear.bias is None:
         return y
     return y + jnp.broadcast_to(linear.bias.get_value().astype(x.dtype), y.shape)
+
+
+def _parameter(shape: tuple[int, ...], dtype: jnp.dtype) -> LoRAParam:
+    return LoRAParam(abstract(shape, dtype))
 
 
 def _value(held: nnx.Variable | None) -> Array | None:

@@ -34,11 +34,11 @@ class RotaryEmbedding(nnx.Module):
 
     def __call__(
         self, positions: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
+    ) -> tuple[Float[Array, "B T half_H"], Float[Array, "B T half_H"]]:
         """Returns the float32 cosines and sines of `positions`."""
         return rotary_tables(positions, self.inverse_frequencies())
 
-    def inverse_frequencies(self) -> Float[np.ndarray, " H/2"]:
+    def inverse_frequencies(self) -> Float[np.ndarray, " half_H"]:
         """Returns radians per position of each pair of features."""
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / self.head_dim
         inv_freq = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)

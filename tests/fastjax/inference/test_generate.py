@@ -1,0 +1,127 @@
+"""Generation: batches equal single prompts, sampling obeys its limits."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastjax.api import FastLanguageModel, LanguageModel, load_model
+from fastjax.config import QuantConfig
+from fastjax.errors import ConfigError
+from fastjax.inference.generate import generate
+from fastjax.inference.sampling import Sampling, sample
+
+PROMPTS = ([7, 8, 9], list(range(20, 90)), [300], [44, 45, 46, 47, 48, 49, 50])
+
+
+@pytest.fixture(scope="module", params=("tiny_llama3", "tiny_mistral", "tiny_qwen3"))
+def model(request: pytest.FixtureRequest, fixtures: Path) -> LanguageModel:
+    """A tiny 4-bit model."""
+    folder = fixtures / request.param
+    return load_model(str(folder), dtype="float32", quant=QuantConfig())
+
+
+def test_a_batch_equals_one_by_one(model: LanguageModel) -> None:
+    together = generate(model.decoder, PROMPTS, max_new_tokens=12)
+    single = [generate(model.decoder, [p], max_new_tokens=12)[0] for p in PROMPTS]
+    assert together == single
+
+
+def test_the_cache_gives_the_tokens_of_the_whole_forward_pass(
+    model: LanguageModel,
+) -> None:
+    row = list(PROMPTS[3])
+    cached = generate(model.decoder, [row], max_new_tokens=6)[0]
+    for token in cached:
+        scores = model.logits(np.array([row], np.int32))[0, -1]
+        assert int(jnp.argmax(scores)) == token
+        row.append(token)
+
+
+def test_sampled_rows_depend_on_their_seed_alone(model: LanguageModel) -> None:
+    drawing = Sampling(temperature=1.0, top_k=50, top_p=0.9)
+    together = generate(
+        model.decoder, PROMPTS, max_new_tokens=8, sampling=drawing, seed=5
+    )
+    for row, prompt in enumerate(PROMPTS):
+        alone = generate(
+            model.decoder, [prompt], max_new_tokens=8, sampling=drawing, seed=5 + row
+        )
+        assert alone[0] == together[row]
+
+
+def test_stop_tokens_end_a_row_and_streams_bring_the_same(
+    model: LanguageModel,
+) -> None:
+    free = generate(model.decoder, [PROMPTS[0]], max_new_tokens=12)[0]
+    stop = free[4]
+    cut = free[: free.index(stop) + 1]
+    seen: list[int] = []
+    stopped = generate(
+        model.decoder,
+        [PROMPTS[0]],
+        max_new_tokens=12,
+        stop_ids=[stop],
+        on_tokens=lambda new: seen.extend(new[0]),
+    )
+    assert stopped == [cut]
+    assert seen == cut
+
+
+def test_generate_of_the_handle_takes_padded_batches(fixtures: Path) -> None:
+    model = load_model(str(fixtures / "tiny_llama3"), dtype="float32")
+    ids = np.zeros((2, 5), np.int32)
+    mask = np.zeros((2, 5), np.int32)
+    ids[0, 2:], mask[0, 2:] = [7, 8, 9], 1
+    ids[1], mask[1] = [5, 6, 7, 8, 9], 1
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4)
+    alone = model.generate(input_ids=[[7, 8, 9]], max_new_tokens=4)
+    assert out[0, :7].tolist() == alone[0].tolist()
+
+
+def test_a_fresh_adapter_costs_nothing_and_switching_off_gives_the_base(
+    fixtures: Path,
+) -> None:
+    base = load_model(str(fixtures / "tiny_llama3"), dtype="float32")
+    ids = np.arange(6, 20, dtype=np.int32)[None]
+    expected = np.asarray(base.logits(ids))
+    model = FastLanguageModel.get_peft_model(base, r=4)
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: model.for_inference()))
+    assert len(leaves) < len(jax.tree.leaves(model.decoder))
+    assert np.array_equal(np.asarray(model.logits(ids)), expected)
+    block = model.decoder.segments[0].block
+    block.self_attn.q_proj.lora_b.set_value(
+        jnp.ones_like(block.self_attn.q_proj.lora_b.get_value())
+    )
+    assert not np.allclose(np.asarray(model.logits(ids)), expected)
+    off = np.asarray(model.logits(ids, uses_adapter=False))
+    assert np.array_equal(off, expected)
+
+
+def test_top_k_and_top_p_keep_the_likeliest() -> None:
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 400, jnp.float32))
+    keys = jax.random.split(jax.random.key(0), 400)
+    for drawing, allowed in (
+        (Sampling(temperature=1.0), {0, 1, 2, 3}),
+        (Sampling(temperature=1.0, top_k=2), {0, 1}),
+        (Sampling(temperature=1.0, top_p=0.79), {0, 1}),
+        (Sampling(temperature=1.0, top_p=0.81), {0, 1, 2}),
+        (Sampling(temperature=0.0), {0}),
+    ):
+        assert set(np.asarray(sample(logits, keys, drawing)).tolist()) == allowed
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_impossible_sampling_is_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        Sampling(**fields)
+
+
+def test_empty_prompts_are_refused(fixtures: Path) -> None:
+    model = load_model(str(fixtures / "tiny_llama3"), dtype="float32")
+    with pytest.raises(ConfigError, match=r"\[1\] are empty"):
+        generate(model.decoder, [[5], []], max_new_tokens=2)
