@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from fastjax.config import LoRAConfig
 from fastjax.models.build import (
+    Adapters,
     DecoderSpec,
     Weights,
     abstract_decoder,
@@ -100,7 +101,7 @@ def adapters_act(decoder: Decoder) -> bool:
     return False
 
 
-def adapter_weights(decoder: Decoder, spec: DecoderSpec) -> Weights:
+def adapter_weights(decoder: Decoder, spec: DecoderSpec) -> dict[str, Array]:
     """Returns adapters and trained biases by canonical name."""
 
     def wanted(name: str) -> bool:
@@ -109,22 +110,24 @@ def adapter_weights(decoder: Decoder, spec: DecoderSpec) -> Weights:
     return dict(flat_weights(decoder, spec, wanted=wanted))
 
 
-def set_adapter_weights(decoder: Decoder, spec: DecoderSpec, weights: Weights) -> None:
+def set_adapter_weights(decoder: Decoder, spec: DecoderSpec, weights: Adapters) -> None:
     """Puts adapters and trained biases, by canonical name, into the decoder.
 
     Raises:
       ValueError: Some have no place.
     """
-    left = dict(weights)
+    left: Weights = dict(weights)
     place_weights(decoder, spec, left)
     if left:
         raise ValueError(f"adapter weights without a place: {sorted(left)[:10]}")
 
 
 def merged_weights(
-    base: Iterator[tuple[str, Array | NF4Array]], adapters: Weights, spec: DecoderSpec
+    base: Iterator[tuple[str, Array | NF4Array]], adapters: Adapters, spec: DecoderSpec
 ) -> Iterator[tuple[str, Array]]:
     """Yields (canonical name, array) of the model with its adapters merged.
+
+    What adapters change is float32, for the writer to round once.
 
     Args:
       base: Every weight of the base model; 4-bit ones are dequantised.
@@ -134,12 +137,12 @@ def merged_weights(
     for name, value in base:
         if _is_adapter(name):
             continue
-        weight = dequantize(value) if isinstance(value, NF4Array) else value
+        weight: Array = dequantize(value) if isinstance(value, NF4Array) else value
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in spec.adapters:
             yield name, _merged(weight, module, adapters, spec.adapters[module])
         elif name in adapters:
-            yield name, adapters[name].astype(weight.dtype)
+            yield name, adapters[name]
         else:
             yield name, weight
 
@@ -150,15 +153,16 @@ def column_norm(weight: Float[Array, "I O"]) -> Float[Array, " O"]:
 
 
 def _merged(
-    weight: Float[Array, "I O"], module: str, adapters: Weights, adapter: AdapterSpec
+    weight: Float[Array, "I O"], module: str, adapters: Adapters, adapter: AdapterSpec
 ) -> Float[Array, "I O"]:
+    """Returns the float32 weight that does what the base and its adapter do."""
     a, b = adapters[f"{module}.lora_a"], adapters[f"{module}.lora_b"]
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     merged = weight.astype(jnp.float32) + adapter.scaling * product
     if adapter.is_dora:
         factor = adapters[f"{module}.lora_magnitude"] / column_norm(merged)
         merged = merged * factor[None, :]
-    return merged.astype(weight.dtype)
+    return merged
 
 
 def _rehoused(decoder: Decoder, old: DecoderSpec, new: DecoderSpec) -> Decoder:

@@ -1,6 +1,7 @@
 """Speed and memory of the training step on random weights of a preset's shapes."""
 
 import dataclasses
+import functools
 import json
 import platform
 import statistics
@@ -133,8 +134,10 @@ def random_decoder(args: BenchmarkArgs) -> Decoder:
     for index, (path, variable) in enumerate(nnx.to_flat_state(nnx.state(decoder))):
         key = jax.random.key(index)
         is_norm = "norm" in str(path[-2])
-        value = _random_value(variable.get_value(), key, is_norm=is_norm)
-        variable.set_value(value)
+        like = variable.get_value()
+        # Compiled, so that no wider copy of a stack of weights ever exists.
+        make = jax.jit(functools.partial(_random_value, like, is_norm=is_norm))
+        variable.set_value(make(key))
     return adapters.with_adapters(decoder, plain, adapted, jax.random.key(0))
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Int, Key
 
 from fastjax.errors import ConfigError
 from fastjax.inference.sampling import Sampling, sample
@@ -73,7 +73,7 @@ def _start(
     state: nnx.State,
     ids: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " B"],
     slots: int,
 ) -> tuple[Int[Array, " B"], KVCache]:
     """Reads the prompts and returns the first new tokens and the cache."""
@@ -95,10 +95,10 @@ def _continue(
     token: Int[Array, " B"],
     position: Int[Array, " B"],
     cache: KVCache,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " B"],
     count: int,
 ) -> tuple[Int[Array, "B C"], KVCache]:
-    """Returns the next `count` tokens of each row, and the cache with all but the last."""
+    """Returns the next `count` tokens of each row, and the cache without the last."""
     decoder = nnx.merge(graphdef, state)
 
     def step(carry: tuple, _: None) -> tuple[tuple, Int[Array, " B"]]:
@@ -118,7 +118,7 @@ def _draw(
     decoder: Decoder,
     hidden: Array,
     position: Int[Array, " B"],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " B"],
     sampling: Sampling,
 ) -> Int[Array, " B"]:
     now = jax.vmap(jax.random.fold_in)(keys, position)

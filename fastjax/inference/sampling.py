@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from fastjax.errors import ConfigError
 
@@ -34,7 +34,7 @@ class Sampling:
 
 
 def sample(
-    logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
 ) -> Int[Array, " B"]:
     """Returns one token a row.
 

@@ -43,7 +43,9 @@ def cross_entropy(
     hidden_btd = decoder(
         batch["input_ids"],
         positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
+        # One document a row needs no segments: padding at its end reaches no token of
+        # it and carries no loss.
+        segment_ids=None if max_segments == 1 else batch["segment_ids"],
         max_segments=max_segments,
         dropout_key=dropout_key,
         remat=remat,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from fastjax.config import Implementations
+from fastjax.config import DType, Implementations
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.attention import Attention
 from fastjax.nn.block import Block
@@ -23,6 +23,7 @@ from fastjax.nn.rope import RotaryEmbedding
 from kernels.nf4 import NF4Array
 
 type Weights = dict[str, Array | NF4Array]
+type Adapters = Mapping[str, Array]
 
 ATTENTION_LINEARS = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 MLP_LINEARS = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -46,8 +47,8 @@ class DecoderSpec:
     """
 
     config: TransformerConfig
-    param_dtype: str = "bfloat16"
-    compute_dtype: str = "bfloat16"
+    param_dtype: DType = "bfloat16"
+    compute_dtype: DType = "bfloat16"
     trains_weights: bool = False
     packed: Mapping[str, PackedFormat] = dataclasses.field(default_factory=dict)
     adapters: Mapping[str, AdapterSpec] = dataclasses.field(default_factory=dict)
@@ -164,7 +165,7 @@ def weight_places(
             continue  # numbers of the specification, in no checkpoint
         if path[0] == "segments":
             module = ".".join(map(str, path[3:]))
-            layers = segments[path[1]]
+            layers = segments[int(str(path[1]))]
             yield [f"layers.{layer}.{module}" for layer in layers], variable
         else:
             yield [".".join(map(str, path))], variable

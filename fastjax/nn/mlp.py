@@ -27,10 +27,10 @@ class GatedMLP(nnx.Module):
         activation: Literal["silu", "gelu_pytorch_tanh"],
         implementations: Implementations,
     ) -> None:
-        sizes = (hidden_size, intermediate_size)
-        self.gate_proj = make_linear("mlp.gate_proj", *sizes, has_bias)
-        self.up_proj = make_linear("mlp.up_proj", *sizes, has_bias)
-        self.down_proj = make_linear("mlp.down_proj", *sizes[::-1], has_bias)
+        inner = intermediate_size
+        self.gate_proj = make_linear("mlp.gate_proj", hidden_size, inner, has_bias)
+        self.up_proj = make_linear("mlp.up_proj", hidden_size, inner, has_bias)
+        self.down_proj = make_linear("mlp.down_proj", inner, hidden_size, has_bias)
         self.activation = activation
         self.implementations = implementations
 

@@ -1,0 +1,113 @@
+"""What a layer scan keeps for its backward pass, policy by policy."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from fastjax import lora as adapters
+from fastjax.config import LoRAConfig
+from fastjax.losses import cross_entropy
+from fastjax.models.build import DecoderSpec, abstract_decoder, linear_names
+from fastjax.models.registry import preset
+from fastjax.nn.linear import PackedFormat
+from kernels.nf4 import NF4Array
+
+ROWS, LENGTH, RANK = 2, 96, 8
+
+
+def _abstract_parts() -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    config = preset("tiny").config
+    plain = DecoderSpec(
+        config=config, packed=dict.fromkeys(linear_names(config), PackedFormat())
+    )
+    spec = adapters.adapted_spec(plain, LoRAConfig(lora_r=RANK))
+    return nnx.split(abstract_decoder(spec), nnx.Param, ...)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for item in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(item, "jaxpr", item)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+@functools.cache
+def _layer_scans(remat: str) -> tuple[Any, Any]:
+    """Returns the forward and the backward scan over layers of the training loss."""
+    graphdef, trainable, frozen = _abstract_parts()
+    ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+    batch = dict.fromkeys(("input_ids", "targets", "positions", "segment_ids"), ids)
+
+    def loss(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
+        return cross_entropy(graphdef, trainable, frozen, batch, remat=remat)[0]
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable, frozen, batch)
+    layers = preset("tiny").config.num_hidden_layers
+    scans = [
+        equation
+        for equation in _equations(jaxpr.jaxpr)
+        if equation.primitive.name == "scan" and equation.params["length"] == layers
+    ]
+    assert [scan.params["reverse"] for scan in scans] == [False, True]
+    return scans[0], scans[1]
+
+
+def _saved(remat: str) -> list[Any]:
+    """Returns the stacked residuals; the first output is the hidden state itself."""
+    return [variable.aval for variable in _layer_scans(remat)[0].outvars[1:]]
+
+
+def _products(scan: Any) -> int:
+    body = scan.params["jaxpr"].jaxpr
+    return sum(e.primitive.name == "dot_general" for e in _equations(body))
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "layer"])
+def test_no_dequantised_weight_is_saved(remat: str) -> None:
+    _, _, frozen = _abstract_parts()
+    packed = [
+        v.get_value()
+        for _, v in nnx.to_flat_state(frozen)
+        if isinstance(v.get_value(), NF4Array)
+    ]
+    sizes = {weight.codes.shape[0] * weight.size for weight in packed}
+    assert len(packed) == 7
+    saved = _saved(remat)
+    assert not [aval for aval in saved if aval.size in sizes]
+    shapes = {weight.shape for weight in packed} | {w.shape[::-1] for w in packed}
+    assert not [aval for aval in saved if aval.shape[-2:] in shapes]
+
+
+def test_policies_save_the_bytes_that_they_state() -> None:
+    config = preset("tiny").config
+    layers, tokens = config.num_hidden_layers, ROWS * LENGTH
+    wide, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    attention = 2 * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
+    mlp = 2 * (wide + 2 * inner) + 7 * 2 * RANK
+    stated = {"layer": 0, "attention": mlp, "none": mlp + attention}
+    for remat, beside_input in stated.items():
+        saved = sum(aval.size * aval.dtype.itemsize for aval in _saved(remat))
+        expected = 2 * wide + beside_input
+        # Under "attention" the skinny products of q, k, v and o are saved as well.
+        assert saved / layers / tokens == expected, remat
+
+
+def test_each_policy_recomputes_only_what_it_must() -> None:
+    forward = _products(_layer_scans("none")[0])
+    backward = {
+        r: _products(_layer_scans(r)[1]) for r in ("none", "attention", "layer")
+    }
+    assert all(_products(_layer_scans(r)[0]) == forward for r in backward)
+    assert backward["none"] < backward["attention"] < backward["layer"]
+    # Recomputing a whole layer repeats its products once, save the last one's result.
+    assert backward["layer"] - backward["none"] <= forward
