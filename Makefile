@@ -37,6 +37,7 @@ $(ORACLE)/.ready: tests/oracle/requirements.txt
 	@touch $@
 
 test-oracle: setup $(ORACLE)/.ready
+	rm -rf build/oracle
 	JAX_PLATFORMS=cpu $(RUN) tests/oracle/export.py build/oracle
 	$(ORACLE)/bin/python tests/oracle/verify.py build/oracle
 
