@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
+import fastjax
 from fastjax.config import Implementations, TrainConfig
 
-_PACKAGES = ("fastjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 # Settings that leave the mathematics alone, or that another entry decides: the length
 # of the run by total_steps, the rows by the fingerprint of the data.
@@ -64,6 +65,7 @@ def environment(config: TrainConfig) -> dict[str, Any]:
     """Returns what the last bits of a result may depend on."""
     devices = jax.devices()
     return {
+        "fastjax": fastjax.__version__,
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "device": devices[0].device_kind,
