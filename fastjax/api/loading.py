@@ -18,6 +18,8 @@ from fastjax.models.registry import PRESETS
 from fastjax.quantize import packed_formats
 
 _ADAPTER_CONFIG = "adapter_config.json"
+# What transformers raises for files that are not what they should be.
+_BROKEN_FILES = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def load_model(
@@ -102,14 +104,11 @@ def load_tokenizer(*folders: Path) -> transformers.PreTrainedTokenizerBase | Non
         if not (folder / "tokenizer_config.json").is_file():
             continue
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            ImportError,
-            json.JSONDecodeError,
-        ) as error:
+            # Said aloud: without it transformers asks whether to run the folder's code.
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False
+            )
+        except (*_BROKEN_FILES, ImportError) as error:
             raise ModelError(
                 f"the tokenizer cannot be read: {printable(error)}",
                 where=str(folder),

@@ -2,9 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import transformers
 
 _TENSORS = ("pt", "tf", "jax", "np")
+
+
+class HostArray(np.ndarray):
+    """A NumPy array that scripts may send to a device, where the model sends it."""
+
+    def to(self, device: Any = None, **options: Any) -> "HostArray":
+        """Returns itself: the model moves arrays to its device."""
+        return self
 
 
 class ArrayEncoding(transformers.BatchEncoding):
@@ -36,14 +45,16 @@ class Tokenizer:
     def apply_chat_template(
         self, conversation: Any, *, return_tensors: str | None = None, **options: Any
     ) -> Any:
-        """Returns the rendered conversation; as NumPy ids where tensors are asked."""
+        """Returns the rendered conversation; as (B, T) ids where tensors are asked."""
         if return_tensors not in _TENSORS:
             return self.wrapped.apply_chat_template(conversation, **options)
         wants_dict = options.pop("return_dict", False)
         encoded = self.wrapped.apply_chat_template(
             conversation, return_tensors="np", return_dict=True, **options
         )
-        return ArrayEncoding(dict(encoded)) if wants_dict else encoded["input_ids"]
+        if wants_dict:
+            return ArrayEncoding(dict(encoded))
+        return np.asarray(encoded["input_ids"]).view(HostArray)
 
     def __getattr__(self, name: str) -> Any:
         """Returns the tokenizer's own attribute."""

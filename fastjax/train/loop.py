@@ -123,7 +123,10 @@ class _Loop:
         if job.eval_loader is not None:
             self.eval_step = make_eval_step(job.loss_function(job.eval_loader, None))
         self.log = MetricsLog(
-            job.output_dir, logging_steps=config.logging_steps, total_steps=total
+            job.output_dir,
+            logging_steps=config.logging_steps,
+            total_steps=total,
+            logging_first_step=config.logging_first_step,
         )
         self.step_seconds: list[float] = []
         self._in_flight: deque[tuple[int, Metrics, DeviceBatch]] = deque()

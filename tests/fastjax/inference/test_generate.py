@@ -79,7 +79,9 @@ def test_generate_of_the_handle_takes_padded_batches(fixtures: Path) -> None:
     ids[1], mask[1] = [5, 6, 7, 8, 9], 1
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4)
     alone = model.generate(input_ids=[[7, 8, 9]], max_new_tokens=4)
-    assert out[0, :7].tolist() == alone[0].tolist()
+    assert out.shape == (2, 9)
+    assert out[:, :5].tolist() == ids.tolist()
+    assert out[0, 5:].tolist() == alone[0, 3:].tolist()
 
 
 def test_a_fresh_adapter_costs_nothing_and_switching_off_gives_the_base(
