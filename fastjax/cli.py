@@ -5,13 +5,13 @@ Nothing heavy is imported before a command needs it, so that `--help` is quick.
 
 import dataclasses
 import difflib
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from fastjax.cli_flags import Call, parsed, read_settings
 from fastjax.config import DType
 from fastjax.errors import ConfigError, FastJaxError, Interrupted, printable
 
@@ -124,9 +124,7 @@ def run(command: str, words: Sequence[str] | None = None) -> int:
     try:
         _command(command)(call)
     except FastJaxError as error:
-        if shows_traceback:
-            traceback.print_exc()
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(traceback.format_exc() if shows_traceback else f"{error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before anything was done\n")
@@ -134,80 +132,6 @@ def run(command: str, words: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # from tyro: help was shown, or a flag is wrong
         return stop.code if isinstance(stop.code, int) else 2
     return 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """How a command was called.
-
-    Attributes:
-      program: Words that start it, such as `fastjax train`.
-      words: Its flags.
-    """
-
-    program: tuple[str, ...]
-    words: tuple[str, ...]
-
-    @property
-    def resume_command(self) -> str:
-        """The command that goes on where this one stops."""
-        kept, skips = [], False
-        for word in self.words:
-            name = word.removeprefix("--").replace("-", "_").partition("=")[0]
-            if word.startswith("--"):
-                skips = name in ("resume", "resume_from_checkpoint", "no_resume")
-            if not skips:
-                kept.append(word)
-        more = [] if len(kept) == len(self.words) else ["--resume_from_checkpoint=auto"]
-        return shlex.join([*self.program, *kept, *more])
-
-
-def read_settings(words: Sequence[str]) -> Any:
-    """Returns the `FlatConfig` of flags and of the YAML file that they may name.
-
-    A flag wins over the file.
-
-    Raises:
-      ConfigError: Flags, keys or values are wrong; it names all of them.
-    """
-    from fastjax.config_file import read_config_file
-    from fastjax.flat_config import train_config
-
-    flags = flag_values(words)
-    path = flags.pop("config", None)
-    if path is True:
-        raise ConfigError("--config needs the name of a YAML file")
-    base = None if path is None else read_config_file(Path(str(path)))
-    return train_config(flags, base=base)
-
-
-def flag_values(words: Sequence[str]) -> dict[str, str | bool]:
-    """Returns flag names and their text values; a flag without a value is true.
-
-    `--flag value`, `--flag=value`, `--flag a b` (a list), `--flag`, `--no-flag`.
-
-    Raises:
-      ConfigError: A value stands alone, or a flag comes twice.
-    """
-    flags: dict[str, str | bool] = {}
-    name = ""
-    for word in words:
-        if word.startswith("--"):
-            name, has_value, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            if not has_value and name.startswith("no_") and name != "no_cuda":
-                name, value, has_value = name.removeprefix("no_"), "False", "="
-            if name in flags:
-                raise ConfigError(f"--{printable(name)} is given twice")
-            flags[name] = value if has_value else True
-        elif not name:
-            raise ConfigError(
-                f"{printable(word)!r} is no flag", fix="flags begin with --"
-            )
-        else:
-            given = flags[name]
-            flags[name] = word if given is True else f"{given},{word}"
-    return flags
 
 
 def _command(name: str) -> "Callable[[Call], None]":
@@ -261,7 +185,7 @@ def _evaluate(call: Call) -> None:
 
 
 def _generate(call: Call) -> None:
-    args = _parsed(GenerateArgs, call)
+    args = parsed(GenerateArgs, call)
     api = _api()
     from fastjax.inference.sampling import Sampling
 
@@ -285,7 +209,7 @@ def _generate(call: Call) -> None:
 
 
 def _export(call: Call) -> None:
-    args = _parsed(ExportArgs, call)
+    args = parsed(ExportArgs, call)
     for line in _api().run_export(
         args.model,
         Path(args.output_dir),
@@ -299,14 +223,14 @@ def _export(call: Call) -> None:
 def _models(call: Call) -> None:
     from fastjax.models.registry import PRESETS
 
-    _parsed(ModelsArgs, call)
+    parsed(ModelsArgs, call)
     for name, preset in sorted(PRESETS.items()):
         source = preset.hub_id or "random weights (no download)"
         sys.stdout.write(f"{name:28} {preset.config.family:8} {source}\n")
 
 
 def _make_random_checkpoint(call: Call) -> None:
-    args = _parsed(RandomCheckpointArgs, call)
+    args = parsed(RandomCheckpointArgs, call)
     folder = _api().make_random_checkpoint(
         args.model, Path(args.out), dtype=args.dtype, seed=args.seed
     )
@@ -316,20 +240,14 @@ def _make_random_checkpoint(call: Call) -> None:
 def _bench_train(call: Call) -> None:
     from fastjax.api.benchmark import BenchmarkArgs, run_benchmark
 
-    _write_yaml(run_benchmark(_parsed(BenchmarkArgs, call)))
+    _write_yaml(run_benchmark(parsed(BenchmarkArgs, call)))
 
 
 def _demo(call: Call) -> None:
     _api()
     from fastjax.demo import DemoArgs, run_demo
 
-    run_demo(_parsed(DemoArgs, call))
-
-
-def _parsed[T](kind: type[T], call: Call) -> T:
-    import tyro
-
-    return tyro.cli(kind, args=call.words, prog=shlex.join(call.program))
+    run_demo(parsed(DemoArgs, call))
 
 
 def _is_help(call: Call, command: str) -> bool:

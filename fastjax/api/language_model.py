@@ -19,7 +19,7 @@ from fastjax import lora as adapters
 from fastjax.api.device_faults import device_faults
 from fastjax.config import DType, LoRAConfig
 from fastjax.errors import ConfigError, ModelError
-from fastjax.inference.generate import generate
+from fastjax.inference.generate import generate, require_known_tokens
 from fastjax.inference.sampling import Sampling
 from fastjax.models.build import DecoderSpec, flat_weights
 from fastjax.nn.decoder import Decoder
@@ -135,6 +135,7 @@ class LanguageModel:
           uses_adapter: False runs the base model alone.
         """
         decoder = self.for_inference() if uses_adapter else self.base_decoder()
+        require_known_tokens(np.asarray(input_ids).tolist(), decoder)
         ids = jnp.asarray(input_ids, jnp.int32)
         return _logits(*nnx.split(decoder), ids)
 

@@ -1,5 +1,6 @@
 """From a name to a `LanguageModel`: presets, folders, hub names and adapter folders."""
 
+import difflib
 from pathlib import Path
 
 import jax
@@ -120,6 +121,14 @@ def load_tokenizer(*folders: Path) -> transformers.PreTrainedTokenizerBase | Non
 def _folder(name: str, revision: str) -> tuple[Path, str]:
     """Returns the local folder of a name, and the name that adapters record."""
     found = PRESETS.get(name.lower())
+    if found is None and "/" not in name and not Path(name).exists():
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=3)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise ModelError(
+            f"{printable(name)} is neither a preset nor a folder",
+            fix=f"{hint}`fastjax models` lists the presets; a name of the hub has an "
+            "owner, as in Qwen/Qwen2.5-0.5B",
+        )
     if found is None or Path(name).is_dir():
         folder = resolve(name, revision=revision, known_names=PRESETS)
         return folder, str(folder.resolve()) if Path(name).is_dir() else name

@@ -1,7 +1,7 @@
 """Text generation: prompts of different lengths in one batch, with a KV cache."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
-from fastjax.errors import ConfigError
+from fastjax.errors import ConfigError, DataError
 from fastjax.inference.sampling import Sampling, sample
 from fastjax.nn.decoder import Decoder
 from fastjax.nn.kv_cache import KVCache
@@ -45,8 +45,10 @@ def generate(
 
     Raises:
       ConfigError: A prompt is empty, or `max_new_tokens` is not positive.
+      DataError: A token is outside the embedding.
     """
     _check(prompts, max_new_tokens)
+    require_known_tokens(prompts, decoder)
     graphdef, state = nnx.split(decoder)
     ids, lengths = _padded(prompts)
     slots = _rounded(int(lengths.max()) + max_new_tokens)
@@ -170,6 +172,22 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         raise ConfigError(
             f"prompts {empty} are empty" if prompts else "there are no prompts",
             fix="give each prompt at least one token, such as the beginning of text",
+        )
+
+
+def require_known_tokens(rows: Iterable[Sequence[int]], decoder: Decoder) -> None:
+    """Returns when the embedding has a row for each token; indexing would not tell.
+
+    Raises:
+      DataError: It has not.
+    """
+    size = decoder.embed_tokens.weight.get_value().shape[0]
+    wrong = [token for row in rows for token in row if not 0 <= token < size]
+    if wrong:
+        raise DataError(
+            f"token {wrong[0]} is outside the embedding, which has {size} rows",
+            fix="use the tokenizer of this model",
+            code="FJ-DATA-VOCABULARY",
         )
 
 
