@@ -36,12 +36,12 @@ class ModelSource:
     Attributes:
       name: Hub name or folder, as adapters record it.
       folder: Local folder of config, weights and tokenizer.
-      revision: Branch, tag or commit on the hub.
+      revision: Commit on the hub; None for a folder that is not of its cache.
     """
 
     name: str
     folder: Path
-    revision: str = "main"
+    revision: str | None = None
 
 
 class LanguageModel:
@@ -284,7 +284,7 @@ class LanguageModel:
         base = flat_weights(self.decoder, self.spec)
         if base_precision == "original" and not self.spec.trains_weights:
             checkpoint = Checkpoint(self.source.folder)
-            base = stream_weights(checkpoint, self.config, dtype=self.spec.param_dtype)
+            base = stream_weights(checkpoint, self.config, dtype="float32")
         return adapters.merged_weights(base, held, self.spec)
 
     def stop_ids(

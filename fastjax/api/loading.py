@@ -2,9 +2,9 @@
 
 import difflib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
-import transformers
 
 from conversions.hf import Checkpoint, load_weights, read_config, resolve
 from conversions.peft import read_adapter, read_adapter_config
@@ -17,6 +17,9 @@ from fastjax.errors import ModelError, printable
 from fastjax.models.build import DecoderSpec, build_decoder
 from fastjax.models.registry import PRESETS
 from fastjax.quantize import packed_formats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ADAPTER_CONFIG = "adapter_config.json"
 # What transformers raises for files that are not what they should be.
@@ -77,7 +80,7 @@ def load_model(
     model = LanguageModel(
         build_decoder(spec, weights),
         spec,
-        source=ModelSource(name=source_name, folder=folder, revision=revision),
+        source=ModelSource(name=source_name, folder=folder, revision=_commit(folder)),
         tokenizer=load_tokenizer(adapter or folder, folder),
         max_seq_length=max_seq_length,
     )
@@ -95,20 +98,21 @@ def add_adapter(model: LanguageModel, lora: LoRAConfig, *, seed: int) -> None:
     model.spec, model.lora = adapted, lora
 
 
-def load_tokenizer(*folders: Path) -> transformers.PreTrainedTokenizerBase | None:
+def load_tokenizer(*folders: Path) -> "PreTrainedTokenizerBase | None":
     """Returns the tokenizer of the first folder that has one.
 
     Raises:
       ModelError: Its files cannot be read.
     """
+    # Late, so that `runtime.configure` comes first: transformers reads its settings.
+    from transformers import AutoTokenizer
+
     for folder in folders:
         if not (folder / "tokenizer_config.json").is_file():
             continue
         try:
             # Said aloud: without it transformers asks whether to run the folder's code.
-            return transformers.AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False
-            )
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (*_BROKEN_FILES, ImportError) as error:
             raise ModelError(
                 f"the tokenizer cannot be read: {printable(error)}",
@@ -136,6 +140,11 @@ def _folder(name: str, revision: str) -> tuple[Path, str]:
         folder = random_checkpoint_of(name.lower())
         return folder, str(folder)
     return resolve(found.hub_id, revision=revision), found.hub_id
+
+
+def _commit(folder: Path) -> str | None:
+    """Returns the commit that a folder of the hub's cache holds."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def _put_adapter(model: LanguageModel, folder: Path) -> None:

@@ -1,9 +1,12 @@
 """The model's tokenizer, whose tensors are NumPy arrays."""
 
-from typing import Any
+from collections import UserDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TENSORS = ("pt", "tf", "jax", "np")
 
@@ -16,8 +19,14 @@ class HostArray(np.ndarray):
         return self
 
 
-class ArrayEncoding(transformers.BatchEncoding):
+class ArrayEncoding(UserDict):
     """What a tokenizer returns, in NumPy arrays, which need no device."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns the array of that name, such as `input_ids`."""
+        if name == "data" or name not in self.data:
+            raise AttributeError(name)
+        return self.data[name]
 
     def to(self, device: Any = None, **options: Any) -> "ArrayEncoding":
         """Returns itself: the model moves arrays to its device."""
@@ -31,12 +40,12 @@ class Tokenizer:
     without it: `tokenizer(texts, return_tensors="pt").to("cuda")`.
     """
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         object.__setattr__(self, "wrapped", tokenizer)
 
     def __call__(
         self, *texts: Any, return_tensors: str | None = None, **options: Any
-    ) -> transformers.BatchEncoding:
+    ) -> Any:
         """Returns the token ids of texts, as NumPy arrays for any kind of tensor."""
         kind = "np" if return_tensors in _TENSORS else return_tensors
         encoded = self.wrapped(*texts, return_tensors=kind, **options)

@@ -293,7 +293,7 @@ def _resolved(
     return dataclasses.replace(
         config,
         model=model.source.name,
-        model_revision=model.source.revision,
+        model_revision=model.source.revision or config.model_revision,
         dtype=model.spec.compute_dtype,
         full_finetuning=model.spec.trains_weights,
         quant=dataclasses.replace(config.quant, load_in_4bit=bool(model.spec.packed)),

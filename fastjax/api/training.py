@@ -17,7 +17,7 @@ from fastjax import runtime
 from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter, load_model
-from fastjax.config import TrainConfig
+from fastjax.config import LoRAConfig, TrainConfig
 from fastjax.config_file import config_yaml
 from fastjax.data import Loader, ResponseMarkers, Source, TrainingData, load_data
 from fastjax.errors import ConfigError, ModelError
@@ -60,6 +60,7 @@ def run_training(
     _require_writable(folder, console)
     _say(console, f"loading {config.model}")
     model = load_for_training(config)
+    config = _with_adapter_of(model, config, console)
     data = prepare_data(config, model)
     result = train(model, config, data, console=console, resume_command=resume_command)
     if not (result.was_finished and (folder / "config.yaml").exists()):
@@ -146,6 +147,9 @@ def train(
     if data.eval_report is not None:
         _say(console, f"evaluation data: {data.eval_report}")
     _say(console, model.trainable_summary)
+    context = model.config.max_position_embeddings
+    if config.data.max_length > context:
+        _say(console, f"rows may be longer than the model's context of {context:,}")
     graphdef, trainable, frozen = model.split()
     folder = Path(config.output_dir or default_output_dir(config))
     loader = train_loader(config, data)
@@ -228,6 +232,17 @@ def default_output_dir(config: TrainConfig) -> str:
     text = json.dumps(values, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:_HASH_DIGITS]
     return f"outputs/{Path(config.model).name}-{digest}"
+
+
+def _with_adapter_of(
+    model: LanguageModel, config: TrainConfig, console: Console
+) -> TrainConfig:
+    """Returns the settings with the kind of adapter that the model really has."""
+    if model.lora is None or model.lora == config.lora:
+        return config
+    if config.lora != LoRAConfig():
+        _say(console, "the adapter keeps its own rank, targets and dropout")
+    return dataclasses.replace(config, lora=model.lora)
 
 
 def _require_writable(folder: Path, console: Console) -> None:
