@@ -264,6 +264,11 @@ class TrainConfig:
                 "full_finetuning trains every weight, load_in_4bit freezes them; "
                 "add --no-load_in_4bit or drop --full_finetuning",
             ),
+            (
+                self.full_finetuning and self.implementations.lora_matmul is not None,
+                "full_finetuning has no adapters, so --implementation lora_matmul=... "
+                "has nothing to choose",
+            ),
         ]
 
     def _out_of_range(self) -> list[tuple[bool, str]]:
