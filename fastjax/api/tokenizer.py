@@ -49,7 +49,7 @@ class Tokenizer:
         """Returns the token ids of texts, as NumPy arrays for any kind of tensor."""
         kind = "np" if return_tensors in _TENSORS else return_tensors
         encoded = self.wrapped(*texts, return_tensors=kind, **options)
-        return ArrayEncoding(dict(encoded)) if kind == "np" else encoded
+        return _arrays(encoded) if kind == "np" else encoded
 
     def apply_chat_template(
         self, conversation: Any, *, return_tensors: str | None = None, **options: Any
@@ -61,9 +61,8 @@ class Tokenizer:
         encoded = self.wrapped.apply_chat_template(
             conversation, return_tensors="np", return_dict=True, **options
         )
-        if wants_dict:
-            return ArrayEncoding(dict(encoded))
-        return np.asarray(encoded["input_ids"]).view(HostArray)
+        arrays = _arrays(encoded)
+        return arrays if wants_dict else arrays["input_ids"]
 
     def __getattr__(self, name: str) -> Any:
         """Returns the tokenizer's own attribute."""
@@ -76,3 +75,8 @@ class Tokenizer:
     def __len__(self) -> int:
         """Returns the number of tokens, added ones included."""
         return len(self.wrapped)
+
+
+def _arrays(encoded: Any) -> ArrayEncoding:
+    named = {name: np.asarray(array) for name, array in encoded.items()}
+    return ArrayEncoding({name: a.view(HostArray) for name, a in named.items()})

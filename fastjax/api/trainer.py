@@ -33,6 +33,14 @@ _PADDING_COLLATORS = (
 )
 
 
+_TEMPLATE_NAMES = {
+    "llama3": "llama-3",
+    **dict.fromkeys(("llama-31", "llama31", "llama3.1"), "llama-3.1"),
+    **dict.fromkeys(("llama-3.2", "llama-3.3"), "llama-3.1"),
+    **dict.fromkeys(("qwen-25", "qwen25", "qwen2.5"), "qwen-2.5"),
+}
+
+
 class TrainOutput(NamedTuple):
     """What `train` returns, as transformers' class of this name."""
 
@@ -178,15 +186,17 @@ class SFTTrainer:
         loader = evaluation_loader(self.config, data)
         graphdef, state = nnx.split(self.model.for_inference())
         started = time.perf_counter()
-        scores, labels = [], []
+        shape = (loader.rows, loader.row_length)
+        predictions = np.zeros(shape, np.float32)
+        label_ids = np.full(shape, -100, np.int32)
         fix = "lower per_device_eval_batch_size"
         with device_faults("predict", memory_fix=fix):
             for step in range(loader.steps_per_epoch):
                 batch = {name: array[0] for name, array in loader.batch(step).items()}
-                scores.append(np.asarray(_label_scores(graphdef, state, batch)))
-                labels.append(batch["targets"])
-        predictions = np.concatenate(scores)[: loader.rows]
-        label_ids = np.concatenate(labels)[: loader.rows]
+                scores = np.asarray(_label_scores(graphdef, state, batch))
+                rows, length = loader.rows_of(step), scores.shape[1]
+                predictions[rows, :length] = scores[: len(rows)]
+                label_ids[rows, :length] = batch["targets"][: len(rows)]
         loss = -float(predictions.sum() / max((label_ids >= 0).sum(), 1))
         metrics = {
             "test_loss": loss,
@@ -244,14 +254,34 @@ def train_on_responses_only(
     return trainer
 
 
-def get_chat_template(tokenizer: Any, chat_template: str = "chatml") -> Any:
+def get_chat_template(
+    tokenizer: Any,
+    chat_template: str = "chatml",
+    mapping: Mapping[str, str] | None = None,
+    map_eos_token: bool = True,
+) -> Any:
     """Returns the tokenizer with a built-in chat template.
+
+    Args:
+      tokenizer: Changed in place.
+      chat_template: "llama-3.1", "chatml" and so on, also as "llama31" or "llama-3.2".
+      mapping: Must map names to themselves: rows have the columns role and content.
+      map_eos_token: Make the template's end of a turn the EOS token.
 
     Raises:
       ConfigError: There is no such template; lists those there are.
     """
+    renamed = [old for old, new in (mapping or {}).items() if old != new]
+    if renamed:
+        raise ConfigError(
+            f"mapping of {', '.join(renamed)} is not supported",
+            fix="rename the keys in dataset.map: role and content, user and assistant",
+        )
     plain = tokenizer.wrapped if isinstance(tokenizer, Tokenizer) else tokenizer
-    set_chat_template(plain, chat_template)
+    eos_token = plain.eos_token
+    set_chat_template(plain, _TEMPLATE_NAMES.get(chat_template, chat_template))
+    if not map_eos_token:
+        plain.eos_token = eos_token
     return tokenizer
 
 

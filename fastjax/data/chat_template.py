@@ -196,7 +196,7 @@ def get_chat_template(
 
     Args:
       tokenizer: Changed and returned.
-      chat_template: One of "llama-3", "chatml", "mistral", "alpaca".
+      chat_template: A name of `BUILTIN_TEMPLATES`.
 
     Raises:
       ConfigError: No such template, or the vocabulary lacks its control tokens.
