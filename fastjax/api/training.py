@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import PyTree
 from rich.console import Console
 
+from conversions.hf import folder_fingerprint
 from fastjax import runtime
 from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import LanguageModel
@@ -164,6 +165,7 @@ def train(
         write_adapter=_adapter_writer(model),
         on_exit=model.update,
         resume_command=resume_command,
+        base=folder_fingerprint(model.source.folder),
     )
     with device_faults("train", memory_fix=_MEMORY_FIX):
         result = run(job, console)
