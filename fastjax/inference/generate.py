@@ -14,8 +14,9 @@ from fastjax.inference.sampling import Sampling, sample
 from fastjax.nn.decoder import Decoder
 from fastjax.nn.kv_cache import KVCache
 
-# Lengths are rounded up to this, so that few shapes are compiled.
-_LENGTH_STEP = 64
+# Lengths are rounded up to this or a power of two times it, so that a model is compiled
+# for a handful of shapes, however long the prompts are.
+_SHORTEST = 64
 _TOKENS_PER_CALL = 8
 
 
@@ -84,7 +85,9 @@ def _start(
     is_token = places < jnp.broadcast_to(lengths[:, None], ids.shape)
     positions = jnp.where(is_token, places, slots)
     cache = decoder.empty_cache(ids.shape[0], slots)
-    hidden, cache = decoder.decode(ids, positions=positions, cache=cache)
+    hidden, cache = decoder.decode(
+        ids, positions=positions, cache=cache, is_prefill=True
+    )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _draw(decoder, last, lengths, keys, sampling), cache
 
@@ -202,4 +205,4 @@ def _padded(
 
 
 def _rounded(length: int) -> int:
-    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+    return max(_SHORTEST, 1 << (length - 1).bit_length())
