@@ -9,9 +9,9 @@ from fastjax import runtime
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter, load_model
 from fastjax.api.tokenizer import Tokenizer
-from fastjax.config import ALL_LINEAR, LoRABias, LoRAConfig, QuantConfig, RematPolicy
+from fastjax.config import ALL_LINEAR, DType, LoRABias, LoRAConfig, RematPolicy
 from fastjax.errors import ConfigError
-from fastjax.flat_config import coerced, field_types, train_config
+from fastjax.flat_config import train_config
 from kernels.device import compute_capability
 
 _AMPERE = (8, 0)
@@ -65,16 +65,13 @@ class FastLanguageModel:
             )
         switches = {"load_in_8bit": load_in_8bit}
         train_config(switches | {"trust_remote_code": trust_remote_code})
-        hints = field_types()
-        code = coerced(
-            "bnb_4bit_quant_type", bnb_4bit_quant_type, hints["bnb_4bit_quant_type"]
-        )
-        packed = load_in_4bit and not full_finetuning
+        quant = {"bnb_4bit_quant_type": bnb_4bit_quant_type}
+        quant |= {"load_in_4bit": load_in_4bit and not full_finetuning}
         model = load_model(
             model_name,
             revision=revision,
             dtype=_dtype_name(dtype),
-            quant=QuantConfig(load_in_4bit=packed, bnb_4bit_quant_type=code),
+            quant=train_config(quant).config.quant,
             full_finetuning=full_finetuning,
             max_seq_length=max_seq_length,
         )
@@ -172,8 +169,9 @@ def _remat(use_gradient_checkpointing: bool | str) -> RematPolicy:
     return train_config({"remat": use_gradient_checkpointing}).config.remat
 
 
-def _dtype_name(dtype: Any) -> Any:
+def _dtype_name(dtype: Any) -> DType:
     if dtype is None:
         return "bfloat16" if is_bfloat16_supported() else "float16"
-    name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else None
-    return coerced("dtype", name or jnp.dtype(dtype).name, field_types()["dtype"])
+    is_name = isinstance(dtype, str) or str(dtype).startswith("torch.")
+    name = str(dtype) if is_name else jnp.dtype(dtype).name
+    return train_config({"dtype": name}).config.dtype

@@ -181,8 +181,11 @@ class SFTTrainer:
         return evaluate_model(self.model, self.config, self._evaluation(eval_dataset))
 
     def predict(self, test_dataset: Source) -> PredictionOutput:
-        """Returns the log-probability of every label of a data set."""
-        data = self._evaluation(test_dataset)
+        """Returns the log-probability of every label, a row for each row of the set.
+
+        Rows in which nothing carries loss are left out, as in training.
+        """
+        data = dataclasses.replace(self._evaluation(test_dataset), packing=False)
         loader = evaluation_loader(self.config, data)
         graphdef, state = nnx.split(self.model.for_inference())
         started = time.perf_counter()

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from fastjax import cli
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SETTINGS = [
     *("--max_steps", "4", "--max_length", "160", "--dtype", "float32"),
     *("--gradient_accumulation_steps", "1", "--warmup_steps", "0", "--lora_r", "4"),

@@ -8,6 +8,8 @@ import yaml
 
 from fastjax import cli
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SETTINGS = [
     *("--max_steps", "3", "--max_length", "160", "--dtype", "float32"),
     *("--gradient_accumulation_steps", "1", "--warmup_steps", "0", "--lora_r", "4"),
