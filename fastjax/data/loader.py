@@ -117,9 +117,13 @@ class Loader:
         longest = np.where(order == _NO_ROW, 0, self._padded[order]).max(axis=1)
         return tokens / (int(longest.sum()) * order.shape[1])
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """Hash of all tokens and masks, in order: what a resumed run must find."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for document in self._documents:
             digest.update(np.int64(len(document)).tobytes())

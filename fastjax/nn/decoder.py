@@ -188,9 +188,10 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """Returns a cache for `batch` rows of at most `slots` tokens."""
-        sizes = (batch, slots, self.num_kv_heads, self.head_dim, self.compute_dtype)
+        sizes = (batch, slots, self.num_kv_heads, self.head_dim)
         return tuple(
-            empty_segment_cache(segment.num_layers, *sizes) for segment in self.segments
+            empty_segment_cache((segment.num_layers, *sizes), self.compute_dtype)
+            for segment in self.segments
         )
 
     def head_weight(self) -> Float[Array, "V D"]:

@@ -69,8 +69,7 @@ KVCache = tuple[SegmentCache, ...]
 
 
 def empty_segment_cache(
-    layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype
+    shape: tuple[int, int, int, int, int], dtype: jnp.dtype
 ) -> SegmentCache:
-    """Returns the zeroed cache of `layers` consecutive layers."""
-    shape = (layers, batch, slots, kv_heads, head_dim)
+    """Returns the zeroed cache (L, B, S, K, H) of consecutive layers."""
     return SegmentCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
