@@ -29,7 +29,7 @@ check: setup
 	$(VENV)/bin/lint-imports
 
 test-gpu:
-	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider
+	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/kernels
 
 $(ORACLE)/.ready: tests/oracle/requirements.txt
 	$(ORACLE_PYTHON) -m venv $(ORACLE)
