@@ -131,7 +131,7 @@ def test_generate_answers_one_prompt_as_it_comes_and_more_in_a_batch(
     assert both.startswith("> one\n")
     assert "> two words\n" in both
     assert alone.strip() in both
-    raw = [*common, "--prompt", "one", "--no-chat", "--no-load-in-4bit"]
+    raw = [*common, "--prompt", "one", "--no-chat"]
     assert cli.run("generate", [*raw, "--temperature", "0.7", "--top_p", "0.9"]) == 0
 
 

@@ -47,7 +47,7 @@ def test_positions_of_the_usual_arguments(small_model: Path) -> None:
 def test_dtypes_in_every_spelling(
     small_model: Path, dtype: object, expected: str
 ) -> None:
-    model, _ = FastLanguageModel.from_pretrained(str(small_model), dtype=dtype)
+    model, _ = FastLanguageModel.from_pretrained(str(small_model), 64, dtype, False)
     assert model.spec.compute_dtype == expected
 
 
