@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import jax
 
+from .dispatch import UnsupportedOp
+
 Capability = tuple[int, int]
 
 HOPPER: Capability = (9, 0)
@@ -20,6 +22,14 @@ def compute_capability() -> Capability | None:
     """Returns the CUDA compute capability of the default device, None without CUDA."""
     assumed = _assumed.get()
     return _default_device_capability() if assumed is None else assumed
+
+
+def require_hopper() -> None:
+    """Raises `UnsupportedOp` unless the device can run the Mosaic GPU kernels."""
+    capability = compute_capability()
+    if capability != HOPPER:
+        found = "no CUDA GPU" if capability is None else f"compute {capability}"
+        raise UnsupportedOp(f"the kernel is written for compute {HOPPER}; found {found}")
 
 
 @contextlib.contextmanager
