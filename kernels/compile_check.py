@@ -1,9 +1,9 @@
 """Compiles the kernels for a GPU that is not here and reads what ptxas says of them.
 
 The whole pipeline runs: Pallas, Mosaic, LLVM, ptxas. It takes JAX's CUDA plugin and
-ptxas, no driver. Before jax is imported, MOSAIC_GPU_DUMP_PTXAS=1 and the folder for the
-reports, MOSAIC_GPU_DUMP_TO, must stand in the environment. A process can compile for one
-architecture only, because the assembler keeps the first one it was given.
+ptxas, no driver. Before jax is imported, MOSAIC_GPU_DUMP_PTXAS=1 and the folder for
+the reports, MOSAIC_GPU_DUMP_TO, must stand in the environment. A process can compile
+for one architecture only, because the assembler keeps the first one it was given.
 """
 
 import functools

@@ -29,7 +29,9 @@ def require_hopper() -> None:
     capability = compute_capability()
     if capability != HOPPER:
         found = "no CUDA GPU" if capability is None else f"compute {capability}"
-        raise UnsupportedOp(f"the kernel is written for compute {HOPPER}; found {found}")
+        raise UnsupportedOp(
+            f"the kernel is written for compute {HOPPER}; found {found}"
+        )
 
 
 @contextlib.contextmanager

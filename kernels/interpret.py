@@ -21,7 +21,6 @@ from jax._src.pallas.mosaic_gpu import core as mosaic_core
 from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.interpret import (
     gpu_callbacks,
-    interpret_pallas_call,
     jaxpr_interpret,
     shared_memory,
 )
@@ -215,7 +214,12 @@ class _Interpreter(jaxpr_interpret.JaxprInterpreter):
         )
 
     def _get(
-        self, eqn: Any, token: jax.Array, key: jax.Array, aval: Any, transforms: Any = ()
+        self,
+        eqn: Any,
+        token: jax.Array,
+        key: jax.Array,
+        aval: Any,
+        transforms: Any = (),
     ) -> tuple[jax.Array, jax.Array]:
         shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
         return gpu_callbacks.call_get(

@@ -6,7 +6,7 @@ warp are contiguous. The chunk has 128 scales, so each thread computes one, the 
 which its own warp is in need, and shuffles hand them round.
 
 Bytes an element: 0.5 codes, 0.016 scales, 2 out. Budget: no shared memory, no barrier,
-no pipeline (blocks of the grid overlap one another), at most 64 registers a thread.
+no pipeline (blocks of the grid overlap one another), 86 registers a thread.
 """
 
 import functools
@@ -130,7 +130,7 @@ def _decode_in_jnp(codes: Array, absmax: Array, *nested: Array, w: NF4Array) -> 
 
 def _machine_code(codes, absmax, *nested, w: NF4Array) -> mgpu.FragmentedArray:
     """Emits the decoding of a chunk; `codes` has one register a step."""
-    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    i32 = ir.IntegerType.get_signless(32)
     pair = ir.VectorType.get((2,), ir.Type.parse(_MLIR_NAMES[w.dtype]))
     thread = arith.remui(mgpu.utils.thread_idx(), _i32(_THREADS))
     lane = arith.remui(thread, _i32(_LANES))

@@ -58,7 +58,7 @@ def _tables(code: Code, packed: str) -> list[str]:
 
 
 def _look_up(first: int) -> list[str]:
-    """Decodes the codes in the lower half of `index` into outputs `first`, `first+1`."""
+    """Decodes four codes, the lower half of `index`, into two outputs."""
     lines = []
     for table in ("low", "high"):
         lines += [
