@@ -80,7 +80,8 @@ def _with_dweight(
             term = _one_row(row, weight_gmem, arrays_gmem, eps=eps, offset=offset)
             sum_smem[...] = rows.load(sum_smem) + term
 
-        sum_smem[...] = jnp.zeros((features,), jnp.float32)
+        zeros = jnp.zeros((features,), jnp.float32)
+        sum_smem[...] = plgpu.layout_cast(zeros, rows.layout(features))
         rows_of_block = lax.div(count - block + (blocks - 1), jnp.int32(blocks))
         lax.fori_loop(0, rows_of_block, add_row, None)
         partial_gmem[block] = rows.load(sum_smem)

@@ -17,10 +17,9 @@ _PASSES = {"mosaic_gpu": vjp.MOSAIC_GPU, "xla": vjp.XLA}
 
 def programs() -> tuple[Program, ...]:
     """Returns every program of the op."""
-    wide = [case for case in GPU_CASES if case.features >= 1024]
     return tuple(
         program
-        for case in wide
+        for case in GPU_CASES
         for program in (_norm(case), _add_norm(case), *_backwards(case))
     )
 
