@@ -30,7 +30,7 @@ check: setup
 	$(VENV)/bin/lint-imports
 
 test-gpu:
-	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider
+	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/kernels
 
 # Compiles every kernel for Hopper; needs no GPU. Its own environment: 1.5 GB.
 $(KERNELS_CI)/.ready: pyproject.toml constraints.txt

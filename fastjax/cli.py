@@ -4,18 +4,16 @@ Nothing heavy is imported before a command needs it, so that `--help` is quick.
 """
 
 import dataclasses
+import difflib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import tyro
-import yaml
-
-from fastjax.config import DType, TrainConfig
-from fastjax.errors import ConfigError, FastJaxError, printable
-from fastjax.flat_config import flat_values, train_config
+from fastjax.cli_flags import Call, parsed, read_settings
+from fastjax.config import DType
+from fastjax.errors import ConfigError, FastJaxError, Interrupted, printable
 
 _USAGE = """usage: fastjax COMMAND [flags]
 
@@ -82,6 +80,11 @@ class ExportArgs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelsArgs:
+    """Lists the presets: name, family, hub id."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RandomCheckpointArgs:
     """Writes a checkpoint of a preset's shapes with random weights and a tokenizer.
 
@@ -112,123 +115,81 @@ def run(command: str, words: Sequence[str] | None = None) -> int:
 
     Args:
       command: A name of the usage text.
-      words: Its flags; None takes those of this process.
+      words: Its flags; None takes those of this process, a script of `scripts/`.
     """
+    program = ["fastjax", command] if words is not None else ["python", sys.argv[0]]
     words = list(sys.argv[1:] if words is None else words)
     shows_traceback = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    call = Call(program=tuple(program), words=tuple(w for w in words if w != "--debug"))
     try:
-        if command not in _COMMANDS:
-            raise ConfigError(
-                f"there is no command {printable(command)!r}",
-                fix=f"use one of: {', '.join(_COMMANDS)}",
-            )
-        _COMMANDS[command](words)
+        _command(command)(call)
     except FastJaxError as error:
-        if shows_traceback:
-            traceback.print_exc()
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(traceback.format_exc() if shows_traceback else f"{error}\n")
         return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted before anything was done\n")
+        return Interrupted.exit_code
+    except SystemExit as stop:  # from tyro: help was shown, or a flag is wrong
+        return stop.code if isinstance(stop.code, int) else 2
     return 0
 
 
-def read_train_config(words: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """Returns the configuration of flags and of the YAML file that they may name.
-
-    A flag wins over the file. Notes say which values were translated.
-
-    Raises:
-      ConfigError: A flag, key or value is wrong; it names all of them.
-    """
-    flags = _flags(words)
-    path = flags.pop("config", None)
-    base, notes = TrainConfig(), []
-    if path is not None:
-        base, notes = train_config(_yaml(Path(path)))
-    config, more = train_config(flags, base=base)
-    return config, notes + more
+def _command(name: str) -> "Callable[[Call], None]":
+    if name in _COMMANDS:
+        return _COMMANDS[name]
+    near = difflib.get_close_matches(name, _COMMANDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(
+        f"there is no command {printable(name)!r}{hint}",
+        fix=f"use one of: {', '.join(_COMMANDS)}",
+    )
 
 
-def _flags(words: Sequence[str]) -> dict[str, object]:
-    """Returns flag names and their text values; a flag without a value is true."""
-    flags: dict[str, object] = {}
-    name = ""
-    for word in words:
-        if word.startswith("--"):
-            name, has_value, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            if not has_value and name.startswith("no_"):
-                name, value, has_value = name.removeprefix("no_"), "False", "="
-            if name in flags:
-                raise ConfigError(f"--{printable(name)} is given twice")
-            flags[name] = value if has_value else True
-        elif not name:
-            raise ConfigError(
-                f"{printable(word)!r} is no flag", fix="flags begin with --"
-            )
-        else:
-            given = flags[name]
-            flags[name] = word if given is True else f"{given},{word}"
-    return flags
+def _api() -> Any:
+    """Returns the API; imported late, after the settings of this process are made."""
+    from fastjax import runtime
+
+    runtime.configure()
+    import fastjax.api
+
+    return fastjax.api
 
 
-def _yaml(path: Path) -> dict[str, object]:
-    try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except OSError as error:
-        raise ConfigError(
-            f"the config cannot be read: {error.strerror}", where=str(path)
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the config is not YAML: {printable(error)}", where=str(path)
-        ) from error
-    if not isinstance(loaded, dict):
-        raise ConfigError("the config is not a list of keys", where=str(path))
-    return {str(key): value for key, value in loaded.items()}
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that is given twice."""
-
-    def construct_mapping(
-        self, node: yaml.MappingNode, deep: bool = False
-    ) -> dict[object, object]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {str(name) for name in names if names.count(name) > 1}
-        if twice:
-            raise yaml.YAMLError(f"given twice: {', '.join(sorted(twice))}")
-        return super().construct_mapping(node, deep)
-
-
-def _train(words: Sequence[str]) -> None:
-    if _asks_help(words, TrainConfig, "train"):
+def _train(call: Call) -> None:
+    words = [word for word in call.words if word not in _PRINT_CONFIG]
+    if _is_help(call, "train"):
         return
-    config, notes = read_train_config([w for w in words if w != "--print_config"])
-    if "--print_config" in words:
-        sys.stdout.write(yaml.safe_dump(flat_values(config), sort_keys=False))
+    settings = read_settings(words)
+    if len(words) < len(call.words):
+        from fastjax.config_file import config_yaml
+
+        sys.stdout.write(config_yaml(settings.config))
         return
+    from fastjax import runtime
+
+    runtime.configure(full_determinism=settings.config.full_determinism)
     from fastjax.api import run_training
 
-    run_training(config, notes=notes)
+    run_training(
+        settings.config, notes=settings.notes, resume_command=call.resume_command
+    )
 
 
-def _evaluate(words: Sequence[str]) -> None:
-    if _asks_help(words, TrainConfig, "evaluate"):
+def _evaluate(call: Call) -> None:
+    if _is_help(call, "evaluate"):
         return
-    config, _ = read_train_config(words)
-    from fastjax.api import run_evaluation
+    settings = read_settings(call.words)
+    for note in settings.notes:
+        sys.stderr.write(f"{note}\n")
+    _write_yaml(_api().run_evaluation(settings.config))
 
-    metrics = run_evaluation(config)
-    sys.stdout.write(yaml.safe_dump(metrics, sort_keys=False))
 
-
-def _generate(words: Sequence[str]) -> None:
-    args = tyro.cli(GenerateArgs, args=words, prog="fastjax generate")
-    from fastjax.api import run_generation
+def _generate(call: Call) -> None:
+    args = parsed(GenerateArgs, call)
+    api = _api()
     from fastjax.inference.sampling import Sampling
 
-    answers = run_generation(
+    answers = api.run_generation(
         args.model,
         args.prompt,
         sampling=Sampling(
@@ -247,11 +208,9 @@ def _generate(words: Sequence[str]) -> None:
         sys.stdout.write("\n")
 
 
-def _export(words: Sequence[str]) -> None:
-    args = tyro.cli(ExportArgs, args=words, prog="fastjax export")
-    from fastjax.api import run_export
-
-    for line in run_export(
+def _export(call: Call) -> None:
+    args = parsed(ExportArgs, call)
+    for line in _api().run_export(
         args.model,
         Path(args.output_dir),
         base_precision=args.base_precision,
@@ -261,47 +220,53 @@ def _export(words: Sequence[str]) -> None:
         sys.stdout.write(line + "\n")
 
 
-def _models(words: Sequence[str]) -> None:
+def _models(call: Call) -> None:
     from fastjax.models.registry import PRESETS
 
-    del words
+    parsed(ModelsArgs, call)
     for name, preset in sorted(PRESETS.items()):
         source = preset.hub_id or "random weights (no download)"
         sys.stdout.write(f"{name:28} {preset.config.family:8} {source}\n")
 
 
-def _make_random_checkpoint(words: Sequence[str]) -> None:
-    args = tyro.cli(RandomCheckpointArgs, args=words, prog="make_random_checkpoint")
-    from fastjax.api import make_random_checkpoint
-
-    folder = make_random_checkpoint(
+def _make_random_checkpoint(call: Call) -> None:
+    args = parsed(RandomCheckpointArgs, call)
+    folder = _api().make_random_checkpoint(
         args.model, Path(args.out), dtype=args.dtype, seed=args.seed
     )
     sys.stdout.write(f"{folder}\n")
 
 
-def _bench_train(words: Sequence[str]) -> None:
+def _bench_train(call: Call) -> None:
     from fastjax.api.benchmark import BenchmarkArgs, run_benchmark
 
-    result = run_benchmark(tyro.cli(BenchmarkArgs, args=words, prog="bench_train"))
-    sys.stdout.write(yaml.safe_dump(result, sort_keys=False))
+    _write_yaml(run_benchmark(parsed(BenchmarkArgs, call)))
 
 
-def _demo(words: Sequence[str]) -> None:
+def _demo(call: Call) -> None:
+    _api()
     from fastjax.demo import DemoArgs, run_demo
 
-    run_demo(tyro.cli(DemoArgs, args=words, prog="demo"))
+    run_demo(parsed(DemoArgs, call))
 
 
-def _asks_help(words: Sequence[str], config: type, command: str) -> bool:
-    if "-h" not in words and "--help" not in words:
+def _is_help(call: Call, command: str) -> bool:
+    if "-h" not in call.words and "--help" not in call.words:
         return False
-    flat = tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[config]]
-    tyro.cli(flat, args=["--help"], prog=f"fastjax {command}")
+    from fastjax.cli_help import settings_help
+
+    sys.stdout.write(settings_help(command))
     return True
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+def _write_yaml(values: dict[str, Any]) -> None:
+    import yaml
+
+    sys.stdout.write(yaml.safe_dump(values, sort_keys=False))
+
+
+_PRINT_CONFIG = ("--print_config", "--print-config")
+_COMMANDS: dict[str, Callable[[Call], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,

@@ -6,7 +6,7 @@ are flat. `TrainConfig` is all that training reads.
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fastjax.errors import ConfigError
 
@@ -19,6 +19,9 @@ Schedule = Literal[
 Optimizer = Literal["adamw", "adafactor", "lion", "sgd"]
 DataFormat = Literal["auto", "text", "prompt_completion", "messages", "alpaca"]
 TrainOn = Literal["auto", "assistant", "last", "completion", "all"]
+When = Literal["no", "steps", "epoch"]
+Number = float | int
+"""Written either way, kept as a float."""
 
 ALL_LINEAR = "all-linear"
 
@@ -51,23 +54,25 @@ class LoRAConfig:
     """
 
     lora_r: int = 16
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
+    lora_alpha: Number = 16.0
+    lora_dropout: Number = 0.0
     lora_target_modules: str | tuple[str, ...] = ALL_LINEAR
     lora_bias: LoRABias = "none"
     use_rslora: bool = False
     use_dora: bool = False
 
     def __post_init__(self) -> None:
-        _check("lora_r", self.lora_r, self.lora_r >= 1, "at least 1")
-        finite = math.isfinite(self.lora_alpha) and self.lora_alpha > 0
-        _check("lora_alpha", self.lora_alpha, finite, "a positive number")
-        share = 0.0 <= self.lora_dropout < 1.0
-        _check("lora_dropout", self.lora_dropout, share, "in [0, 1)")
-        if not self.lora_target_modules:
-            raise ConfigError(
-                "lora_target_modules is empty", fix="name modules, or use all-linear"
-            )
+        _keep_floats(self)
+        _require(
+            self,
+            lora_r=(self.lora_r >= 1, "at least 1"),
+            lora_alpha=(_is_positive(self.lora_alpha), "a positive number"),
+            lora_dropout=(0.0 <= self.lora_dropout < 1.0, "in [0, 1)"),
+            lora_target_modules=(
+                bool(self.lora_target_modules),
+                "all-linear, or names of modules",
+            ),
+        )
 
     @property
     def scaling(self) -> float:
@@ -109,7 +114,7 @@ class DataConfig:
     eval_dataset_name: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
-    val_set_size: float = 0.0
+    val_set_size: Number = 0.0
     data_format: DataFormat = "auto"
     dataset_text_field: str = "text"
     column_map: tuple[str, ...] = ()
@@ -121,8 +126,18 @@ class DataConfig:
     skip_bad_rows: int = 0
 
     def __post_init__(self) -> None:
-        _check("max_length", self.max_length, self.max_length >= 2, "at least 2")
-        _check("val_set_size", self.val_set_size, self.val_set_size >= 0, "0 or more")
+        _keep_floats(self)
+        size = self.val_set_size
+        is_share_or_count = 0 <= size < 1 or size.is_integer()
+        _require(
+            self,
+            max_length=(self.max_length >= 2, "at least 2"),
+            val_set_size=(
+                size >= 0 and is_share_or_count,
+                "a count of rows, or a share below 1",
+            ),
+            skip_bad_rows=(self.skip_bad_rows >= 0, "0 or more"),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,26 +149,33 @@ class OptimizerConfig:
     """
 
     optim: Optimizer = "adamw"
-    learning_rate: float = 2e-4
+    learning_rate: Number = 2e-4
     lr_scheduler_type: Schedule = "linear"
-    warmup_steps: float = 0.03
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
+    warmup_steps: Number = 0.03
+    weight_decay: Number = 0.0
+    adam_beta1: Number = 0.9
+    adam_beta2: Number = 0.999
+    adam_epsilon: Number = 1e-8
+    max_grad_norm: Number = 1.0
 
     def __post_init__(self) -> None:
-        rate = self.learning_rate
-        good = math.isfinite(rate) and rate > 0
-        _check("learning_rate", rate, good, "a positive number")
-        _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
-        for name in ("weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            _check(name, value, math.isfinite(value) and value >= 0, "0 or more")
-        for name in ("adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            _check(name, value, 0 <= value < 1, "in [0, 1)")
+        _keep_floats(self)
+        shares = {
+            name: (0 <= getattr(self, name) < 1, "in [0, 1)")
+            for name in ("adam_beta1", "adam_beta2")
+        }
+        amounts = {
+            name: (math.isfinite(value) and value >= 0, "0 or more")
+            for name in ("warmup_steps", "weight_decay", "max_grad_norm")
+            for value in [getattr(self, name)]
+        }
+        _require(
+            self,
+            learning_rate=(_is_positive(self.learning_rate), "a positive number"),
+            adam_epsilon=(_is_positive(self.adam_epsilon), "a positive number"),
+            **shares,
+            **amounts,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +191,13 @@ class TrainConfig:
       remat: What the backward pass recomputes: "none" only norms and activations,
         "attention" the attention blocks too, "layer" everything but layer inputs.
       max_steps: Optimiser steps; -1 follows `num_train_epochs`.
+      logging_steps: Steps between lines of metrics.jsonl.
+      logging_first_step: Write a line for the first step too.
+      eval_strategy: Evaluate every `eval_steps`, at the end of each epoch, or not at
+        all. Without evaluation data nothing is evaluated.
       eval_steps: Steps between evaluations; 0 evaluates at the end only.
+      save_strategy: Save every `save_steps`, at the end of each epoch, or only at
+        the end ("no").
       save_steps: Steps between checkpoints; 0 saves at the end only.
       save_total_limit: Newest checkpoints that are kept.
       resume_from_checkpoint: "auto" continues the newest whole checkpoint of
@@ -188,10 +216,13 @@ class TrainConfig:
     per_device_train_batch_size: int = 2
     per_device_eval_batch_size: int = 2
     gradient_accumulation_steps: int = 8
-    num_train_epochs: float = 1.0
+    num_train_epochs: Number = 1.0
     max_steps: int = -1
     logging_steps: int = 10
+    logging_first_step: bool = False
+    eval_strategy: When = "steps"
     eval_steps: int = 0
+    save_strategy: When = "steps"
     save_steps: int = 100
     save_total_limit: int = 3
     resume_from_checkpoint: str = "auto"
@@ -208,35 +239,57 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        _keep_floats(self)
         conflicts = [text for broken, text in self._conflicts() if broken]
         if conflicts:
-            raise ConfigError("; ".join(conflicts))
+            raise ConfigError.of(conflicts)
 
     def _conflicts(self) -> list[tuple[bool, str]]:
-        counts = ("per_device_train_batch_size", "per_device_eval_batch_size")
-        counts += ("gradient_accumulation_steps", "logging_steps", "save_total_limit")
-        rows = [
-            (getattr(self, name) < 1, f"{name}={getattr(self, name)} must be >= 1")
-            for name in counts
-        ]
-        for name in ("eval_steps", "save_steps", "seed"):
-            value = getattr(self, name)
-            rows.append((value < 0, f"{name}={value} must be >= 0"))
-        rows.append(
+        steps, epochs = self.max_steps, self.num_train_epochs
+        warmup = self.optimizer.warmup_steps
+        return [
+            *self._out_of_range(),
             (
-                self.max_steps < 1 and self.num_train_epochs <= 0,
-                f"max_steps={self.max_steps} and num_train_epochs="
-                f"{self.num_train_epochs} leave nothing to train; set one of them",
-            )
-        )
-        rows.append(
+                steps < 1 and not (math.isfinite(epochs) and epochs > 0),
+                f"max_steps={steps} and num_train_epochs={epochs} leave nothing to "
+                "train; set one of them",
+            ),
+            (
+                0 < steps < warmup,
+                f"warmup_steps={warmup:g} is more than max_steps={steps}: the "
+                "learning rate would never reach its peak",
+            ),
             (
                 self.full_finetuning and self.quant.load_in_4bit,
                 "full_finetuning trains every weight, load_in_4bit freezes them; "
                 "add --no-load_in_4bit or drop --full_finetuning",
+            ),
+            (
+                self.full_finetuning and self.implementations.lora_matmul is not None,
+                "full_finetuning has no adapters, so --implementation lora_matmul=... "
+                "has nothing to choose",
+            ),
+        ]
+
+    def _out_of_range(self) -> list[tuple[bool, str]]:
+        at_least = {
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "logging_steps": 1,
+            "save_total_limit": 1,
+            "eval_steps": 0,
+            "save_steps": 0,
+            "seed": 0,
+            "data_seed": 0,
+        }
+        values = {name: getattr(self, name) for name in at_least}
+        return [
+            (value is not None and value < least, f"{name}={value} must be >= {least}")
+            for (name, value), least in zip(
+                values.items(), at_least.values(), strict=True
             )
-        )
-        return rows
+        ]
 
 
 def choices(alias: object) -> tuple[str, ...]:
@@ -244,6 +297,24 @@ def choices(alias: object) -> tuple[str, ...]:
     return get_args(alias)
 
 
-def _check(name: str, value: object, good: bool, rule: str) -> None:
-    if not good:
-        raise ConfigError(f"{name}={value!r} must be {rule}")
+def _keep_floats(part: Any) -> None:
+    """Turns whole numbers in fields of the type `Number` into floats."""
+    for field in dataclasses.fields(part):
+        if field.type is Number:
+            # Frozen, but not yet seen by anyone.
+            object.__setattr__(part, field.name, float(getattr(part, field.name)))
+
+
+def _require(part: object, **rules: tuple[bool, str]) -> None:
+    """Raises one error for all fields whose values break their rule."""
+    broken = [
+        f"{name}={getattr(part, name)!r} must be {rule}"
+        for name, (is_good, rule) in rules.items()
+        if not is_good
+    ]
+    if broken:
+        raise ConfigError.of(broken)
+
+
+def _is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0

@@ -45,8 +45,8 @@ class DemoArgs:
     """
 
     output_dir: str = "outputs/demo"
-    base_steps: int = 300
-    adapter_steps: int = 150
+    base_steps: int = 400
+    adapter_steps: int = 200
 
 
 def run_demo(args: DemoArgs) -> None:
@@ -77,14 +77,14 @@ def _train_base(folder: Path, steps: int, console: Console) -> Path:
         full_finetuning=True,
         dtype="float32",
         remat="none",
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
         max_steps=steps,
         save_steps=0,
         quant=QuantConfig(load_in_4bit=False),
         data=DataConfig(max_length=_LENGTH, packing=True),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, lr_scheduler_type="cosine", weight_decay=0.01
+            learning_rate=2e-3, lr_scheduler_type="cosine", weight_decay=0.01
         ),
     )
     model = load_for_training(config)
@@ -106,7 +106,7 @@ def _train_adapter(
         model=str(base),
         output_dir=str(folder),
         dtype="float32",
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
         max_steps=steps,
         save_steps=50,

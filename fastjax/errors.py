@@ -1,5 +1,7 @@
 """The errors that users see: what, where, why, what to do, and an exit code."""
 
+from collections.abc import Sequence
+
 
 class FastJaxError(Exception):
     """An error with a message for people.
@@ -26,10 +28,28 @@ class FastJaxError(Exception):
 
 
 class ConfigError(FastJaxError, ValueError):
-    """A flag, field or argument is wrong, or contradicts another."""
+    """A flag, field or argument is wrong, or contradicts another.
+
+    Attributes:
+      problems: One sentence for each thing that is wrong.
+    """
 
     exit_code = 2
     default_code = "FJ-CONFIG"
+    problems: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, problems: Sequence[str], *, where: str = "", fix: str = ""
+    ) -> "ConfigError":
+        """Returns one error that tells everything that is wrong, a line each."""
+        what, lines = f"{len(problems)} settings are wrong", [where, *problems]
+        if len(problems) == 1:
+            what, lines = problems[0], [where]
+        place = "\n         ".join(line for line in lines if line)
+        error = cls(what, where=place, fix=fix)
+        error.problems = tuple(problems)
+        return error
 
 
 class DataError(FastJaxError, ValueError):

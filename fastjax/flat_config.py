@@ -1,122 +1,66 @@
 """Flat names and values, from YAML, flags or Python, to the nested `TrainConfig`.
 
-Hugging Face's names are canonical; the names that other tools use are aliases. Values
-that come as text are read by the type of their field.
+Hugging Face's names are canonical. Values that come as text are read by the type of
+their field. Everything that is wrong is told at once.
 """
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from fastjax.config import TrainConfig
+from fastjax.aliases import ALIASES, boolean, translation
+from fastjax.config import Implementations, TrainConfig
 from fastjax.errors import ConfigError, printable
 
-ALIASES = {
-    "model_name_or_path": "model",
-    "model_name": "model",
-    "base_model": "model",
-    "model_id": "model",
-    "revision": "model_revision",
-    "data": "dataset_name",
-    "dataset": "dataset_name",
-    "train_file": "dataset_name",
-    "validation_file": "eval_dataset_name",
-    "format_type": "data_format",
-    "out": "output_dir",
-    "out_dir": "output_dir",
-    "adapter_path": "output_dir",
-    "micro_batch_size": "per_device_train_batch_size",
-    "batch_size": "per_device_train_batch_size",
-    "grad_accumulation_steps": "gradient_accumulation_steps",
-    "max_seq_length": "max_length",
-    "sequence_len": "max_length",
-    "cutoff_len": "max_length",
-    "iters": "max_steps",
-    "num_epochs": "num_train_epochs",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "warmup_ratio": "warmup_steps",
-    "clip_grad_norm": "max_grad_norm",
-    "lora_rank": "lora_r",
-    "r": "lora_r",
-    "lora_target": "lora_target_modules",
-    "target_modules": "lora_target_modules",
-    "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
-    "torch_dtype": "dtype",
-    "sample_packing": "packing",
-    "packed": "packing",
-    "chat_template": "chat_template_path",
-    "template": "chat_template_path",
-    "val_size": "val_set_size",
-    "steps_per_eval": "eval_steps",
-    "steps_per_report": "logging_steps",
-    "save_every": "save_steps",
-    "resume": "resume_from_checkpoint",
-    "random_state": "seed",
-    "random_seed": "seed",
-}
+_KINDS = {str: "text", int: "a whole number", float: "a number"}
+_HELP = "`fastjax train --help` lists all fields and their values"
 
-_REMAT = {
-    "True": "attention",
-    "true": "attention",
-    "False": "none",
-    "false": "none",
-    "full": "layer",
-    "unsloth": "layer",
-}
-_OPTIMIZERS = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
-}
-_EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit")
-_SWITCHES = {
-    "bf16": ("dtype", "bfloat16"),
-    "fp16": ("dtype", "float16"),
-    "assistant_only_loss": ("train_on", "assistant"),
-    "completion_only_loss": ("train_on", "completion"),
-}
-_REFUSED = {
-    "trust_remote_code": "fastjax runs no code from model repositories",
-    "push_to_hub": "this version does not push; use `hf upload` on the output folder",
-}
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FlatConfig:
+    """A configuration and how it was read.
+
+    Attributes:
+      config: The settings.
+      given: Canonical names that were set, whatever their values.
+      notes: What a user should know of the names and values, one sentence each.
+    """
+
+    config: TrainConfig
+    given: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
 
 def train_config(
-    flat: Mapping[str, Any], *, base: TrainConfig | None = None
-) -> tuple[TrainConfig, list[str]]:
-    """Returns the configuration of flat names and values, and notes on what changed.
+    flat: Mapping[str, Any], *, base: FlatConfig | None = None
+) -> FlatConfig:
+    """Returns the configuration of flat names and values.
 
     Args:
       flat: Canonical names or aliases to values; text is read by the field's type.
-      base: Values of what `flat` leaves out.
+      base: What `flat` is laid over.
 
     Raises:
-      ConfigError: Names every unknown field, with the nearest name, and every value
-        that its field refuses.
+      ConfigError: Names every unknown field, with the nearest name, every value that
+        its field refuses, and every conflict.
     """
-    notes: list[str] = []
-    named = dict(_canonical(name, value, notes) for name, value in flat.items())
-    named.pop("", None)
-    hints = field_types()
-    problems = [
-        unknown_field(name) for name in named if name not in hints and name != ""
-    ]
-    values = {}
-    for name, value in named.items():
-        if name not in hints:
-            continue
-        try:
-            values[name] = coerced(name, value, hints[name])
-        except ConfigError as error:
-            problems.append(error.what)
-    if problems:
-        raise ConfigError("; ".join(problems), fix="`fastjax train --help` lists all")
-    return _replaced(base or TrainConfig(), values), notes
+    base = base or FlatConfig(config=TrainConfig())
+    reader = _Reader()
+    for name, value in flat.items():
+        reader.take(name.replace("-", "_"), value)
+    values = reader.values
+    given = base.given | frozenset(values)
+    values |= _implied(values, given, base.config)
+    config = _replaced(base.config, dict(values), reader.problems)
+    if reader.problems or config is None:
+        raise ConfigError.of(reader.problems, fix=_HELP)
+    notes = (*base.notes, *reader.notes())
+    return FlatConfig(config=config, given=given, notes=notes)
 
 
 def flat_values(config: TrainConfig) -> dict[str, Any]:
@@ -124,28 +68,27 @@ def flat_values(config: TrainConfig) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            values |= {
-                part.name: getattr(value, part.name)
-                for part in dataclasses.fields(value)
-            }
+        if isinstance(value, Implementations):
+            chosen = dataclasses.asdict(value).items()
+            values["implementation"] = [f"{op}={name}" for op, name in chosen if name]
+        elif dataclasses.is_dataclass(value):
+            parts = dataclasses.fields(value)
+            values |= {part.name: getattr(value, part.name) for part in parts}
         else:
             values[field.name] = value
-    names = field_types()
-    plain = {name: value for name, value in values.items() if name in names}
     return {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in plain.items()
+        for name, value in values.items()
     }
 
 
 def field_types() -> dict[str, Any]:
-    """Returns the type of every flat field; implementations are not flat fields."""
+    """Returns the type of every flat field."""
     hints: dict[str, Any] = {}
     for name, kind in get_type_hints(TrainConfig).items():
-        if name == "implementations":
-            continue
-        if dataclasses.is_dataclass(kind):
+        if kind is Implementations:
+            hints["implementation"] = tuple[str, ...]
+        elif dataclasses.is_dataclass(kind):
             hints |= get_type_hints(kind)
         else:
             hints[name] = kind
@@ -170,61 +113,106 @@ def coerced(name: str, value: Any, kind: Any) -> Any:
     if origin in (Union, types.UnionType):
         return _coerced_union(name, value, get_args(kind))
     if origin is Literal:
-        if value in get_args(kind):
-            return value
-        allowed = ", ".join(map(str, get_args(kind)))
-        raise ConfigError(f"{name}={printable(value)!r} must be one of: {allowed}")
+        return _coerced_choice(name, value, get_args(kind))
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise ConfigError(f"{name}={printable(value)!r} must be a list")
         return tuple(coerced(name, item, get_args(kind)[0]) for item in items)
     if kind is bool:
-        return _boolean(name, value)
+        return boolean(name, value)
     if kind is str:
         if isinstance(value, str | Path):
             return str(value)
     elif isinstance(value, int | float | str) and not isinstance(value, bool):
         return _number(name, value, kind)
-    raise ConfigError(f"{name}={printable(value)!r} must be a {kind.__name__}")
+    raise ConfigError(f"{name}={printable(value)!r} must be {_KINDS[kind]}")
 
 
-def _canonical(name: str, value: Any, notes: list[str]) -> tuple[str, Any]:
-    """Returns the canonical name and value; an empty name means nothing to set."""
-    name = name.replace("-", "_")
-    name = ALIASES.get(name, name)
-    if name in _REFUSED and value not in (False, "False", "false", None):
-        raise ConfigError(f"{name} is not supported: {_REFUSED[name]}")
-    if name in _REFUSED or (name == "report_to" and value in ("none", None, [])):
-        return "", None
-    if name == "report_to":
-        raise ConfigError(
-            f"report_to={printable(value)!r} is not supported",
-            fix="use none: metrics.jsonl in the output folder holds every number",
-        )
-    if name in _SWITCHES:
-        target, meaning = _SWITCHES[name]
-        return (target, meaning) if _boolean(name, value) else ("", None)
-    if name in ("gradient_checkpointing", "activation_checkpointing"):
-        return "remat", _REMAT.get(str(value), value)
-    if name == "optim" and value in _EIGHT_BIT:
-        notes.append(f"optim={value}: runs as adamw with float32 states")
-        return "optim", "adamw"
-    if name == "optim":
-        return "optim", _OPTIMIZERS.get(str(value), value)
-    if name == "eval_strategy":
-        return ("eval_steps", 0) if value == "no" else ("", None)
-    if name == "lora_target_modules" and re.fullmatch(r"[\w.]+(,[\w.]+)+", str(value)):
-        return name, tuple(str(value).split(","))
-    return name, value
+class _Reader:
+    """Gathers values by canonical name, and all that is wrong with them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self._hints = field_types()
+        self._sources: dict[str, str] = {}
+        self._notes: list[str] = []
+        self._without_effect: list[str] = []
+
+    def take(self, name: str, value: Any) -> None:
+        """Reads one name and value."""
+        try:
+            found = translation(name, value)
+            self._notes += [found.note] if found.note else []
+            self._without_effect += [name] if found.has_no_effect else []
+            if found.name in self._hints:
+                kind = self._hints[found.name]
+                self._set(name, found.name, coerced(found.name, found.value, kind))
+            elif found.name:
+                self.problems.append(unknown_field(name))
+        except ConfigError as error:
+            self.problems.append(error.what)
+
+    def notes(self) -> list[str]:
+        """Returns the notes so far."""
+        pairs = [(old, new) for new, old in self._sources.items()]
+        renamed = [f"{old} as {new}" for old, new in pairs if ALIASES.get(old) == new]
+        notes = [f"read {', '.join(renamed)}"] if renamed else []
+        if self._without_effect:
+            notes.append(f"without effect here: {', '.join(self._without_effect)}")
+        return notes + self._notes
+
+    def _set(self, source: str, name: str, value: Any) -> None:
+        if name == "lora_target_modules":
+            value = _module_names(value)
+        before = self.values.get(name)
+        if name not in self.values or before == value or not self._counts(name, before):
+            self.values[name], self._sources[name] = value, source
+        elif self._counts(name, value):
+            self.problems.append(
+                f"{name} is given twice: {self._sources[name]} says "
+                f"{printable(before)}, {source} says {printable(value)}"
+            )
+
+    def _counts(self, name: str, value: Any) -> bool:
+        """Tells whether a value speaks; of steps and share of warmup one may be 0."""
+        return name != "warmup_steps" or value != 0
+
+
+def _implied(
+    values: Mapping[str, Any], given: frozenset[str], base: TrainConfig
+) -> dict[str, Any]:
+    """Returns what some settings mean for others that nobody has set."""
+    implied: dict[str, Any] = {}
+    if values.get("eval_strategy") == "steps" and "eval_steps" not in given:
+        implied["eval_steps"] = values.get("logging_steps", base.logging_steps)
+    if values.get("full_finetuning") and "load_in_4bit" not in given:
+        implied["load_in_4bit"] = False
+    return implied
+
+
+def _module_names(value: Any) -> Any:
+    """Returns names listed with commas as a tuple; a regular expression stays."""
+    if isinstance(value, str) and re.fullmatch(r"[\w.]+(,[\w.]+)+", value):
+        return tuple(value.split(","))
+    return value
+
+
+def _coerced_choice(name: str, value: Any, options: tuple[Any, ...]) -> Any:
+    if value is False and "no" in options:  # YAML reads a bare `no` as false.
+        return "no"
+    for option in options:
+        if value == option:
+            return option
+    allowed = ", ".join(map(str, options))
+    raise ConfigError(f"{name}={printable(value)!r} must be one of: {allowed}")
 
 
 def _coerced_union(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    if isinstance(value, str) and value.lower() in ("none", "null"):
-        value = None if type(None) in kinds else value
-        if value is None:
+    if type(None) in kinds:
+        is_none = isinstance(value, str) and value.lower() in ("none", "null")
+        if value is None or is_none:
             return None
     kinds = tuple(kind for kind in kinds if kind is not type(None))
     if isinstance(value, list | tuple):
@@ -232,36 +220,58 @@ def _coerced_union(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     return coerced(name, value, kinds[0])
 
 
-def _boolean(name: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    words = {"true": True, "yes": True, "on": True, "1": True}
-    words |= {"false": False, "no": False, "off": False, "0": False}
-    if str(value).lower() in words:
-        return words[str(value).lower()]
-    raise ConfigError(f"{name}={printable(value)!r} must be true or false")
-
-
-def _number(name: str, value: float | str, kind: type) -> float:
+def _number(name: str, value: float | int | str, kind: type) -> float | int:
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"{name}={printable(value)!r} must be a number") from None
     if kind is float:
         return number
-    if number != int(number):
-        raise ConfigError(f"{name}={value!r} must be a whole number")
+    if not math.isfinite(number) or number != int(number):
+        raise ConfigError(f"{name}={printable(value)} must be a whole number")
     return int(number)
 
 
-def _replaced(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
-    parts: dict[str, Any] = {}
+def _implementations(choices: tuple[str, ...]) -> Implementations:
+    """Returns the choices "op=name" by op.
+
+    Raises:
+      ConfigError: There is no such op.
+    """
+    ops = [field.name for field in dataclasses.fields(Implementations)]
+    pairs = [(op, name) for op, _, name in (c.partition("=") for c in choices)]
+    wrong = [f"{op}={name}" for op, name in pairs if op not in ops or not name]
+    if wrong:
+        raise ConfigError(
+            f"implementation={printable(','.join(wrong))!r} must be OP=NAME, where OP "
+            f"is one of: {', '.join(ops)}"
+        )
+    return Implementations(**dict(pairs))
+
+
+def _replaced(
+    config: TrainConfig, values: dict[str, Any], problems: list[str]
+) -> TrainConfig | None:
+    """Returns `config` with new values, or None and adds to `problems`."""
+    changes: dict[str, Any] = {}
+    try:
+        if "implementation" in values:
+            changes["implementations"] = _implementations(values.pop("implementation"))
+    except ConfigError as error:
+        problems += error.problems or (error.what,)
     for field in dataclasses.fields(config):
-        part = getattr(config, field.name)
+        part: Any = getattr(config, field.name)
         if not dataclasses.is_dataclass(part) or isinstance(part, type):
             continue
         inside = {f.name for f in dataclasses.fields(part)} & set(values)
-        if inside and field.name != "implementations":
-            changes = {name: values.pop(name) for name in inside}
-            parts[field.name] = dataclasses.replace(part, **changes)
-    return dataclasses.replace(config, **parts, **values)
+        try:
+            found = {name: values.pop(name) for name in sorted(inside)}
+            if found:
+                changes[field.name] = dataclasses.replace(part, **found)
+        except ConfigError as error:
+            problems += error.problems or (error.what,)
+    try:
+        return dataclasses.replace(config, **changes, **values)
+    except ConfigError as error:
+        problems += error.problems or (error.what,)
+        return None

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fastjax.config import LoRAConfig
+from fastjax.errors import ConfigError
 from fastjax.models.build import (
     Adapters,
     DecoderSpec,
@@ -79,6 +80,7 @@ def with_adapters(
       adapted: The wanted structure, from `adapted_spec`.
       key: Of the random start.
     """
+    _require_frozen_biases(spec)
     fresh = _rehoused(decoder, spec, adapted)
     for index, linear in enumerate(_linears(fresh)):
         _initialise(linear, jax.random.fold_in(key, index))
@@ -86,7 +88,12 @@ def with_adapters(
 
 
 def without_adapters(decoder: Decoder, spec: DecoderSpec) -> Decoder:
-    """Returns the base model of an adapted decoder, which shares its arrays."""
+    """Returns the base model of an adapted decoder, which shares its arrays.
+
+    Raises:
+      ConfigError: Biases of the base were trained.
+    """
+    _require_frozen_biases(spec)
     return _rehoused(decoder, spec, plain_spec(spec))
 
 
@@ -183,6 +190,15 @@ def _rehoused(decoder: Decoder, old: DecoderSpec, new: DecoderSpec) -> Decoder:
         if path[-1] == "bias" and isinstance(variable, nnx.Param):
             variable.set_value(variable.get_value().astype(jnp.float32))
     return housed
+
+
+def _require_frozen_biases(spec: DecoderSpec) -> None:
+    if spec.trained_biases:
+        raise ConfigError(
+            "the biases of the base model were trained with the adapters, so the base "
+            "is not here any more",
+            fix="load the base model again",
+        )
 
 
 def _linears(decoder: Decoder) -> Iterator[Linear]:

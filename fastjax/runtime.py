@@ -4,9 +4,7 @@ import functools
 import os
 from pathlib import Path
 
-# Latency hiding and command buffers are XLA's defaults; these were chosen by
-# measurement and are added to what the user has set.
-_XLA_GPU_FLAGS: tuple[str, ...] = ()
+_DETERMINISM = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
 def cache_folder() -> Path:
@@ -15,14 +13,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FASTJAX_CACHE") or Path(base) / "fastjax")
 
 
-@functools.cache
-def configure() -> None:
-    """Sets XLA flags and the compilation cache; later calls do nothing.
+def configure(*, full_determinism: bool = False) -> None:
+    """Sets XLA flags and the compilation cache; the first call decides.
 
     The cache stays off when its folder cannot be written, as on a read-only home.
+
+    Args:
+      full_determinism: GPU programs give the same bits run after run. A later call
+        cannot ask for it any more: see `is_deterministic`.
     """
+    settled = _settled()
+    if settled:
+        return
     flags = os.environ.get("XLA_FLAGS", "").split()
-    os.environ["XLA_FLAGS"] = " ".join([*_XLA_GPU_FLAGS, *flags])
+    if full_determinism and _DETERMINISM not in flags:
+        flags.append(_DETERMINISM)
+        os.environ["XLA_FLAGS"] = " ".join(flags)
+    settled["full_determinism"] = _DETERMINISM in flags
     # Transformers is used for tokenizers alone; it need not say that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
@@ -34,3 +41,16 @@ def configure() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+
+
+def is_deterministic() -> bool:
+    """Whether the same program gives the same bits run after run on this device."""
+    import jax
+
+    return jax.default_backend() == "cpu" or _settled().get("full_determinism", False)
+
+
+@functools.cache
+def _settled() -> dict[str, bool]:
+    """Returns what the first call of `configure` has set; empty before it."""
+    return {}

@@ -14,6 +14,10 @@ class UnsupportedOp(NotImplementedError):
     """An implementation cannot run these shapes, dtypes or this device."""
 
 
+class UnknownImplementation(ValueError):
+    """No implementation of the op has the name that was given."""
+
+
 def run(
     op: str,
     implementations: Mapping[str, Callable[..., Any]],
@@ -33,13 +37,15 @@ def run(
       **kwargs: Passed on.
 
     Raises:
-      ValueError: No implementation has that name.
+      UnknownImplementation: None has that name.
       UnsupportedOp: The named one, or every one, cannot run this case.
     """
     if named is not None:
         if named not in implementations:
             known = ", ".join(implementations)
-            raise ValueError(f"{op} has no implementation {named!r}; it has: {known}")
+            raise UnknownImplementation(
+                f"{op} has no implementation {named!r}; it has: {known}"
+            )
         result = implementations[named](*args, **kwargs)
         _note(op, named)
         return result

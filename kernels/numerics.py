@@ -6,7 +6,9 @@ import numpy as np
 _TOLERANCES = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
 
 
-def relative_error(actual: jax.typing.ArrayLike, expected: jax.typing.ArrayLike) -> float:
+def relative_error(
+    actual: jax.typing.ArrayLike, expected: jax.typing.ArrayLike
+) -> float:
     """Returns `|actual - expected| / |expected|` in the Frobenius norm, in float64."""
     expected64 = np.asarray(expected).astype(np.float64)
     difference = np.asarray(actual).astype(np.float64) - expected64

@@ -4,6 +4,7 @@ from .checkpoint import Checkpoint as Checkpoint
 from .config import read_config as read_config
 from .config import write_config as write_config
 from .families import checkpoint_tensors as checkpoint_tensors
+from .fingerprint import folder_fingerprint as folder_fingerprint
 from .folder import resolve as resolve
 from .load import load_weights as load_weights
 from .load import stream_weights as stream_weights

@@ -51,6 +51,11 @@ class Checkpoint:
             self._files.update(dict.fromkeys(file.tensors, file))
         self.tensors = {n: file.tensors[n] for n, file in self._files.items()}
 
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold tensors, in order of name."""
+        return tuple(sorted({file.path for file in self._files.values()}))
+
     def read(self, name: str) -> np.ndarray:
         """Returns a read-only view of one tensor; pages come in when touched."""
         return self._files[name].read(name)

@@ -1,12 +1,14 @@
 """Weights -> a model folder that other tools load: shards, index, config, tokenizer."""
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -15,7 +17,7 @@ from conversions.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from conversions.hf.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from conversions.hf.families import checkpoint_tensors
 from conversions.report import TensorReport
-from conversions.rules import Tensor, relaid
+from conversions.rules import Layout, Tensor, relaid
 from conversions.safetensors_header import TensorSpec
 from conversions.safetensors_writer import PutTensor, safetensors_writer
 from conversions.strict_json import read_json_object
@@ -148,15 +150,25 @@ def _write_tensors(
             if name not in by_name:
                 TensorReport(unexpected=(name,)).check(where=str(folder))
             tensor = by_name.pop(name)
-            host = _host(name, array, specs[tensor.hf].dtype)
-            put_into[tensor.hf](tensor.hf, relaid(host, tensor.layout))
+            host = _host(name, array, specs[tensor.hf].dtype, tensor.layout)
+            put_into[tensor.hf](tensor.hf, host)
         TensorReport(missing=tuple(by_name)).check(where=str(folder))
 
 
-def _host(name: str, array: Array | np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _host(
+    name: str, array: Array | np.ndarray, dtype: np.dtype, layout: Layout
+) -> np.ndarray:
+    """Returns the array as the file holds it; a device casts and transposes its own."""
     if isinstance(array, NF4Array):
         raise ModelError(f"{name} is quantised; dequantise it before saving")
-    return np.asarray(array).astype(dtype, copy=False)
+    if isinstance(array, jax.Array):
+        return np.asarray(_laid_out(array, dtype=dtype.name, layout=layout))
+    return relaid(np.asarray(array).astype(dtype, copy=False), layout)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "layout"))
+def _laid_out(array: Array, *, dtype: str, layout: Layout) -> Array:
+    return relaid(array.astype(dtype), layout)
 
 
 def _write_index(

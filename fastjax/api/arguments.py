@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from fastjax.config import TrainConfig
 from fastjax.flat_config import flat_values, train_config
 
 
@@ -14,19 +13,16 @@ class TrainingArguments:
 
     Attributes:
       config: The settings.
-      given: Names that the caller gave, after aliases.
-      notes: Values that were translated, one sentence each.
+      given: Canonical names of what the caller set.
+      notes: What was translated or has no effect, one sentence each.
 
     Raises:
       ConfigError: Names every unknown field and every value that cannot be.
     """
 
     def __init__(self, output_dir: str = "outputs", **fields: Any) -> None:
-        flat = {"output_dir": output_dir, **fields}
-        self.config, self.notes = train_config(flat)
-        default = flat_values(TrainConfig())
-        values = flat_values(self.config)
-        self.given = frozenset(n for n in values if values[n] != default[n])
+        read = train_config({"output_dir": output_dir, **fields})
+        self.config, self.given, self.notes = read.config, read.given, read.notes
 
     def __getattr__(self, name: str) -> Any:
         """Returns a setting by its flat name."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -192,15 +193,19 @@ def _gib(count: int | None) -> float | None:
 
 def _environment() -> dict[str, Any]:
     device = jax.local_devices()[0]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     packages = ("jax", "jaxlib", "flax", "optax")
     return {
         "device": device.device_kind,
         "platform": device.platform,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "commit": commit.stdout.strip() or None,
+        "commit": os.environ.get("GIT_COMMIT") or _commit(),
         "command": " ".join(sys.argv),
     }
+
+
+def _commit() -> str | None:
+    """Returns the commit of the checkout, None outside of one (set `GIT_COMMIT`)."""
+    git = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

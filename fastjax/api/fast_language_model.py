@@ -9,9 +9,9 @@ from fastjax import runtime
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter, load_model
 from fastjax.api.tokenizer import Tokenizer
-from fastjax.config import ALL_LINEAR, LoRABias, LoRAConfig, QuantConfig
+from fastjax.config import ALL_LINEAR, DType, LoRABias, LoRAConfig, RematPolicy
 from fastjax.errors import ConfigError
-from fastjax.flat_config import coerced, field_types, train_config
+from fastjax.flat_config import train_config
 from kernels.device import compute_capability
 
 _AMPERE = (8, 0)
@@ -27,9 +27,14 @@ class FastLanguageModel:
         dtype: Any = None,
         load_in_4bit: bool = True,
         *,
+        load_in_8bit: bool = False,
         full_finetuning: bool = False,
         revision: str = "main",
         bnb_4bit_quant_type: str = "nf4",
+        use_gradient_checkpointing: bool | str | None = None,
+        token: str | None = None,
+        trust_remote_code: bool = False,
+        device_map: Any = None,
     ) -> tuple[LanguageModel, Tokenizer | None]:
         """Returns the model of a preset, folder or hub name, and its tokenizer.
 
@@ -40,26 +45,38 @@ class FastLanguageModel:
           dtype: Of activations: a name or a NumPy dtype; None takes bfloat16 where
             the device has it, else float16.
           load_in_4bit: Hold frozen weights in 4 bits.
+          load_in_8bit: Must be false.
           full_finetuning: Train every weight; turns 4-bit off.
           revision: Branch, tag or commit of a hub model.
           bnb_4bit_quant_type: "nf4" or "fp4".
+          use_gradient_checkpointing: As in `get_peft_model`, for full fine-tuning.
+          token: Must be None: tokens do not belong into scripts.
+          trust_remote_code: Must be false: no code of a model repository is run.
+          device_map: Has no effect: arrays live on JAX's default device.
 
         Raises:
           FastJaxError: The model cannot be found, read or held; says why.
         """
-        hints = field_types()
-        code = coerced(
-            "bnb_4bit_quant_type", bnb_4bit_quant_type, hints["bnb_4bit_quant_type"]
-        )
-        packed = load_in_4bit and not full_finetuning
+        del device_map
+        if token is not None:
+            raise ConfigError(
+                "token is not taken, so that it does not stay in scripts and logs",
+                fix="run `hf auth login` once, or set HF_TOKEN in the environment",
+            )
+        switches = {"load_in_8bit": load_in_8bit}
+        train_config(switches | {"trust_remote_code": trust_remote_code})
+        quant = {"bnb_4bit_quant_type": bnb_4bit_quant_type}
+        quant |= {"load_in_4bit": load_in_4bit and not full_finetuning}
         model = load_model(
             model_name,
             revision=revision,
             dtype=_dtype_name(dtype),
-            quant=QuantConfig(load_in_4bit=packed, bnb_4bit_quant_type=code),
+            quant=train_config(quant).config.quant,
             full_finetuning=full_finetuning,
             max_seq_length=max_seq_length,
         )
+        if use_gradient_checkpointing is not None:
+            model.remat = _remat(use_gradient_checkpointing)
         tokenizer = model.tokenizer
         return model, None if tokenizer is None else Tokenizer(tokenizer)
 
@@ -68,15 +85,17 @@ class FastLanguageModel:
         model: LanguageModel,
         r: int = 16,
         target_modules: str | Sequence[str] = ALL_LINEAR,
-        lora_alpha: float = 16,
+        lora_alpha: float | int = 16,
         *,
-        lora_dropout: float = 0.0,
+        lora_dropout: float | int = 0,
         bias: LoRABias = "none",
         use_rslora: bool = False,
         use_dora: bool = False,
         use_gradient_checkpointing: bool | str = True,
         random_state: int = 3407,
         max_seq_length: int | None = None,
+        modules_to_save: Sequence[str] | None = None,
+        layers_to_transform: Sequence[int] | None = None,
         loftq_config: dict[str, Any] | None = None,
     ) -> LanguageModel:
         """Returns the model with fresh adapters on the targeted linear layers.
@@ -94,27 +113,35 @@ class FastLanguageModel:
             pass, "unsloth" whole layers, False only norms and activations.
           random_state: Seed of the adapters' start.
           max_seq_length: Replaces the model's.
+          modules_to_save: Must be empty: only linear layers of the blocks train.
+          layers_to_transform: Must be empty: name layers in `target_modules`, such as
+            r"model\\.layers\\.(0|1)\\..*_proj".
           loftq_config: Must be empty: LoftQ is not supported.
 
         Raises:
           ConfigError: A value is out of range, or the targets match nothing.
         """
-        if loftq_config:
-            raise ConfigError("loftq_config is not supported", fix="leave it out")
+        unsupported = {
+            "modules_to_save": modules_to_save,
+            "layers_to_transform": layers_to_transform,
+            "loftq_config": loftq_config,
+        }
+        asked = [f"{name} is not supported" for name, v in unsupported.items() if v]
+        if asked:
+            raise ConfigError.of(asked, fix="leave it out")
         targets = target_modules
         if not isinstance(targets, str):
             targets = tuple(targets)
         lora = LoRAConfig(
             lora_r=r,
-            lora_alpha=float(lora_alpha),
-            lora_dropout=float(lora_dropout),
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
             lora_target_modules=targets,
             lora_bias=bias,
             use_rslora=use_rslora,
             use_dora=use_dora,
         )
-        checkpointing = {"gradient_checkpointing": use_gradient_checkpointing}
-        model.remat = train_config(checkpointing)[0].remat
+        model.remat = _remat(use_gradient_checkpointing)
         add_adapter(model, lora, seed=random_state)
         if max_seq_length is not None:
             model.max_seq_length = max_seq_length
@@ -138,8 +165,13 @@ def is_bfloat16_supported() -> bool:
     return capability is None or capability >= _AMPERE
 
 
-def _dtype_name(dtype: Any) -> Any:
+def _remat(use_gradient_checkpointing: bool | str) -> RematPolicy:
+    return train_config({"remat": use_gradient_checkpointing}).config.remat
+
+
+def _dtype_name(dtype: Any) -> DType:
     if dtype is None:
         return "bfloat16" if is_bfloat16_supported() else "float16"
-    name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else None
-    return coerced("dtype", name or jnp.dtype(dtype).name, field_types()["dtype"])
+    is_name = isinstance(dtype, str) or str(dtype).startswith("torch.")
+    name = str(dtype) if is_name else jnp.dtype(dtype).name
+    return train_config({"dtype": name}).config.dtype

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +16,10 @@ from flax import nnx
 from conversions.hf import Checkpoint, save_model, stream_weights
 from conversions.peft import write_adapter
 from fastjax import lora as adapters
+from fastjax.api.device_faults import device_faults
 from fastjax.config import DType, LoRAConfig
 from fastjax.errors import ConfigError, ModelError
-from fastjax.inference.generate import generate
+from fastjax.inference.generate import generate, require_known_tokens
 from fastjax.inference.sampling import Sampling
 from fastjax.models.build import DecoderSpec, flat_weights
 from fastjax.nn.decoder import Decoder
@@ -33,12 +36,12 @@ class ModelSource:
     Attributes:
       name: Hub name or folder, as adapters record it.
       folder: Local folder of config, weights and tokenizer.
-      revision: Branch, tag or commit on the hub.
+      revision: Commit on the hub; None for a folder that is not of its cache.
     """
 
     name: str
     folder: Path
-    revision: str = "main"
+    revision: str | None = None
 
 
 class LanguageModel:
@@ -93,10 +96,23 @@ class LanguageModel:
         values = [v for s in states for _, v in nnx.to_flat_state(s)]
         return sum(_weights_in(variable.get_value()) for variable in values)
 
-    def print_trainable_parameters(self) -> str:
-        """Returns, for people, how many weights train."""
+    @property
+    def trainable_summary(self) -> str:
+        """How many weights train, for people, as PEFT says it."""
         count, total = self.num_parameters(only_trainable=True), self.num_parameters()
-        return f"{count:,} of {total:,} weights train ({count / total:.2%})"
+        return (
+            f"trainable params: {count:,} || all params: {total:,} || "
+            f"trainable%: {100 * count / total:.4f}"
+        )
+
+    def print_trainable_parameters(self) -> None:
+        """Prints `trainable_summary`."""
+        sys.stdout.write(f"{self.trainable_summary}\n")
+
+    def set_compute_dtype(self, dtype: DType) -> None:
+        """Computes in another precision from now on; weights stay as they are."""
+        self.spec = dataclasses.replace(self.spec, compute_dtype=dtype)
+        self.decoder.compute_dtype = jnp.dtype(dtype)
 
     def for_inference(self) -> Decoder:
         """Returns the decoder as inference runs it.
@@ -119,6 +135,7 @@ class LanguageModel:
           uses_adapter: False runs the base model alone.
         """
         decoder = self.for_inference() if uses_adapter else self.base_decoder()
+        require_known_tokens(np.asarray(input_ids).tolist(), decoder)
         ids = jnp.asarray(input_ids, jnp.int32)
         return _logits(*nnx.split(decoder), ids)
 
@@ -127,12 +144,15 @@ class LanguageModel:
         input_ids: Any,
         *,
         attention_mask: Any = None,
+        token_type_ids: Any = None,
         max_new_tokens: int = 128,
         do_sample: bool = False,
-        temperature: float = 1.0,
+        temperature: float | int = 1.0,
         top_k: int = 0,
-        top_p: float = 1.0,
+        top_p: float | int = 1.0,
+        min_p: float | int = 0.0,
         eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
         streamer: Any = None,
         seed: int = 0,
         use_cache: bool = True,
@@ -143,42 +163,58 @@ class LanguageModel:
         Args:
           input_ids: (B, T) token ids, padded on either side, or a list of lists.
           attention_mask: 0 where `input_ids` is padding; None: no padding.
+          token_type_ids: What some tokenizers add; these models have no token types.
           max_new_tokens: Most tokens that are added.
           do_sample: Draw; without, the likeliest token is taken.
           temperature: Divides the scores when drawing.
           top_k: Draw from so many of the likeliest tokens; 0: all.
           top_p: Draw from the likeliest tokens up to this probability.
+          min_p: Draw from tokens at least this share as likely as the likeliest.
           eos_token_id: Ends a row; None takes the model's.
+          pad_token_id: Fills rows that end early; None takes the tokenizer's.
           streamer: Object with `put(ids)` and `end()`; one prompt only.
           seed: Of the drawing.
           use_cache: Must be true; generation always uses the cache.
           uses_adapter: False generates with the base model alone.
 
         Returns:
-          (B, longest) token ids, padded at the end.
+          (B, T + longest answer) token ids: the prompts as they were given, then the
+          answers. Prompts of different lengths in a list are padded in front.
         """
+        del token_type_ids
         if not use_cache:
             raise ConfigError("use_cache=False is not supported: the cache is exact")
-        prompts = _prompts(input_ids, attention_mask)
+        if not do_sample and (temperature, top_k, top_p, min_p) != (1, 0, 1, 0):
+            warnings.warn(
+                "temperature, top_k, top_p and min_p have no effect without "
+                "do_sample=True",
+                stacklevel=2,
+            )
+        given, prompts = _prompts(input_ids, attention_mask)
         if streamer is not None and len(prompts) > 1:
             raise ConfigError(f"a streamer takes one prompt, not {len(prompts)}")
         if streamer is not None:
             streamer.put(np.asarray(prompts[0]))
-        answers = generate(
-            self.for_inference() if uses_adapter else self.base_decoder(),
-            prompts,
-            max_new_tokens=max_new_tokens,
-            stop_ids=self.stop_ids(eos_token_id),
-            sampling=Sampling(
-                temperature=temperature if do_sample else 0.0, top_k=top_k, top_p=top_p
-            ),
-            seed=seed,
-            on_tokens=None if streamer is None else _feeding(streamer),
+        sampling = Sampling(
+            temperature=float(temperature) if do_sample else 0.0,
+            top_k=top_k,
+            top_p=float(top_p),
+            min_p=float(min_p),
         )
+        with device_faults("generate", memory_fix="fewer or shorter prompts at once"):
+            answers = generate(
+                self.for_inference() if uses_adapter else self.base_decoder(),
+                prompts,
+                max_new_tokens=max_new_tokens,
+                stop_ids=self.stop_ids(eos_token_id),
+                sampling=sampling,
+                seed=seed,
+                on_tokens=None if streamer is None else _feeding(streamer),
+            )
         if streamer is not None:
             streamer.end()
-        rows = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
-        return _stacked(rows, self._pad_id())
+        pad_id = self._pad_id() if pad_token_id is None else pad_token_id
+        return np.concatenate([_in_front(given, pad_id), _stacked(answers, pad_id)], 1)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes the adapter as a PEFT folder, or all weights without an adapter."""
@@ -248,7 +284,7 @@ class LanguageModel:
         base = flat_weights(self.decoder, self.spec)
         if base_precision == "original" and not self.spec.trains_weights:
             checkpoint = Checkpoint(self.source.folder)
-            base = stream_weights(checkpoint, self.config, dtype=self.spec.param_dtype)
+            base = stream_weights(checkpoint, self.config, dtype="float32")
         return adapters.merged_weights(base, held, self.spec)
 
     def stop_ids(
@@ -281,13 +317,30 @@ def _logits(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> jax.Arr
     return decoder.logits(decoder(ids, positions=positions))
 
 
-def _prompts(input_ids: Any, attention_mask: Any) -> list[list[int]]:
+def _prompts(
+    input_ids: Any, attention_mask: Any
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns the rows as they are, and without padding."""
     rows = [np.asarray(row).tolist() for row in input_ids]
+    if not all(isinstance(row, list) for row in rows):
+        raise ConfigError(
+            "input_ids must be rows of token ids, (B, T)",
+            fix='for one prompt, give [ids], or tokenizer(..., return_tensors="np")',
+        )
     if attention_mask is None:
-        return rows
+        return rows, rows
     masks = [np.asarray(mask).tolist() for mask in attention_mask]
+    if [len(row) for row in rows] != [len(mask) for mask in masks]:
+        raise ConfigError("attention_mask and input_ids have different shapes")
     pairs = zip(rows, masks, strict=True)
-    return [[t for t, kept in zip(*pair, strict=True) if kept] for pair in pairs]
+    return rows, [[t for t, kept in zip(*p, strict=True) if kept] for p in pairs]
+
+
+def _in_front(rows: list[list[int]], pad_id: int) -> np.ndarray:
+    """Returns rows of one length, padded in front, so that answers begin together."""
+    length = max(map(len, rows))
+    padded = [[pad_id] * (length - len(row)) + row for row in rows]
+    return np.asarray(padded, np.int64)
 
 
 def _stacked(rows: list[list[int]], pad_id: int) -> np.ndarray:

@@ -1,9 +1,10 @@
 """From a name to a `LanguageModel`: presets, folders, hub names and adapter folders."""
 
+import difflib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
-import transformers
 
 from conversions.hf import Checkpoint, load_weights, read_config, resolve
 from conversions.peft import read_adapter, read_adapter_config
@@ -17,7 +18,12 @@ from fastjax.models.build import DecoderSpec, build_decoder
 from fastjax.models.registry import PRESETS
 from fastjax.quantize import packed_formats
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _ADAPTER_CONFIG = "adapter_config.json"
+# What transformers raises for files that are not what they should be.
+_BROKEN_FILES = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def load_model(
@@ -74,7 +80,7 @@ def load_model(
     model = LanguageModel(
         build_decoder(spec, weights),
         spec,
-        source=ModelSource(name=source_name, folder=folder, revision=revision),
+        source=ModelSource(name=source_name, folder=folder, revision=_commit(folder)),
         tokenizer=load_tokenizer(adapter or folder, folder),
         max_seq_length=max_seq_length,
     )
@@ -92,24 +98,22 @@ def add_adapter(model: LanguageModel, lora: LoRAConfig, *, seed: int) -> None:
     model.spec, model.lora = adapted, lora
 
 
-def load_tokenizer(*folders: Path) -> transformers.PreTrainedTokenizerBase | None:
+def load_tokenizer(*folders: Path) -> "PreTrainedTokenizerBase | None":
     """Returns the tokenizer of the first folder that has one.
 
     Raises:
       ModelError: Its files cannot be read.
     """
+    # Late, so that `runtime.configure` comes first: transformers reads its settings.
+    from transformers import AutoTokenizer
+
     for folder in folders:
         if not (folder / "tokenizer_config.json").is_file():
             continue
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            ImportError,
-            json.JSONDecodeError,
-        ) as error:
+            # Said aloud: without it transformers asks whether to run the folder's code.
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (*_BROKEN_FILES, ImportError) as error:
             raise ModelError(
                 f"the tokenizer cannot be read: {printable(error)}",
                 where=str(folder),
@@ -121,6 +125,14 @@ def load_tokenizer(*folders: Path) -> transformers.PreTrainedTokenizerBase | Non
 def _folder(name: str, revision: str) -> tuple[Path, str]:
     """Returns the local folder of a name, and the name that adapters record."""
     found = PRESETS.get(name.lower())
+    if found is None and "/" not in name and not Path(name).exists():
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=3)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise ModelError(
+            f"{printable(name)} is neither a preset nor a folder",
+            fix=f"{hint}`fastjax models` lists the presets; a name of the hub has an "
+            "owner, as in Qwen/Qwen2.5-0.5B",
+        )
     if found is None or Path(name).is_dir():
         folder = resolve(name, revision=revision, known_names=PRESETS)
         return folder, str(folder.resolve()) if Path(name).is_dir() else name
@@ -128,6 +140,11 @@ def _folder(name: str, revision: str) -> tuple[Path, str]:
         folder = random_checkpoint_of(name.lower())
         return folder, str(folder)
     return resolve(found.hub_id, revision=revision), found.hub_id
+
+
+def _commit(folder: Path) -> str | None:
+    """Returns the commit that a folder of the hub's cache holds."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def _put_adapter(model: LanguageModel, folder: Path) -> None:

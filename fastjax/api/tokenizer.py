@@ -1,14 +1,32 @@
 """The model's tokenizer, whose tensors are NumPy arrays."""
 
-from typing import Any
+from collections import UserDict
+from typing import TYPE_CHECKING, Any
 
-import transformers
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TENSORS = ("pt", "tf", "jax", "np")
 
 
-class ArrayEncoding(transformers.BatchEncoding):
+class HostArray(np.ndarray):
+    """A NumPy array that scripts may send to a device, where the model sends it."""
+
+    def to(self, device: Any = None, **options: Any) -> "HostArray":
+        """Returns itself: the model moves arrays to its device."""
+        return self
+
+
+class ArrayEncoding(UserDict):
     """What a tokenizer returns, in NumPy arrays, which need no device."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns the array of that name, such as `input_ids`."""
+        if name == "data" or name not in self.data:
+            raise AttributeError(name)
+        return self.data[name]
 
     def to(self, device: Any = None, **options: Any) -> "ArrayEncoding":
         """Returns itself: the model moves arrays to its device."""
@@ -22,28 +40,29 @@ class Tokenizer:
     without it: `tokenizer(texts, return_tensors="pt").to("cuda")`.
     """
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         object.__setattr__(self, "wrapped", tokenizer)
 
     def __call__(
         self, *texts: Any, return_tensors: str | None = None, **options: Any
-    ) -> transformers.BatchEncoding:
+    ) -> Any:
         """Returns the token ids of texts, as NumPy arrays for any kind of tensor."""
         kind = "np" if return_tensors in _TENSORS else return_tensors
         encoded = self.wrapped(*texts, return_tensors=kind, **options)
-        return ArrayEncoding(dict(encoded)) if kind == "np" else encoded
+        return _arrays(encoded) if kind == "np" else encoded
 
     def apply_chat_template(
         self, conversation: Any, *, return_tensors: str | None = None, **options: Any
     ) -> Any:
-        """Returns the rendered conversation; as NumPy ids where tensors are asked."""
+        """Returns the rendered conversation; as (B, T) ids where tensors are asked."""
         if return_tensors not in _TENSORS:
             return self.wrapped.apply_chat_template(conversation, **options)
         wants_dict = options.pop("return_dict", False)
         encoded = self.wrapped.apply_chat_template(
             conversation, return_tensors="np", return_dict=True, **options
         )
-        return ArrayEncoding(dict(encoded)) if wants_dict else encoded["input_ids"]
+        arrays = _arrays(encoded)
+        return arrays if wants_dict else arrays["input_ids"]
 
     def __getattr__(self, name: str) -> Any:
         """Returns the tokenizer's own attribute."""
@@ -56,3 +75,8 @@ class Tokenizer:
     def __len__(self) -> int:
         """Returns the number of tokens, added ones included."""
         return len(self.wrapped)
+
+
+def _arrays(encoded: Any) -> ArrayEncoding:
+    named = {name: np.asarray(array) for name, array in encoded.items()}
+    return ArrayEncoding({name: a.view(HostArray) for name, a in named.items()})

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from flax import nnx
 from rich.console import Console
 
 from fastjax.api.arguments import TrainingArguments
+from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.tokenizer import Tokenizer
 from fastjax.api.training import evaluate_model, evaluation_loader, prepare_data, train
@@ -22,6 +24,21 @@ from fastjax.data import get_chat_template as set_chat_template
 from fastjax.errors import ConfigError
 from fastjax.train import TrainResult
 from kernels.cross_entropy import token_log_probs
+
+_PADDING_COLLATORS = (
+    "DataCollatorForSeq2Seq",
+    "DataCollatorForLanguageModeling",
+    "DataCollatorWithPadding",
+    "DefaultDataCollator",
+)
+
+
+_TEMPLATE_NAMES = {
+    "llama3": "llama-3",
+    **dict.fromkeys(("llama-31", "llama31", "llama3.1"), "llama-3.1"),
+    **dict.fromkeys(("llama-3.2", "llama-3.3"), "llama-3.1"),
+    **dict.fromkeys(("qwen-25", "qwen25", "qwen2.5"), "qwen-2.5"),
+}
 
 
 class TrainOutput(NamedTuple):
@@ -66,11 +83,13 @@ class SFTTrainer:
         args: TrainingArguments | None = None,
         tokenizer: Any = None,
         processing_class: Any = None,
+        data_collator: Any = None,
         formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
         dataset_text_field: str | None = None,
         max_seq_length: int | None = None,
         packing: bool | None = None,
         dataset_num_proc: int | None = None,
+        callbacks: Sequence[Any] | None = None,
     ) -> None:
         """Reads, checks and tokenises the rows.
 
@@ -81,17 +100,22 @@ class SFTTrainer:
           args: Settings.
           tokenizer: Replaces the model's.
           processing_class: The newer name of `tokenizer`.
+          data_collator: One that only pads has no effect: batches are padded here.
           formatting_func: Makes the text of a row.
           dataset_text_field: Column of plain texts.
           max_seq_length: Longest row in tokens.
           packing: Several documents share a row, isolated from each other.
           dataset_num_proc: Has no effect: one process tokenises fast enough.
+          callbacks: Must be empty; `metrics.jsonl` can be followed while a run goes on.
 
         Raises:
           ConfigError: Settings contradict each other or the model.
           DataError: The rows cannot be used; says where and why.
         """
         del dataset_num_proc
+        if callbacks:
+            raise ConfigError("callbacks are not supported", fix="leave them out")
+        _require_padding_only(data_collator)
         self.model = model
         self.args = args or TrainingArguments()
         _take_tokenizer(model, tokenizer or processing_class)
@@ -117,16 +141,36 @@ class SFTTrainer:
           resume_from_checkpoint: True continues the newest whole checkpoint of the
             output folder, a path that one; None starts anew.
         """
-        mode = {None: "no", False: "no", True: "auto"}.get(
-            resume_from_checkpoint, str(resume_from_checkpoint)
+        modes = {"None": "no", "False": "no", "True": "auto"}
+        asked = str(resume_from_checkpoint)
+        config = dataclasses.replace(
+            self.config, resume_from_checkpoint=modes.get(asked, asked)
         )
-        config = dataclasses.replace(self.config, resume_from_checkpoint=mode)
         console = Console(stderr=True)
         for note in self.args.notes:
-            console.print(note, markup=False)
-        self.result = train(self.model, config, self.data, console=console)
-        metrics = dict(self.result.metrics)
-        return TrainOutput(self.result.step, metrics["train_loss"], metrics)
+            console.print(note, markup=False, soft_wrap=True)
+        result = train(
+            self.model,
+            config,
+            self.data,
+            console=console,
+            resume_command="trainer.train(resume_from_checkpoint=True)",
+        )
+        self.result = result
+        # JSON has no NaN: there a missing number is None.
+        metrics = {k: math.nan if v is None else v for k, v in result.metrics.items()}
+        return TrainOutput(result.step, metrics["train_loss"], metrics)
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Writes the adapter, or the whole model, and the tokenizer into a folder.
+
+        Args:
+          output_dir: None takes that of the settings.
+        """
+        folder = Path(output_dir or self.config.output_dir or "outputs")
+        self.model.save_pretrained(folder)
+        self.model.tokenizer.save_pretrained(folder)
+        return folder
 
     def evaluate(self, eval_dataset: Source | None = None) -> dict[str, float]:
         """Returns eval_loss, eval_perplexity and eval_runtime.
@@ -137,18 +181,25 @@ class SFTTrainer:
         return evaluate_model(self.model, self.config, self._evaluation(eval_dataset))
 
     def predict(self, test_dataset: Source) -> PredictionOutput:
-        """Returns the log-probability of every label of a data set."""
-        data = self._evaluation(test_dataset)
+        """Returns the log-probability of every label, a row for each row of the set.
+
+        Rows in which nothing carries loss are left out, as in training.
+        """
+        data = dataclasses.replace(self._evaluation(test_dataset), packing=False)
         loader = evaluation_loader(self.config, data)
         graphdef, state = nnx.split(self.model.for_inference())
         started = time.perf_counter()
-        scores, labels = [], []
-        for step in range(loader.steps_per_epoch):
-            batch = {name: array[0] for name, array in loader.batch(step).items()}
-            scores.append(np.asarray(_label_scores(graphdef, state, batch)))
-            labels.append(batch["targets"])
-        predictions = np.concatenate(scores)[: loader.rows]
-        label_ids = np.concatenate(labels)[: loader.rows]
+        shape = (loader.rows, loader.row_length)
+        predictions = np.zeros(shape, np.float32)
+        label_ids = np.full(shape, -100, np.int32)
+        fix = "lower per_device_eval_batch_size"
+        with device_faults("predict", memory_fix=fix):
+            for step in range(loader.steps_per_epoch):
+                batch = {name: array[0] for name, array in loader.batch(step).items()}
+                scores = np.asarray(_label_scores(graphdef, state, batch))
+                rows, length = loader.rows_of(step), scores.shape[1]
+                predictions[rows, :length] = scores[: len(rows)]
+                label_ids[rows, :length] = batch["targets"][: len(rows)]
         loss = -float(predictions.sum() / max((label_ids >= 0).sum(), 1))
         metrics = {
             "test_loss": loss,
@@ -206,14 +257,34 @@ def train_on_responses_only(
     return trainer
 
 
-def get_chat_template(tokenizer: Any, chat_template: str = "chatml") -> Any:
+def get_chat_template(
+    tokenizer: Any,
+    chat_template: str = "chatml",
+    mapping: Mapping[str, str] | None = None,
+    map_eos_token: bool = True,
+) -> Any:
     """Returns the tokenizer with a built-in chat template.
+
+    Args:
+      tokenizer: Changed in place.
+      chat_template: "llama-3.1", "chatml" and so on, also as "llama31" or "llama-3.2".
+      mapping: Must map names to themselves: rows have the columns role and content.
+      map_eos_token: Make the template's end of a turn the EOS token.
 
     Raises:
       ConfigError: There is no such template; lists those there are.
     """
+    renamed = [old for old, new in (mapping or {}).items() if old != new]
+    if renamed:
+        raise ConfigError(
+            f"mapping of {', '.join(renamed)} is not supported",
+            fix="rename the keys in dataset.map: role and content, user and assistant",
+        )
     plain = tokenizer.wrapped if isinstance(tokenizer, Tokenizer) else tokenizer
-    set_chat_template(plain, chat_template)
+    eos_token = plain.eos_token
+    set_chat_template(plain, _TEMPLATE_NAMES.get(chat_template, chat_template))
+    if not map_eos_token:
+        plain.eos_token = eos_token
     return tokenizer
 
 
@@ -250,10 +321,12 @@ def _resolved(
     if "max_length" not in given and "max_length" not in args.given:
         given["max_length"] = model.max_seq_length
     wants_remat = "remat" in args.given or model.remat is None
+    if "dtype" in args.given and config.dtype != model.spec.compute_dtype:
+        model.set_compute_dtype(config.dtype)
     return dataclasses.replace(
         config,
         model=model.source.name,
-        model_revision=model.source.revision,
+        model_revision=model.source.revision or config.model_revision,
         dtype=model.spec.compute_dtype,
         full_finetuning=model.spec.trains_weights,
         quant=dataclasses.replace(config.quant, load_in_4bit=bool(model.spec.packed)),
@@ -264,6 +337,16 @@ def _resolved(
     )
 
 
+def _require_padding_only(data_collator: Any) -> None:
+    name = type(data_collator).__name__
+    if data_collator is not None and name not in _PADDING_COLLATORS:
+        raise ConfigError(
+            f"data_collator={name} is not supported: its masks would be lost",
+            fix="leave it out; train_on, or train_on_responses_only, chooses the "
+            "trained tokens",
+        )
+
+
 def _take_tokenizer(model: LanguageModel, tokenizer: Any) -> None:
     if tokenizer is not None:
         is_ours = isinstance(tokenizer, Tokenizer)
@@ -271,11 +354,19 @@ def _take_tokenizer(model: LanguageModel, tokenizer: Any) -> None:
 
 
 def _formatted(
-    rows: Source, formatting_func: Callable[[Mapping[str, Any]], str]
+    rows: Source, formatting_func: Callable[[Any], Any]
 ) -> list[dict[str, str]]:
     if isinstance(rows, str | Path) or not isinstance(rows, Iterable):
         raise ConfigError(
             "formatting_func needs rows in memory",
             fix="load the file with datasets.load_dataset, or leave the function out",
         )
-    return [{"text": formatting_func(row)} for row in rows]
+    texts = [formatting_func(row) for row in rows]
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ConfigError(
+            "formatting_func must return the text of one row, not a "
+            f"{type(wrong).__name__}",
+            fix="for a function of many rows use dataset.map(function, batched=True)",
+        )
+    return [{"text": text} for text in texts]

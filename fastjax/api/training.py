@@ -1,8 +1,11 @@
 """Runs: a configuration, a model and its data, from first step to written adapter."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +13,60 @@ from flax import nnx
 from jaxtyping import PyTree
 from rich.console import Console
 
+from conversions.hf import folder_fingerprint
 from fastjax import runtime
+from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter, load_model
-from fastjax.config import TrainConfig
+from fastjax.config import LoRAConfig, TrainConfig
+from fastjax.config_file import config_yaml
 from fastjax.data import Loader, ResponseMarkers, Source, TrainingData, load_data
-from fastjax.errors import ModelError
+from fastjax.errors import ConfigError, ModelError
 from fastjax.flat_config import flat_values
-from fastjax.train import Job, TrainResult, evaluate, make_eval_step, run
+from fastjax.train import Job, TrainResult, evaluate, files, make_eval_step, run
+from fastjax.train.lock import output_lock
 
 _HASH_DIGITS = 8
+_SAME = "the same command"
+_MEMORY_FIX = (
+    "halve per_device_train_batch_size and double gradient_accumulation_steps, or set "
+    "remat to layer, or lower max_length"
+)
 
 
-def run_training(config: TrainConfig, *, notes: list[str] | None = None) -> TrainResult:
+def run_training(
+    config: TrainConfig,
+    *,
+    notes: Sequence[str] = (),
+    resume_command: str = _SAME,
+) -> TrainResult:
     """Trains as the command line does: model and data by name, results in a folder.
+
+    `config.yaml` in that folder holds the settings, and runs again as it is.
 
     Args:
       config: Everything that the run depends on.
       notes: Sentences to show first.
+      resume_command: Continues the run; shown when it is interrupted.
 
     Raises:
       FastJaxError: The run cannot start, go on or finish; says why.
     """
-    runtime.configure()
+    runtime.configure(full_determinism=config.full_determinism)
     console = Console(stderr=True)
-    for note in notes or []:
-        console.print(note, markup=False)
-    if config.output_dir is None:
-        config = dataclasses.replace(config, output_dir=default_output_dir(config))
-    console.print(f"loading {config.model}", markup=False)
+    for note in notes:
+        _say(console, note)
+    folder = Path(config.output_dir or default_output_dir(config))
+    config = dataclasses.replace(config, output_dir=str(folder))
+    _require_writable(folder, console)
+    _say(console, f"loading {config.model}")
     model = load_for_training(config)
+    config = _with_adapter_of(model, config, console)
     data = prepare_data(config, model)
-    result = train(model, config, data, console=console)
+    result = train(model, config, data, console=console, resume_command=resume_command)
+    if not (result.was_finished and (folder / "config.yaml").exists()):
+        with files.storage_errors("write config.yaml", folder):
+            files.write_atomic(folder / "config.yaml", config_yaml(config))
     _say_next(config, console)
     return result
 
@@ -99,6 +124,7 @@ def train(
     data: TrainingData,
     *,
     console: Console | None = None,
+    resume_command: str = _SAME,
 ) -> TrainResult:
     """Trains the model in place and writes the result to `config.output_dir`.
 
@@ -109,30 +135,40 @@ def train(
       config: Everything else that the run depends on.
       data: From `prepare_data`.
       console: Takes notes and progress; None writes to the standard error.
+      resume_command: Continues the run; shown when it is interrupted.
+
+    Raises:
+      ConfigError: Evaluation is asked for and there is nothing to evaluate on, or
+        full determinism is asked for too late.
     """
+    _require_possible(config, data)
     console = console or Console(stderr=True)
     for line in (*data.notes, f"training data: {data.train_report}"):
-        console.print(line, markup=False, highlight=False)
+        _say(console, line)
     if data.eval_report is not None:
-        console.print(f"evaluation data: {data.eval_report}", markup=False)
-    console.print(model.print_trainable_parameters(), markup=False)
+        _say(console, f"evaluation data: {data.eval_report}")
+    _say(console, model.trainable_summary)
+    context = model.config.max_position_embeddings
+    if config.data.max_length > context:
+        _say(console, f"rows may be longer than the model's context of {context:,}")
     graphdef, trainable, frozen = model.split()
     folder = Path(config.output_dir or default_output_dir(config))
-    result = run(
-        Job(
-            config=config,
-            graphdef=graphdef,
-            trainable=trainable,
-            frozen=frozen,
-            train_loader=train_loader(config, data),
-            eval_loader=eval_loader(config, data),
-            output_dir=folder,
-            write_adapter=_adapter_writer(model),
-            on_exit=model.update,
-            resume_command="the same command",
-        ),
-        console,
+    loader = train_loader(config, data)
+    job = Job(
+        config=_in_steps(config, loader.steps_per_epoch),
+        graphdef=graphdef,
+        trainable=trainable,
+        frozen=frozen,
+        train_loader=loader,
+        eval_loader=eval_loader(config, data),
+        output_dir=folder,
+        write_adapter=_adapter_writer(model),
+        on_exit=model.update,
+        resume_command=resume_command,
+        base=folder_fingerprint(model.source.folder),
     )
+    with device_faults("train", memory_fix=_MEMORY_FIX):
+        result = run(job, console)
     if model.spec.trains_weights:
         model.save_pretrained_merged(folder / "model", overwrite=True)
     return result
@@ -169,7 +205,8 @@ def evaluate_model(
         output_dir=Path(),
     )
     step = make_eval_step(job.loss_function(loader, None))
-    return evaluate(step, trainable, frozen, loader).metrics()
+    with device_faults("evaluate", memory_fix="lower per_device_eval_batch_size"):
+        return evaluate(step, trainable, frozen, loader).metrics()
 
 
 def train_loader(config: TrainConfig, data: TrainingData) -> Loader:
@@ -179,7 +216,7 @@ def train_loader(config: TrainConfig, data: TrainingData) -> Loader:
 
 def eval_loader(config: TrainConfig, data: TrainingData) -> Loader | None:
     """Returns the ordered batches of the evaluation documents, None without any."""
-    if not data.evaluation:
+    if not data.evaluation or config.eval_strategy == "no":
         return None
     return _loader(config, data, data.evaluation, for_training=False)
 
@@ -197,6 +234,56 @@ def default_output_dir(config: TrainConfig) -> str:
     text = json.dumps(values, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:_HASH_DIGITS]
     return f"outputs/{Path(config.model).name}-{digest}"
+
+
+def _with_adapter_of(
+    model: LanguageModel, config: TrainConfig, console: Console
+) -> TrainConfig:
+    """Returns the settings with the kind of adapter that the model really has."""
+    if model.lora is None or model.lora == config.lora:
+        return config
+    if config.lora != LoRAConfig():
+        _say(console, "the adapter keeps its own rank, targets and dropout")
+    return dataclasses.replace(config, lora=model.lora)
+
+
+def _require_writable(folder: Path, console: Console) -> None:
+    """Finds out before anything heavy is loaded whether the folder can be used."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    with files.storage_errors("use the output folder", folder):
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{existing} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{existing} cannot be written")
+        if folder.is_dir():
+            with output_lock(folder, lambda note: _say(console, note)):
+                pass
+
+
+def _require_possible(config: TrainConfig, data: TrainingData) -> None:
+    wants_evaluation = config.eval_strategy == "epoch" or config.eval_steps > 0
+    if wants_evaluation and config.eval_strategy != "no" and not data.evaluation:
+        raise ConfigError(
+            f"eval_strategy={config.eval_strategy} needs evaluation data",
+            fix="give eval_dataset_name (SFTTrainer: eval_dataset) or val_set_size, "
+            "or set eval_strategy to no",
+        )
+    if config.full_determinism and not runtime.is_deterministic():
+        raise ConfigError(
+            "full_determinism was asked for after the device was first used",
+            fix="set XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true before",
+        )
+
+
+def _in_steps(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
+    """Returns the settings with steps in the place of epochs."""
+    changes: dict[str, int] = {}
+    if config.eval_strategy == "epoch":
+        changes["eval_steps"] = steps_per_epoch
+    if config.save_strategy != "steps":
+        is_epoch = config.save_strategy == "epoch"
+        changes["save_steps"] = steps_per_epoch if is_epoch else 0
+    return dataclasses.replace(config, **changes) if changes else config
 
 
 def _loader(
@@ -232,6 +319,10 @@ def _adapter_writer(model: LanguageModel) -> Any:
     return write
 
 
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _say_next(config: TrainConfig, console: Console) -> None:
     folder = config.output_dir
     lines = [f"adapter: {folder}"]
@@ -244,4 +335,4 @@ def _say_next(config: TrainConfig, console: Console) -> None:
             f"merge it: python scripts/export.py --model {folder} --output_dir ..."
         )
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        _say(console, line)

@@ -48,6 +48,31 @@ _LLAMA_3 = (
 <|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}{% endif %}"""
 )
 
+# Of Llama 3.1 to 3.3: a system turn that always tells the dates.
+_LLAMA_3_1 = (
+    """\
+{% set system = messages[0]['content'] if messages and messages[0]['role'] == 'system' \
+else '' %}
+{% set date = date_string if date_string is defined else '26 Jul 2024' %}
+{{ bos_token }}<|start_header_id|>system<|end_header_id|>{{ '\\n\\n' -}}
+{{ 'Cutting Knowledge Date: December 2023\\nToday Date: ' + date + '\\n\\n' -}}
+{{ system | trim }}<|eot_id|>
+{%- for message in messages %}
+"""
+    + _REFUSE_TOOLS
+    + _REFUSE_LATE_SYSTEM
+    + """\
+{% if message['role'] == 'assistant' %}
+<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}
+{%- generation %}{{ message['content'] | trim }}<|eot_id|>{% endgeneration %}
+{% elif message['role'] != 'system' %}
+<|start_header_id|>{{ message['role'] }}<|end_header_id|>{{ '\\n\\n' -}}
+{{ message['content'] | trim }}<|eot_id|>{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}{% endif %}"""
+)
+
 _CHATML = (
     """\
 {% for message in messages %}
@@ -61,6 +86,15 @@ _CHATML = (
 {{ message['content'] }}<|im_end|>{% endif %}
 {{ '\\n' }}{% endfor %}
 {% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"""
+)
+
+_QWEN_2_5 = (
+    """\
+{% if not messages or messages[0]['role'] != 'system' %}
+{{ '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful \
+assistant.<|im_end|>\\n' }}{% endif %}
+"""
+    + _CHATML
 )
 
 _MISTRAL = (
@@ -107,8 +141,18 @@ BUILTIN_TEMPLATES = {
         control_tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         end_of_turn="<|eot_id|>",
     ),
+    "llama-3.1": BuiltinTemplate(
+        source=_LLAMA_3_1,
+        control_tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        end_of_turn="<|eot_id|>",
+    ),
     "chatml": BuiltinTemplate(
         source=_CHATML,
+        control_tokens=("<|im_start|>", "<|im_end|>"),
+        end_of_turn="<|im_end|>",
+    ),
+    "qwen-2.5": BuiltinTemplate(
+        source=_QWEN_2_5,
         control_tokens=("<|im_start|>", "<|im_end|>"),
         end_of_turn="<|im_end|>",
     ),

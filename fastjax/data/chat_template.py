@@ -156,8 +156,12 @@ class ChatTemplate:
                 **variables,
             )
         except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-            what = f"the chat template refuses this row: {printable(error)}"
-            raise DataError(what, where=conversation.where) from error
+            raise DataError(
+                f"the chat template refuses this row: {printable(error)}",
+                where=conversation.where,
+                fix="change the row, or take another template: --chat_template_path",
+                code="FJ-DATA-TEMPLATE",
+            ) from error
         if len(texts[0]) > MAX_RENDERED_CHARACTERS:
             what = "the chat template makes over 4 MB of text of this row"
             raise DataError(what, where=conversation.where)
@@ -192,7 +196,7 @@ def get_chat_template(
 
     Args:
       tokenizer: Changed and returned.
-      chat_template: One of "llama-3", "chatml", "mistral", "alpaca".
+      chat_template: A name of `BUILTIN_TEMPLATES`.
 
     Raises:
       ConfigError: No such template, or the vocabulary lacks its control tokens.

@@ -1,25 +1,36 @@
 """Batches as a pure function of (seed, step)."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
-from fastjax.data.packing import packed_rows
+from fastjax.data.packing import documents_per_row, packed_rows
+from fastjax.data.row_lengths import padded_lengths
 from fastjax.data.tokenization import Document
 from fastjax.errors import DataError
 
 IGNORED = -100
+# Each shape of batch is compiled once, which must pay: a data set has one more for
+# each so many steps of an epoch, up to the limit.
+_STEPS_PER_SHAPE, _MOST_SHAPES = 16, 6
+_NO_ROW = -1
 Batch = dict[str, Int32[np.ndarray, "A B S"]]
 
 
 class Loader:
     """Batches of documents; the step number is its whole state.
 
-    Every row is seen once an epoch: the last batch is filled with empty rows, whose
-    segment is 0 and whose targets are all ignored. Each epoch has an order of its own;
-    packing is done once, so that only the order of rows changes.
+    Every row is seen once an epoch; one batch is filled up with empty rows, whose
+    segment is 0 and whose targets are all ignored.
+
+    Rows of one step are padded to one length, of the few that the data set has. An
+    epoch is shuffled, sorted by these lengths alone, cut into steps, and the steps are
+    shuffled: rows meet others of like length, but ever different ones. The longest
+    step comes first, so that what does not fit in memory shows at once. Packing is
+    done once; packed rows are nearly full and have one length.
 
     Args:
       documents: What is trained; none longer than `max_length`.
@@ -28,9 +39,11 @@ class Loader:
       max_length: Most tokens of a row.
       packing: Several documents share a row, isolated by segment.
       seed: Of the order.
-      shuffle: False keeps the order of `documents`, for evaluation.
+      shuffle: False, for evaluation, takes rows of one length in order of
+        `documents`, the longest length first; `rows_of` tells which they are.
       pad_id: Fills the end of rows; it is never a target.
-      pad_to_multiple_of: Rows are as long as the longest, rounded up to this.
+      pad_to_multiple_of: Row lengths are multiples of this, but for `max_length`,
+        which is only made even.
 
     Raises:
       DataError: There are no documents.
@@ -54,16 +67,22 @@ class Loader:
         lengths = [len(document) for document in documents]
         self._documents = documents
         self._rows = (
-            packed_rows(lengths, max_length)
+            packed_rows(
+                lengths, max_length, most=documents_per_row(lengths, max_length)
+            )
             if packing
             else [[index] for index in range(len(documents))]
         )
-        longest = max(sum(lengths[i] for i in row) for row in self._rows)
-        rounded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
-        self.row_length: int = min(max_length, rounded)
         self._shape = (accumulation, batch_size)
+        shapes = min(_MOST_SHAPES, 1 + self.steps_per_epoch // _STEPS_PER_SHAPE)
+        self._padded: Int64[np.ndarray, " N"] = padded_lengths(
+            np.array([sum(lengths[i] for i in row) for row in self._rows], np.int64),
+            shapes=1 if packing else shapes,
+            multiple=pad_to_multiple_of,
+            limit=max_length,
+        )
         self._seed, self._shuffle, self._pad_id = seed, shuffle, pad_id
-        self._order: tuple[int, Int32[np.ndarray, " N"]] | None = None
+        self._order: tuple[int, Int64[np.ndarray, "steps rows"]] | None = None
 
     @property
     def rows(self) -> int:
@@ -86,14 +105,25 @@ class Loader:
         return 1 << (most - 1).bit_length()
 
     @property
+    def row_length(self) -> int:
+        """Positions of the longest row; those of one step may have fewer."""
+        return int(self._padded.max())
+
+    @property
     def fill(self) -> float:
         """Share of the positions of an epoch that hold a token."""
         tokens = sum(len(document) for document in self._documents)
-        return tokens / (len(self._rows) * self.row_length)
+        order = self._epoch_order(0)
+        longest = np.where(order == _NO_ROW, 0, self._padded[order]).max(axis=1)
+        return tokens / (int(longest.sum()) * order.shape[1])
 
     @property
     def fingerprint(self) -> str:
         """Hash of all tokens and masks, in order: what a resumed run must find."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for document in self._documents:
             digest.update(np.int64(len(document)).tobytes())
@@ -112,11 +142,9 @@ class Loader:
           step: From 0; it goes on over epochs without end.
         """
         accumulation, batch_size = self._shape
-        epoch, index = divmod(step, self.steps_per_epoch)
-        first = index * accumulation * batch_size
-        order = self._epoch_order(epoch)
-        chosen = order[first : first + accumulation * batch_size]
-        shape = (accumulation * batch_size, self.row_length)
+        chosen = self.rows_of(step)
+        row_length = int(self._padded[chosen].max())
+        shape = (accumulation * batch_size, row_length)
         batch = {
             "input_ids": np.full(shape, self._pad_id, np.int32),
             "targets": np.full(shape, IGNORED, np.int32),
@@ -125,8 +153,17 @@ class Loader:
         }
         for place, row in enumerate(chosen.tolist()):
             self._fill_row({name: array[place] for name, array in batch.items()}, row)
-        whole = (accumulation, batch_size, self.row_length)
+        whole = (accumulation, batch_size, row_length)
         return {name: array.reshape(whole) for name, array in batch.items()}
+
+    def rows_of(self, step: int) -> Int64[np.ndarray, " n"]:
+        """Returns the numbers of a step's rows, without the empty ones at its end.
+
+        Unpacked, the number of a row is the place of its document.
+        """
+        epoch, index = divmod(step, self.steps_per_epoch)
+        rows = self._epoch_order(epoch)[index]
+        return rows[rows != _NO_ROW]
 
     def _fill_row(self, arrays: dict[str, Int32[np.ndarray, " S"]], row: int) -> None:
         start = 0
@@ -141,14 +178,26 @@ class Loader:
             arrays["segment_ids"][start:end] = segment
             start = end
 
-    def _epoch_order(self, epoch: int) -> Int32[np.ndarray, " N"]:
-        if not self._shuffle:
-            return np.arange(len(self._rows), dtype=np.int32)
-        if self._order is None or self._order[0] != epoch:
-            # The bits of a generator never change between NumPy versions, while
-            # `permutation` may.
-            bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
-            draws = bits.random_raw(len(self._rows))
-            order = np.argsort(draws, kind="stable").astype(np.int32)
-            self._order = (epoch, order)
+    def _epoch_order(self, epoch: int) -> Int64[np.ndarray, "steps rows"]:
+        """Returns the rows of each step, filled up with `_NO_ROW`."""
+        key = epoch if self._shuffle else 0
+        if self._order is None or self._order[0] != key:
+            self._order = (key, self._new_order(epoch))
         return self._order[1]
+
+    def _new_order(self, epoch: int) -> Int64[np.ndarray, "steps rows"]:
+        accumulation, batch_size = self._shape
+        steps, per_step = self.steps_per_epoch, accumulation * batch_size
+        # The bits of a generator never change between NumPy versions, while
+        # `permutation` may.
+        bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
+        order = np.arange(len(self._rows))
+        if self._shuffle:
+            order = np.argsort(bits.random_raw(len(order)), kind="stable")
+        order = order[np.argsort(-self._padded[order], kind="stable")]
+        empty = np.full(steps * per_step - len(order), _NO_ROW)
+        whole = np.concatenate([order, empty]).reshape(steps, per_step)
+        if self._shuffle and steps > 1:
+            rest = np.argsort(bits.random_raw(steps - 1), kind="stable")
+            whole[1:] = whole[1:][rest]
+        return whole

@@ -1,1 +1,1 @@
-
+"""Generation of text with a key-value cache."""

@@ -1,7 +1,7 @@
 """Text generation: prompts of different lengths in one batch, with a KV cache."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
-from fastjax.errors import ConfigError
+from fastjax.errors import ConfigError, DataError
 from fastjax.inference.sampling import Sampling, sample
 from fastjax.nn.decoder import Decoder
 from fastjax.nn.kv_cache import KVCache
 
-# Lengths are rounded up to this, so that few shapes are compiled.
-_LENGTH_STEP = 64
+# Lengths are rounded up to this or a power of two times it, so that a model is compiled
+# for a handful of shapes, however long the prompts are.
+_SHORTEST = 64
 _TOKENS_PER_CALL = 8
 
 
@@ -45,8 +46,10 @@ def generate(
 
     Raises:
       ConfigError: A prompt is empty, or `max_new_tokens` is not positive.
+      DataError: A token is outside the embedding.
     """
     _check(prompts, max_new_tokens)
+    require_known_tokens(prompts, decoder)
     graphdef, state = nnx.split(decoder)
     ids, lengths = _padded(prompts)
     slots = _rounded(int(lengths.max()) + max_new_tokens)
@@ -82,7 +85,9 @@ def _start(
     is_token = places < jnp.broadcast_to(lengths[:, None], ids.shape)
     positions = jnp.where(is_token, places, slots)
     cache = decoder.empty_cache(ids.shape[0], slots)
-    hidden, cache = decoder.decode(ids, positions=positions, cache=cache)
+    hidden, cache = decoder.decode(
+        ids, positions=positions, cache=cache, is_prefill=True
+    )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _draw(decoder, last, lengths, keys, sampling), cache
 
@@ -173,6 +178,22 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         )
 
 
+def require_known_tokens(rows: Iterable[Sequence[int]], decoder: Decoder) -> None:
+    """Returns when the embedding has a row for each token; indexing would not tell.
+
+    Raises:
+      DataError: It has not.
+    """
+    size = decoder.embed_tokens.weight.get_value().shape[0]
+    wrong = [token for row in rows for token in row if not 0 <= token < size]
+    if wrong:
+        raise DataError(
+            f"token {wrong[0]} is outside the embedding, which has {size} rows",
+            fix="use the tokenizer of this model",
+            code="FJ-DATA-VOCABULARY",
+        )
+
+
 def _padded(
     prompts: Sequence[Sequence[int]],
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
@@ -184,4 +205,4 @@ def _padded(
 
 
 def _rounded(length: int) -> int:
-    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+    return max(_SHORTEST, 1 << (length - 1).bit_length())

@@ -1,6 +1,7 @@
 """The next token from the scores of all tokens."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,13 @@ class Sampling:
       top_k: Only so many of the likeliest tokens are drawn from; 0: all.
       top_p: Only the likeliest tokens that together reach this probability are
         (1904.09751).
+      min_p: Only tokens at least this share as likely as the likeliest (2407.01082).
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -31,6 +34,8 @@ class Sampling:
             raise ConfigError(f"top_k={self.top_k} must be 0 or more")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p={self.min_p} must be in [0, 1]")
 
 
 def sample(
@@ -50,6 +55,8 @@ def sample(
         scores = _keep_top_k(scores, min(sampling.top_k, scores.shape[-1]))
     if sampling.top_p < 1:
         scores = _keep_top_p(scores, sampling.top_p)
+    if sampling.min_p:
+        scores = _keep_min_p(scores, sampling.min_p)
     return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 
@@ -64,6 +71,11 @@ def _keep_top_p(scores: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = jnp.where(before < p, descending, jnp.inf)
     smallest = jnp.min(kept, axis=-1, keepdims=True)
+    return jnp.where(scores >= _wide(smallest, scores), scores, -jnp.inf)
+
+
+def _keep_min_p(scores: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+    smallest = jnp.max(scores, axis=-1, keepdims=True) + math.log(p)
     return jnp.where(scores >= _wide(smallest, scores), scores, -jnp.inf)
 
 

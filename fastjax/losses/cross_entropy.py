@@ -52,7 +52,7 @@ def cross_entropy(
     )
     return linear_cross_entropy(
         hidden_btd.reshape(-1, hidden_btd.shape[-1]),
-        decoder.head_weight().astype(hidden_btd.dtype),
+        decoder.head_weight(),
         batch["targets"].reshape(-1),
         softcap=softcap,
         head_is_trainable=head_is_trainable,

@@ -183,7 +183,7 @@ def _segment(spec: DecoderSpec, layers: range) -> Segment:
     windows = [spec.config.windows[layer] for layer in layers]
     if len(set(windows)) == 1:
         return Segment(block, num_layers=len(layers), window=windows[0])
-    everything = spec.config.max_position_embeddings
+    everything = jnp.iinfo(jnp.int32).max
     differing = jnp.asarray([w or everything for w in windows], jnp.int32)
     return Segment(block, num_layers=len(layers), windows=differing)
 

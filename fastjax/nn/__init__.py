@@ -1,1 +1,1 @@
-
+"""Flax modules of decoders, shared by every family."""

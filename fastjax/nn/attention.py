@@ -28,6 +28,7 @@ class TokenContext:
       sin: The same.
       segment_ids: Document of each token, 0 for padding; None: one document a row.
       max_segments: Upper bound of the documents in a row, when known.
+      is_prefill: No token sees a cache, though one may be written.
     """
 
     positions: Int[Array, "B T"]
@@ -35,6 +36,7 @@ class TokenContext:
     sin: Float[Array, "B T half_H"]
     segment_ids: Int[Array, "B T"] | None
     max_segments: int | None = dataclasses.field(metadata={"static": True})
+    is_prefill: bool = dataclasses.field(metadata={"static": True})
 
 
 class Attention(nnx.Module):
@@ -82,21 +84,22 @@ class Attention(nnx.Module):
           context: Positions, their rotary tables and documents.
           window: How many tokens back a token sees, itself included; None: all.
           dropout_key: Of the adapters' dropout; None drops nothing.
-          cache: Earlier keys and values; the new ones are added.
+          cache: Earlier keys and values, none in a prefill; the new ones are added.
         """
         q, k, v = self._projections(x, context, dropout_key)
-        q_index = segments = None
+        q_index = None
         if cache is not None:
             cache = cache.updated(k, v, context.positions)
-            k, v, q_index = cache.keys, cache.values, context.positions
-        else:
-            segments = context.segment_ids
+            # A prompt that starts its row is mixed like a row of training: padding at
+            # its end reaches no token of it.
+            if not context.is_prefill:
+                k, v, q_index = cache.keys, cache.values, context.positions
         mixed = attention(
             q,
             k,
             v,
             q_index=q_index,
-            segment_ids=segments,
+            segment_ids=context.segment_ids,
             window=window,
             max_segments=context.max_segments,
             implementation=self.implementations.attention,

@@ -11,7 +11,12 @@ from fastjax.config import RematPolicy
 from fastjax.nn.attention import TokenContext
 from fastjax.nn.block import Block
 from fastjax.nn.embedding import Embedding
-from fastjax.nn.kv_cache import KVCache, LayerCache, empty_segment_cache
+from fastjax.nn.kv_cache import (
+    KVCache,
+    LayerCache,
+    SegmentCache,
+    empty_segment_cache,
+)
 from fastjax.nn.norm import RMSNorm
 from fastjax.nn.rope import RotaryEmbedding
 from fastjax.nn.variables import Frozen
@@ -47,30 +52,57 @@ class Segment(nnx.Module):
         *,
         remat: RematPolicy | None = None,
         dropout_key: PRNGKeyArray | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Returns the hidden states after these layers, and their updated cache."""
-        graphdef, stacked = nnx.split(self.block)
-        windows = None if self.windows is None else self.windows.get_value()
+    ) -> Float[Array, "B T D"]:
+        """Returns the hidden states after these layers."""
+        graphdef, stacked, windows = self._stacked()
         keys = (
             None
             if dropout_key is None
             else jax.random.split(dropout_key, self.num_layers)
         )
 
-        def body(hidden: Array, layer: Any) -> tuple[Array, LayerCache | None]:
-            weights, window, key, layer_cache = layer
-            return nnx.merge(graphdef, weights)(
+        def body(hidden: Array, layer: Any) -> tuple[Array, None]:
+            weights, window, key = layer
+            hidden, _ = nnx.merge(graphdef, weights)(
                 hidden,
                 context,
                 window=self.window if window is None else window,
                 dropout_key=key,
-                cache=layer_cache,
             )
+            return hidden, None
 
         if remat is not None:
             body = rematerialised(body, remat)
-        return jax.lax.scan(body, x, (stacked, windows, keys, cache))
+        return jax.lax.scan(body, x, (stacked, windows, keys))[0]
+
+    def decode(
+        self,
+        x: Float[Array, "B T D"],
+        context: TokenContext,
+        cache: SegmentCache,
+    ) -> tuple[Float[Array, "B T D"], SegmentCache]:
+        """Returns the hidden states after these layers, and their updated cache."""
+        graphdef, stacked, windows = self._stacked()
+
+        def body(carry: tuple[Array, SegmentCache], layer: Any) -> tuple[Any, None]:
+            hidden, segment = carry
+            weights, window, index = layer
+            hidden, updated = nnx.merge(graphdef, weights)(
+                hidden,
+                context,
+                window=self.window if window is None else window,
+                cache=LayerCache(segment, index),
+            )
+            return (hidden, updated.segment), None
+
+        layers = jnp.arange(self.num_layers)
+        return jax.lax.scan(body, (x, cache), (stacked, windows, layers))[0]
+
+    def _stacked(self) -> tuple[nnx.GraphDef, nnx.State, Array | None]:
+        """Returns what all layers share, and their variables and windows."""
+        graphdef, stacked = nnx.split(self.block)
+        windows = None if self.windows is None else self.windows.get_value()
+        return graphdef, stacked, windows
 
 
 class Decoder(nnx.Module):
@@ -124,7 +156,7 @@ class Decoder(nnx.Module):
             key = (
                 None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             )
-            x, _ = segment(x, context, remat=remat, dropout_key=key)
+            x = segment(x, context, remat=remat, dropout_key=key)
         return self.norm(x)
 
     def decode(
@@ -133,6 +165,7 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"],
         cache: KVCache,
+        is_prefill: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Returns the hidden states of new tokens that see the cache, and the new one.
 
@@ -141,20 +174,24 @@ class Decoder(nnx.Module):
           positions: Place of each, which is also its slot; a place beyond the cache
             marks padding.
           cache: Keys and values of all earlier tokens.
+          is_prefill: The tokens are whole prompts from position 0, padded at their
+            end, and the cache is empty: they are mixed as in training, by the fastest
+            attention, and the cache is written but not read.
         """
-        context = self._context(positions, None, None)
+        context = self._context(positions, None, None, is_prefill=is_prefill)
         x = self.embed_tokens(input_ids, dtype=self.compute_dtype)
         caches = []
         for segment, old in zip(self.segments, cache, strict=True):
-            x, new = segment(x, context, cache=old)
+            x, new = segment.decode(x, context, old)
             caches.append(new)
         return self.norm(x), tuple(caches)
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """Returns a cache for `batch` rows of at most `slots` tokens."""
-        sizes = (batch, slots, self.num_kv_heads, self.head_dim, self.compute_dtype)
+        sizes = (batch, slots, self.num_kv_heads, self.head_dim)
         return tuple(
-            empty_segment_cache(segment.num_layers, *sizes) for segment in self.segments
+            empty_segment_cache((segment.num_layers, *sizes), self.compute_dtype)
+            for segment in self.segments
         )
 
     def head_weight(self) -> Float[Array, "V D"]:
@@ -173,6 +210,10 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         max_segments: int | None,
+        *,
+        is_prefill: bool = False,
     ) -> TokenContext:
         cos, sin = self.rotary(positions)
-        return TokenContext(positions, cos, sin, segment_ids, max_segments)
+        return TokenContext(
+            positions, cos, sin, segment_ids, max_segments, is_prefill=is_prefill
+        )

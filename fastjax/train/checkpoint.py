@@ -109,8 +109,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def read_state(folder: Path, like: TrainState, record: Mapping[str, Any]) -> TrainState:
-    """Returns the saved state, bit for bit, in the structure and places of `like`.
+def require_fitting(folder: Path, like: TrainState, record: Mapping[str, Any]) -> None:
+    """Returns when the saved arrays have the names, shapes and dtypes of `like`.
 
     Args:
       folder: A verified checkpoint.
@@ -118,11 +118,25 @@ def read_state(folder: Path, like: TrainState, record: Mapping[str, Any]) -> Tra
       record: From `read_record`.
 
     Raises:
+      CheckpointMismatch: Names, shapes or dtypes differ.
+    """
+    wanted = _descriptions(named_arrays(like))
+    _require_equal(wanted, record.get("arrays", {}), folder)
+
+
+def read_state(folder: Path, like: TrainState, record: Mapping[str, Any]) -> TrainState:
+    """Returns the saved state, bit for bit, in the structure and places of `like`.
+
+    Args:
+      folder: A verified checkpoint.
+      like: Arrays, or their shapes, dtypes and shardings, which need no memory.
+      record: From `read_record`.
+
+    Raises:
       CheckpointMismatch: Names, shapes or dtypes differ from those of `like`.
     """
-    wanted = named_arrays(like)
-    _require_equal(_descriptions(wanted), record.get("arrays", {}), folder)
-    abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
+    require_fitting(folder, like, record)
+    abstract = {name: described(leaf) for name, leaf in named_arrays(like).items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         arrays = checkpointer.restore(
             (folder / "state").absolute(),
@@ -131,7 +145,7 @@ def read_state(folder: Path, like: TrainState, record: Mapping[str, Any]) -> Tra
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             ),
         )
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[n] for n in wanted])
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[n] for n in abstract])
 
 
 def named_arrays(tree: PyTree) -> dict[str, Any]:
@@ -143,7 +157,8 @@ def named_arrays(tree: PyTree) -> dict[str, Any]:
     }
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+def described(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns shape, dtype and place of an array; the first device if it has none."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -151,6 +166,8 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
+    # What the device has failed to compute is no fault of the disk.
+    jax.block_until_ready(arrays)
     # A full disk reaches us as a ValueError of the storage engine, logged at length.
     log = logging.getLogger("absl")
     level = log.level
@@ -158,6 +175,8 @@ def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))
+    except jax.errors.JaxRuntimeError:
+        raise
     except (ValueError, RuntimeError) as error:
         reason = str(error)[-160:]
         raise files.storage_error("save state", folder.parent, reason) from error

@@ -29,11 +29,13 @@ class Job:
       train_loader: Batches of shape (A, B, S).
       eval_loader: Batches of the held-out set; None evaluates nothing.
       output_dir: Folder of this run alone.
+      base: Fingerprint of the model's folder: a resumed run must have the same; empty
+        when it is not known.
       write_adapter: Writes an adapter's files into a folder. None, for full
         fine-tuning, leaves the writing of the result to the caller.
       loss: Takes what `fastjax.losses.cross_entropy` takes.
       on_exit: Receives the newest weights however the run ends, since the ones it
-        was given are gone.
+        was given are gone; unless a failing step took the newest ones with it.
       resume_command: Continues the run; shown when it is interrupted.
     """
 
@@ -44,6 +46,7 @@ class Job:
     train_loader: Loader
     output_dir: Path
     eval_loader: Loader | None = None
+    base: str = ""
     write_adapter: WriteAdapter | None = None
     loss: Callable[..., Any] = cross_entropy
     on_exit: Callable[[PyTree], None] | None = None

@@ -4,6 +4,7 @@ The host stays one step ahead of the device: while a step runs, the next batch i
 and sent, then the metrics of the step before are read. Nothing else waits.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,6 +13,7 @@ from collections import deque
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 from rich.console import Console
 
 from fastjax.errors import Interrupted
@@ -22,12 +24,17 @@ from fastjax.train.evaluate import evaluate, make_eval_step
 from fastjax.train.job import Job
 from fastjax.train.lock import output_lock
 from fastjax.train.metrics import MetricsLog, finite, stamped
-from fastjax.train.optimizer import Optimizer, make_optimizer
+from fastjax.train.optimizer import make_optimizer
 from fastjax.train.progress import COMPILING, Progress
 from fastjax.train.result import TrainResult
 from fastjax.train.signals import StopRequest
-from fastjax.train.state import TrainState, init_state
+from fastjax.train.state import TrainState, init_state, is_alive
 from fastjax.train.step import Metrics, make_train_step
+
+_LOST = (
+    "the weights in memory were lost in the failure: load the model again before you "
+    "use it; the newest checkpoint is {}"
+)
 
 
 def run(job: Job, console: Console | None = None) -> TrainResult:
@@ -63,8 +70,8 @@ def run(job: Job, console: Console | None = None) -> TrainResult:
                 fix=f"to continue, run {job.resume_command}",
             ) from None
         finally:
-            if job.on_exit is not None:
-                job.on_exit(loop.state.trainable)
+            newest = loop.newest_checkpoint
+            _hand_back(job, loop.state.trainable, newest, progress.note)
 
 
 def _find(job: Job, progress: Progress) -> resume.Found | None:
@@ -74,24 +81,50 @@ def _find(job: Job, progress: Progress) -> resume.Found | None:
         found = resume.find(job.output_dir, mode, progress.note)
     if found is not None:
         resume.require_same_run(found, job.config, _identity(job), progress.note)
+        checkpoint.require_fitting(found.folder, _shapes(job), found.record)
         progress.note(f"continuing from {found.folder}")
     return found
 
 
 def _identity(job: Job) -> dict[str, Any]:
     data = job.train_loader.fingerprint
-    return record.identity(job.config, job.total_steps, data)
+    return record.identity(job.config, job.total_steps, data=data, base=job.base)
 
 
-def _start_state(
-    job: Job, optimizer: Optimizer, found: resume.Found | None
-) -> TrainState:
-    make = functools.partial(init_state, optimizer=optimizer, dtype=job.config.dtype)
+def _first_state(job: Job, trainable: PyTree) -> TrainState:
+    optimizer = make_optimizer(job.config.optimizer, job.total_steps)
+    return init_state(trainable, optimizer, job.config.dtype)
+
+
+def _shapes(job: Job) -> TrainState:
+    """Returns what a checkpoint must hold: shapes, dtypes and places."""
+    shapes = jax.eval_shape(functools.partial(_first_state, job), job.trainable)
+    places = jax.tree.map(checkpoint.described, job.trainable)
+    return dataclasses.replace(shapes, trainable=places)
+
+
+def _start_state(job: Job, found: resume.Found | None, note: resume.Note) -> TrainState:
+    """Returns the state to go on from; weights of a checkpoint replace the job's."""
     if found is None:
-        return make(job.trainable)
-    shapes = jax.eval_shape(make, job.trainable)
-    like = dataclasses.replace(shapes, trainable=job.trainable)
-    return checkpoint.read_state(found.folder, like, found.record)
+        return _first_state(job, job.trainable)
+    like = _shapes(job)
+    # Else full fine-tuning would hold its weights twice.
+    jax.tree.map(lambda leaf: leaf.delete(), job.trainable)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(note, _LOST.format(found.folder))
+        state = checkpoint.read_state(found.folder, like, found.record)
+        on_failure.pop_all()
+    return state
+
+
+def _hand_back(job: Job, trainable: PyTree, newest: str, note: resume.Note) -> None:
+    """Gives the weights to the caller, unless a failing step has consumed them."""
+    if job.on_exit is None:
+        return
+    if is_alive(trainable):
+        job.on_exit(trainable)
+    else:
+        note(_LOST.format(newest))
 
 
 class _Loop:
@@ -108,7 +141,6 @@ class _Loop:
         self.job, self.config, self.total = job, config, total
         self.progress, self.stop = progress, stop
         optimizer = make_optimizer(config.optimizer, total)
-        self.state = _start_state(job, optimizer, found)
         self.steps = CompiledSteps(
             make_train_step(
                 job.loss_function(job.train_loader, config.remat),
@@ -123,12 +155,17 @@ class _Loop:
         if job.eval_loader is not None:
             self.eval_step = make_eval_step(job.loss_function(job.eval_loader, None))
         self.log = MetricsLog(
-            job.output_dir, logging_steps=config.logging_steps, total_steps=total
+            job.output_dir,
+            logging_steps=config.logging_steps,
+            total_steps=total,
+            logging_first_step=config.logging_first_step,
         )
         self.step_seconds: list[float] = []
         self._in_flight: deque[tuple[int, Metrics, DeviceBatch]] = deque()
         self._mark = self._started = time.perf_counter()
         self._restore({} if found is None else found.record)
+        # Last, since it frees the caller's weights.
+        self.state = _start_state(job, found, progress.note)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.step = self.saved_step = saved.get("step", 0)

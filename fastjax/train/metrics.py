@@ -67,8 +67,16 @@ class Totals:
 class MetricsLog:
     """Gathers the metrics of steps and writes a line for every `logging_steps`."""
 
-    def __init__(self, folder: Path, *, logging_steps: int, total_steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        logging_steps: int,
+        total_steps: int,
+        logging_first_step: bool = False,
+    ) -> None:
         self.path = folder / NAME
+        self._logs_first = logging_first_step
         self.totals = Totals()
         self._window = Totals()
         self._logging_steps, self._total_steps = logging_steps, total_steps
@@ -116,7 +124,8 @@ class MetricsLog:
         one = Totals.of_step(metrics, batch)
         self.totals, self._window = self.totals + one, self._window + one
         self._window_seconds += seconds
-        if step % self._logging_steps and step != self._total_steps:
+        is_first = step == 1 and self._logs_first
+        if step % self._logging_steps and step != self._total_steps and not is_first:
             return None
         window, elapsed = self._window, self._window_seconds
         self._window, self._window_seconds = Totals(), 0.0

@@ -23,7 +23,10 @@ _FREE = frozenset(
         "full_determinism",
         "per_device_eval_batch_size",
         "logging_steps",
+        "logging_first_step",
+        "eval_strategy",
         "eval_steps",
+        "save_strategy",
         "save_steps",
         "save_total_limit",
         "resume_from_checkpoint",
@@ -49,16 +52,20 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(flat))
 
 
-def identity(config: TrainConfig, total_steps: int, data: str) -> dict[str, Any]:
+def identity(
+    config: TrainConfig, total_steps: int, *, data: str, base: str
+) -> dict[str, Any]:
     """Returns what a resumed run must share with the run that it continues.
 
     Args:
       config: Of the run.
       total_steps: Its length, which shapes the schedule.
       data: Fingerprint of the batches.
+      base: Fingerprint of the base model; an empty one is left out.
     """
     fixed = {k: v for k, v in settings(config).items() if k not in _FREE}
-    return {**fixed, "total_steps": total_steps, "data": data}
+    fingerprints = {"data": data} | ({"base": base} if base else {})
+    return {**fixed, "total_steps": total_steps, **fingerprints}
 
 
 def environment(config: TrainConfig) -> dict[str, Any]:

@@ -71,3 +71,15 @@ def init_state(trainable: PyTree, optimizer: Optimizer, dtype: DType) -> TrainSt
         step=jnp.int32(0),
         loss_scale=LossScale.start(dtype),
     )
+
+
+def is_alive(tree: PyTree) -> bool:
+    """Whether every array can be read: none was donated, none is of a failed step."""
+    leaves = jax.tree.leaves(tree)
+    if any(leaf.is_deleted() for leaf in leaves):
+        return False
+    try:
+        jax.block_until_ready(leaves)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

@@ -6,7 +6,9 @@ unsupported. cuDNN neither reads nor writes tokens outside the segments it is to
 so what it leaves there, forward and backward, is replaced by zeros.
 """
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 import jax
@@ -17,6 +19,7 @@ from kernels.device import compute_capability
 from kernels.dispatch import UnsupportedOp
 
 _PRIVATE_API = "jax._src.cudnn.fused_attention_stablehlo"
+_NO_CUDNN = "cuDNN is not detected"
 
 
 def attention(
@@ -95,7 +98,7 @@ def _causal(
     q: Array, k: Array, v: Array, scale: float, local: tuple[int, int] | None
 ) -> Array:
     """Returns causal attention; padding at the end of a row cannot reach its tokens."""
-    try:
+    with _as_unsupported():
         return jax.nn.dot_product_attention(
             q,
             k,
@@ -105,8 +108,6 @@ def _causal(
             local_window_size=local,
             implementation="cudnn",
         )
-    except NotImplementedError as error:
-        raise UnsupportedOp(str(error)) from error
 
 
 def _packed(
@@ -122,7 +123,7 @@ def _packed(
         raise UnsupportedOp(f"{q.shape=}: offsets of packed rows overflow 32 bits")
     fused = _private_api()
     lengths, starts = segment_bounds(segment_ids, max_segments)
-    try:
+    with _as_unsupported():
         return fused.dot_product_attention(
             q,
             k,
@@ -134,7 +135,19 @@ def _packed(
             scale=scale,
             mask_type=fused.MaskType.PADDING_CAUSAL,
         )
+
+
+@contextlib.contextmanager
+def _as_unsupported() -> Iterator[None]:
+    """Turns JAX's words for what cuDNN lacks, or for its absence, into ours."""
+    try:
+        yield
     except NotImplementedError as error:
+        raise UnsupportedOp(str(error)) from error
+    except RuntimeError as error:
+        # Faults of the device are RuntimeErrors too, and are no reason to go on.
+        if _NO_CUDNN not in str(error):
+            raise
         raise UnsupportedOp(str(error)) from error
 
 

@@ -62,7 +62,8 @@ def lora_matmul_group(
     Args:
       x: Activations that all projections read: for q, k and v, or for gate and up.
       projections: Weights of (I, O) with what is trained beside them.
-      dropout_rate: Fraction of `x` that the adapter branch does not see.
+      dropout_rate: Fraction of `x` that the adapter branch does not see, to the
+        nearest 1/65536.
       dropout_keys: One for each projection, its mask; None drops nothing, as in
         evaluation.
       implementation: A name runs that one or fails; None takes the first able.

@@ -56,8 +56,7 @@ def sum_of_products(
 
     Joined along the contracted axis they are one product: one accumulation in float32,
     one rounding, and no reading and writing of the result for each term, but a copy of
-    each `lhs`. (8192 x 4096 x 14336 with rank 16 on an H200: 5 % above the product
-    alone, against 18 % when the terms are added.)
+    each `lhs`.
     """
     if not is_joined:
         terms = [

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from kernels.nf4 import NF4Array, dequantize
 
-from .dropout import dropped
+from .dropout import dropped, kept_scale
 from .projection import Projection
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -40,7 +40,8 @@ def _project(
         scale = jax.lax.stop_gradient(projection.scale)
         a, b = (t.astype(jnp.float32) for t in (projection.lora_a, projection.lora_b))
         xa = jnp.dot(dropped(x, key, dropout_rate), a, precision=_EXACT)
-        y = y + scale * jnp.dot(xa, b, precision=_EXACT)
+        branch_scale = scale * kept_scale(key, dropout_rate)
+        y = y + branch_scale * jnp.dot(xa, b, precision=_EXACT)
         if projection.magnitude is not None:
             merged = weight + scale * jnp.dot(a, b, precision=_EXACT)
             norm = jax.lax.stop_gradient(jnp.linalg.norm(merged, axis=0))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 from kernels.nf4 import NF4Array
 
 from .dora import column_norm
-from .dropout import dropped
+from .dropout import dropped, kept_scale
 from .products import dense, product, sum_of_products
 from .projection import Projection
 
@@ -28,7 +28,8 @@ class Residuals(NamedTuple):
       x: (M, I).
       projections: As given, weights packed.
       keys: Of dropout.
-      xa: `scaling * drop(x) @ a` of each adapter, (M, R) in the dtype of `x`.
+      xa: `scaling * drop(x) @ a` of each adapter, (M, R) in the dtype of `x`; the
+        scale of dropout is in it.
       norms: DoRA's column lengths, (O,) in float32.
     """
 
@@ -48,9 +49,12 @@ def forward(
     outputs, norms = [], []
     for index, projection in enumerate(projections):
         weight = dense(projection.weight, x.dtype)
-        y = _linear(x, weight, xa, projections, index, is_joined)
         norm = _norm(projection, weight)
-        outputs.append(_epilogue(y, projection, norm))
+        # What follows the product in float32 takes it unrounded.
+        is_last = norm is None and projection.bias is None
+        dtype = x.dtype if is_last else jnp.dtype(jnp.float32)
+        y = _linear(x, weight, xa, projections, index, is_joined, dtype)
+        outputs.append(_epilogue(y, projection, norm, x.dtype))
         norms.append(norm)
     return tuple(outputs), Residuals(x, projections, keys, xa, tuple(norms))
 
@@ -76,7 +80,8 @@ def _scaled_down_products(
             for i in adapted
         ]
     for i, part in zip(adapted, parts, strict=True):
-        scaled = (projections[i].scale * part).astype(x.dtype)
+        scale = _branch_scale(projections[i], keys[i], dropout_rate)
+        scaled = (scale * part).astype(x.dtype)
         products[i] = checkpoint_name(scaled, RESIDUAL_NAMES[0])
     return tuple(products)
 
@@ -126,8 +131,10 @@ def backward(
             scaled = douts[i].astype(jnp.float32) * _column_scale(projections[i], norm)
             dys[i] = scaled.astype(x.dtype)
     dxa = [
-        _scaled_up_product(dy, p) if p.has_adapter else None
-        for dy, p in zip(dys, projections, strict=True)
+        _scaled_up_product(dy, p, _branch_scale(p, key, dropout_rate))
+        if p.has_adapter
+        else None
+        for dy, p, key in zip(dys, projections, keys, strict=True)
     ]
     da = _down_gradients(dropout_rate, x, dxa, projections, keys)
     gradients = tuple(
@@ -154,7 +161,7 @@ def _input_gradient(
     projections: Projections,
     keys: Keys,
 ) -> jax.Array:
-    """Returns the sum over projections of `dy @ weight^T + drop(dxa @ a^T)`."""
+    """Returns the sum over projections of `dy @ weight^T + dropped(dxa @ a^T)`."""
     lhs, rhs = list(dys), [weight.T for weight in weights]
     separate = []
     for part, projection, key in zip(dxa, projections, keys, strict=True):
@@ -181,7 +188,7 @@ def _down_gradients(
     projections: Projections,
     keys: Keys,
 ) -> list[jax.Array | None]:
-    """Returns `drop(x)^T @ dxa` of each adapter."""
+    """Returns `dropped(x)^T @ dxa` of each adapter."""
     gradients: list[jax.Array | None] = [None] * len(projections)
     parts = [(i, part) for i, part in enumerate(dxa) if part is not None]
     if all(keys[i] is None for i, _ in parts) and parts:
@@ -208,22 +215,34 @@ def _up_gradient(
     return gradient.astype(_present(projection.lora_b).dtype)
 
 
-def _scaled_up_product(dy: jax.Array, projection: Projection) -> jax.Array:
-    """Returns `scaling * dy @ b^T`, the cotangent of `drop(x) @ a`."""
+def _scaled_up_product(
+    dy: jax.Array, projection: Projection, scale: Float32[Array, ""]
+) -> jax.Array:
+    """Returns `scale * dy @ b^T`, the cotangent of `dropped(x) @ a`."""
     upstream = product(dy, _up(projection, dy.dtype).T, jnp.float32)
-    return (projection.scale * upstream).astype(dy.dtype)
+    return (scale * upstream).astype(dy.dtype)
+
+
+def _branch_scale(
+    projection: Projection, key: PRNGKeyArray | None, dropout_rate: float
+) -> Float32[Array, ""]:
+    """Returns the factor of `dropped(x) @ a @ b`, that of dropout included."""
+    return projection.scale * kept_scale(key, dropout_rate)
 
 
 def _epilogue(
-    y: Float[Array, "M O"], projection: Projection, norm: Float32[Array, " O"] | None
+    y: Float[Array, "M O"],
+    projection: Projection,
+    norm: Float32[Array, " O"] | None,
+    dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "M O"]:
-    """Applies DoRA's scale and the bias in float32."""
+    """Applies DoRA's scale and the bias in float32, then rounds to `dtype`."""
     result = y.astype(jnp.float32)
     if norm is not None:
         result = result * _column_scale(projection, norm)
     if projection.bias is not None:
         result = result + projection.bias.astype(jnp.float32)[None]
-    return result.astype(y.dtype)
+    return result.astype(dtype)
 
 
 def _norm(projection: Projection, weight: jax.Array) -> Float32[Array, " O"] | None:

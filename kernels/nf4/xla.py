@@ -12,8 +12,8 @@ from .reference import block_scales, matrix
 def dequantize(w: NF4Array) -> Float[Array, "*L I O"]:
     """Returns the same bits as the reference.
 
-    A byte indexes a table of 256 pairs: half the look-ups and stores twice as wide
-    (14336 x 4096 on an H200: 80 us against 223 us with 16 entries).
+    A byte indexes a table of 256 pairs: half the look-ups of a table of 16 entries, and
+    stores twice as wide.
     """
     codebook = CODEBOOKS[w.code]
     pairs = np.stack([np.repeat(codebook, 16), np.tile(codebook, 16)], axis=-1)

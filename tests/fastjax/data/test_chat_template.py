@@ -97,7 +97,7 @@ def test_the_newline_after_a_turn_is_not_trained(tokenizer, tmp_path):
 
 
 def test_builtin_templates_need_their_tokens(tokenizer):
-    assert fitting_templates(tokenizer) == ["llama-3", "mistral", "alpaca"]
+    assert fitting_templates(tokenizer) == ["llama-3", "llama-3.1", "mistral", "alpaca"]
     with pytest.raises(ConfigError, match=re.escape("<|im_start|>")):
         get_chat_template(tokenizer, "chatml")
     with pytest.raises(ConfigError, match="must be one of llama-3"):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjax.data import Document, Loader, packed_rows
+from fastjax.data import Document, Loader
 from fastjax.errors import DataError
 
 LENGTHS = [5, 3, 9, 2, 7, 4, 6, 3, 8, 2, 5]
@@ -29,39 +29,20 @@ def epoch(loader: Loader, number: int = 0) -> dict[str, np.ndarray]:
     first = number * len(loader)
     batches = [loader.batch(step) for step in range(first, first + len(loader))]
     return {
-        name: np.concatenate([b[name].reshape(-1, loader.row_length) for b in batches])
+        name: np.concatenate([widened(b[name], loader.row_length) for b in batches])
         for name in batches[0]
     }
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60),
-    room=st.integers(0, 20),
-)
-def test_packing_places_every_document_once(lengths, room):
-    capacity = max(lengths) + room
-    rows = packed_rows(lengths, capacity)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    filled = [sum(lengths[i] for i in row) for row in rows]
-    assert max(filled) <= capacity
-    assert rows == packed_rows(lengths, capacity)
-    # Of any two rows of a decreasing fit, at most one is half empty.
-    assert sum(2 * size <= capacity for size in filled) <= 1
+def widened(array: np.ndarray, row_length: int) -> np.ndarray:
+    flat = array.reshape(-1, array.shape[-1])
+    return np.pad(flat, ((0, 0), (0, row_length - flat.shape[1])))
 
 
-def test_packing_is_the_best_fit():
-    assert packed_rows([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
-    assert packed_rows([2, 9, 8, 1], 10) == [[1, 3], [2, 0]]
-    for wrong in ([0], [11]):
-        with pytest.raises(ValueError, match="capacity"):
-            packed_rows(wrong, 10)
-
-
-def test_packing_is_fast():
-    lengths = np.random.default_rng(0).integers(1, 4096, 100_000).tolist()
-    rows = packed_rows(lengths, 4096)
-    assert sum(lengths) / (4096 * len(rows)) > 0.99
+def chats(count: int, seed: int = 0) -> list[int]:
+    """Makes lengths like those of chats: most short, a few as long as a row."""
+    lengths = np.random.default_rng(seed).lognormal(np.log(100.0), 0.9, count)
+    return np.clip(lengths, 2, 2000).astype(int).tolist()
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -117,10 +98,84 @@ def test_the_order_is_recorded():
     assert first_tokens == ORDER_OF_SEED_42
 
 
-def test_evaluation_keeps_the_order():
-    rows = epoch(make(shuffle=False))["input_ids"]
-    starts = rows[rows[:, 0] > 0, 0]
-    assert starts.tolist() == [100 * (i + 1) for i in range(len(LENGTHS))]
+def test_evaluation_tells_which_rows_it_has():
+    loader = Loader(documents(LENGTHS * 40), batch_size=2, max_length=12, shuffle=False)
+    for step in (0, 7, len(loader) - 1, len(loader) + 7):
+        first_tokens = loader.batch(step)["input_ids"][0, :, 0]
+        expected = 100 * (loader.rows_of(step) + 1)
+        assert first_tokens[: len(expected)].tolist() == expected.tolist()
+    rows = [loader.rows_of(step) for step in range(len(loader))]
+    assert np.concatenate(rows).tolist() == list(range(loader.rows))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=150),
+    batch_size=st.integers(1, 3),
+    options=st.fixed_dictionaries(
+        {
+            "accumulation": st.integers(1, 2),
+            "packing": st.booleans(),
+            "shuffle": st.booleans(),
+            "seed": st.integers(0, 3),
+        }
+    ),
+    room=st.integers(0, 9),
+)
+def test_an_epoch_has_every_row_once_in_few_shapes(lengths, batch_size, options, room):
+    max_length = max(lengths) + room
+    options |= {"batch_size": batch_size, "max_length": max_length}
+    loader = Loader(documents(lengths), **options)
+    for number in (0, 3):
+        steps = range(number * len(loader), (number + 1) * len(loader))
+        batches = {step: loader.batch(step) for step in steps}
+        tokens = np.concatenate([b["input_ids"].ravel() for b in batches.values()])
+        expected = np.concatenate([d.input_ids for d in documents(lengths)])
+        assert sorted(tokens[tokens > 0]) == sorted(expected)
+        rows = np.concatenate([loader.rows_of(step) for step in steps])
+        assert sorted(rows) == list(range(loader.rows))
+        shapes = [b["input_ids"].shape for b in batches.values()]
+        assert len(set(shapes)) <= min(6, 1 + len(loader) // 16)
+        assert shapes[0] == max(shapes)
+        for shape in shapes:
+            assert shape[2] % 64 == 0 or shape[2] == max_length + max_length % 2
+        again = Loader(documents(lengths), **options)
+        for step in reversed(steps):
+            for name, array in again.batch(step).items():
+                np.testing.assert_array_equal(array, batches[step][name])
+    most = max(b["segment_ids"].max() for b in batches.values())
+    assert most <= loader.max_segments
+
+
+def test_rows_of_like_length_meet():
+    lengths = chats(4000)
+    loader = Loader(documents(lengths), batch_size=2, accumulation=4, max_length=2048)
+    assert np.mean(lengths) / max(lengths) < 0.08
+    assert loader.fill > 0.6
+    shapes = {loader.batch(step)["input_ids"].shape for step in range(len(loader))}
+    assert len(shapes) <= 6
+    first, second = (
+        {frozenset(loader.rows_of(e * len(loader) + i).tolist()) for i in range(500)}
+        for e in range(2)
+    )
+    assert len(first & second) < 5
+    means = [np.mean([lengths[r] for r in loader.rows_of(i)]) for i in range(1, 500)]
+    half = len(means) // 2
+    assert 0.7 < np.mean(means[:half]) / np.mean(means[half:]) < 1.4
+
+
+def test_fill_counts_every_position_of_an_epoch():
+    loader = Loader(documents(chats(300)), batch_size=7, max_length=2048)
+    batches = [loader.batch(step) for step in range(len(loader))]
+    tokens = sum(int((b["segment_ids"] > 0).sum()) for b in batches)
+    assert loader.fill == tokens / sum(b["input_ids"].size for b in batches)
+
+
+def test_the_fingerprint_is_computed_once(monkeypatch):
+    loader = make()
+    first = loader.fingerprint
+    monkeypatch.setattr("hashlib.sha256", None)
+    assert loader.fingerprint == first
 
 
 def test_rows_are_as_long_as_they_must_be():
@@ -129,6 +184,7 @@ def test_rows_are_as_long_as_they_must_be():
     assert make(max_length=200, pad_to_multiple_of=8).row_length == 16
     assert make(max_length=200, packing=True).row_length == 64
     assert make(max_length=12, packing=True).row_length == 12
+    assert make(max_length=11).row_length == 12
 
 
 def test_segments_are_bounded_by_a_power_of_two():

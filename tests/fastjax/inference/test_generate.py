@@ -1,5 +1,6 @@
 """Generation: batches equal single prompts, sampling obeys its limits."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -11,8 +12,11 @@ from flax import nnx
 from fastjax.api import FastLanguageModel, LanguageModel, load_model
 from fastjax.config import QuantConfig
 from fastjax.errors import ConfigError
+from fastjax.inference import generate as generation
 from fastjax.inference.generate import generate
 from fastjax.inference.sampling import Sampling, sample
+from fastjax.models.build import DecoderSpec, abstract_decoder
+from fastjax.models.registry import preset
 
 PROMPTS = ([7, 8, 9], list(range(20, 90)), [300], [44, 45, 46, 47, 48, 49, 50])
 
@@ -39,6 +43,48 @@ def test_the_cache_gives_the_tokens_of_the_whole_forward_pass(
         scores = model.logits(np.array([row], np.int32))[0, -1]
         assert int(jnp.argmax(scores)) == token
         row.append(token)
+
+
+def test_decoding_writes_the_cache_in_place() -> None:
+    config = dataclasses.replace(preset("tiny").config, num_hidden_layers=8)
+    spec = DecoderSpec(config=config, param_dtype="float32", compute_dtype="float32")
+    decoder = abstract_decoder(spec)
+    graphdef, state = nnx.split(decoder)
+    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
+    cache = decoder.empty_cache(2, 4096)
+    keys = jax.random.split(jax.random.key(0), 2)
+    lowered = generation._continue.lower(
+        graphdef, Sampling(), state, rows, rows, cache, keys, 8
+    )
+    memory = lowered.compile().memory_analysis()
+    cache_bytes = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)
+    )
+    weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert cache_bytes > weight_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 2
+
+
+def test_a_prefill_gives_the_hidden_states_of_training(model: LanguageModel) -> None:
+    """Padding at the end of a row changes neither its tokens nor their cache."""
+    ids = jnp.array([[20, 21, 22, 23, 24, 25], [26, 27, 28, 0, 0, 0]], jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(6)[None], ids.shape)
+    is_token = jnp.array([[True] * 6, [True] * 3 + [False] * 3])
+    cache = model.decoder.empty_cache(2, 16)
+    hidden, filled = model.decoder.decode(
+        ids, positions=jnp.where(is_token, places, 16), cache=cache, is_prefill=True
+    )
+    expected = model.decoder(ids, positions=places)
+    np.testing.assert_array_equal(hidden[is_token], expected[is_token])
+    for segment in filled:
+        assert np.asarray(segment.keys[:, 0, :6]).any(axis=(-1, -2)).all()
+        assert not np.asarray(segment.keys[:, 0, 6:]).any()
+        assert not np.asarray(segment.values[:, 1, 3:]).any()
+
+
+def test_few_shapes_are_compiled() -> None:
+    lengths = {generation._rounded(length) for length in range(1, 4097)}
+    assert lengths == {64, 128, 256, 512, 1024, 2048, 4096}
 
 
 def test_sampled_rows_depend_on_their_seed_alone(model: LanguageModel) -> None:
@@ -79,7 +125,9 @@ def test_generate_of_the_handle_takes_padded_batches(fixtures: Path) -> None:
     ids[1], mask[1] = [5, 6, 7, 8, 9], 1
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4)
     alone = model.generate(input_ids=[[7, 8, 9]], max_new_tokens=4)
-    assert out[0, :7].tolist() == alone[0].tolist()
+    assert out.shape == (2, 9)
+    assert out[:, :5].tolist() == ids.tolist()
+    assert out[0, 5:].tolist() == alone[0, 3:].tolist()
 
 
 def test_a_fresh_adapter_costs_nothing_and_switching_off_gives_the_base(

@@ -14,7 +14,8 @@ VOCABULARY, WIDTH = 13, 8
 class TwoTables(nnx.Module):
     """Looks tokens up in one table and scores them with another."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str = "float32") -> None:
+        self.dtype = dtype
         keys = jax.random.split(jax.random.key(0), 2)
         self.embed = nnx.Param(jax.random.normal(keys[0], (VOCABULARY, WIDTH)))
         self.head = nnx.Param(jax.random.normal(keys[1], (VOCABULARY, WIDTH)))
@@ -23,8 +24,8 @@ class TwoTables(nnx.Module):
         self, input_ids, *, positions, segment_ids, max_segments, dropout_key, remat
     ) -> jax.Array:
         assert (max_segments, remat) == (2, "layer")
-        x = self.embed.get_value()[input_ids]
-        return x if dropout_key is None else 2.0 * x
+        x = self.embed.get_value()[input_ids].astype(self.dtype)
+        return x if dropout_key is None else 2 * x
 
     def head_weight(self) -> jax.Array:
         return self.head.get_value()
@@ -40,8 +41,8 @@ def make_batch() -> dict[str, jax.Array]:
     return {k: jnp.asarray(v) for k, v in (batch | {"segment_ids": ones}).items()}
 
 
-def loss_and_gradient(**options: object) -> tuple:
-    graphdef, trainable, frozen = nnx.split(TwoTables(), nnx.Param, ...)
+def loss_and_gradient(dtype: str = "float32", **options: object) -> tuple:
+    graphdef, trainable, frozen = nnx.split(TwoTables(dtype), nnx.Param, ...)
 
     def loss(weights: nnx.State) -> tuple[jax.Array, jax.Array]:
         return cross_entropy(
@@ -79,6 +80,14 @@ def test_sum_count_and_gradients_of_a_trained_head() -> None:
     assert float(total) == pytest.approx(float(wanted), rel=1e-6)
     for name, value in wanted_gradient.items():
         np.testing.assert_allclose(gradient[name], value, atol=1e-5)
+
+
+def test_the_gradient_of_a_float32_head_is_not_rounded() -> None:
+    _, _, gradient = loss_and_gradient("bfloat16", head_is_trainable=True)
+    head = gradient["head"]
+    assert head.dtype == np.float32
+    rounded = np.asarray(jnp.asarray(head).astype(jnp.bfloat16).astype(jnp.float32))
+    assert np.mean(head != rounded) > 0.5
 
 
 def test_a_frozen_head_gets_no_gradient() -> None:

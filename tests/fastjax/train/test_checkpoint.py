@@ -208,6 +208,21 @@ def test_the_storage_engine_failing_is_a_storage_error(
         save(tiny, out, 6)
 
 
+def test_the_device_failing_is_no_storage_error(
+    tiny: SimpleNamespace, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: an illegal memory access")
+
+    places = ((checkpoint.ocp.Checkpointer, "save"), (jax, "block_until_ready"))
+    for owner, name in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            with pytest.raises(jax.errors.JaxRuntimeError, match="illegal memory"):
+                save(tiny, out, 6)
+    assert len(checkpoint.checkpoints(out)) == 2
+
+
 def test_manifest_is_written_last_and_lists_everything(out: Path) -> None:
     folder = out / "checkpoint-000004"
     listed = files.read_json(folder / "manifest.json")["files"]

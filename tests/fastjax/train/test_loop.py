@@ -24,10 +24,13 @@ from fastjax.errors import (
     StorageError,
     TrainingDiverged,
 )
-from fastjax.train.compiled import out_of_memory
+from fastjax.train import checkpoint
+from fastjax.train.batches import DeviceBatch
+from fastjax.train.compiled import CompiledSteps, out_of_memory
 from fastjax.train.faults import VARIABLE, InjectedFault
 from fastjax.train.lock import output_lock
 from fastjax.train.metrics import CLOCK_FIELDS
+from fastjax.train.state import TrainState
 
 
 def records(output_dir: Path) -> list[dict[str, Any]]:
@@ -159,14 +162,69 @@ def test_a_harmless_change_is_noted(
     assert "not bit exact because remat was none, is layer" in said(console)
 
 
+def test_another_base_model_is_refused(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    tiny.train(tmp_path, job={"base": "a1"})
+    with pytest.raises(ConfigError) as caught:
+        tiny.train(tmp_path, job={"base": "b2"})
+    rows = [line.split() for line in str(caught.value).splitlines()]
+    assert ["base", "a1", "b2"] in rows
+    assert tiny.train(tmp_path, job={"base": "a1"}).was_finished
+
+
 def test_weights_of_another_shape_are_refused(
     tiny: SimpleNamespace, tmp_path: Path
 ) -> None:
     tiny.train(tmp_path)
     _, trainable, _ = tiny.split()
     fewer = jax.tree.map(lambda leaf: leaf[:2], trainable)
+    log = (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(CheckpointMismatch, match=r"saved float32\[16, 4\]"):
         tiny.train(tmp_path, job={"trainable": fewer})
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(fewer))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+
+
+def test_weights_make_room_before_those_of_the_checkpoint_are_read(
+    tiny: SimpleNamespace,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny.train(tmp_path)
+    _, trainable, _ = tiny.split()
+    deleted: list[bool] = []
+
+    def unreadable(*args: object, **kwargs: object) -> None:
+        deleted.extend(leaf.is_deleted() for leaf in jax.tree.leaves(trainable))
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", unreadable)
+    with pytest.raises(OSError, match="Input/output"):
+        tiny.train(tmp_path, job={"trainable": trainable}, console=console)
+    assert deleted == [True, True]
+    assert "the weights in memory were lost" in said(console)
+
+
+def test_weights_that_a_failing_step_consumed_are_not_handed_back(
+    tiny: SimpleNamespace,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole_step, left = CompiledSteps.__call__, []
+
+    def failing(self: CompiledSteps, state: TrainState, batch: DeviceBatch) -> Any:
+        result = whole_step(self, state, batch)
+        if int(result[0].step) == 4:
+            raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+        return result
+
+    monkeypatch.setattr(CompiledSteps, "__call__", failing)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the device is gone"):
+        tiny.train(tmp_path, job={"on_exit": left.append}, console=console)
+    assert left == []
+    assert "the weights in memory were lost" in said(console)
+    assert "newest checkpoint is" in said(console)
 
 
 def test_starting_anew_keeps_the_old_run(tiny: SimpleNamespace, tmp_path: Path) -> None:
@@ -271,7 +329,7 @@ def test_a_folder_in_use_is_refused(tiny: SimpleNamespace, tmp_path: Path) -> No
         pytest.raises(ConfigError, match="in use by another run: process"),
     ):
         tiny.train(tmp_path)
-    tiny.train(tmp_path, max_steps=1)
+    tiny.train(tmp_path, max_steps=2)
 
 
 def test_an_output_folder_that_is_a_file(tiny: SimpleNamespace, tmp_path: Path) -> None:

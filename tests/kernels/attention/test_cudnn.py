@@ -10,7 +10,7 @@ import pytest
 from kernels.attention import SAVED_PRIMITIVES, attention, cudnn
 from kernels.attention.cases import GPU_CASES
 from kernels.device import compute_capability
-from kernels.dispatch import UnsupportedOp
+from kernels.dispatch import UnsupportedOp, record
 from kernels.numerics import relative_error, tolerance
 
 BY_NAME = {case.name: case for case in GPU_CASES}
@@ -220,6 +220,36 @@ def test_a_jax_without_the_private_api_is_refused(hopper, monkeypatch):
     ids = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(UnsupportedOp, match="moved_elsewhere"):
         attention(q, q, q, segment_ids=ids, max_segments=2, implementation="cudnn")
+
+
+@pytest.mark.parametrize("max_segments", [1, 2])
+def test_without_cudnn_the_default_moves_on(hopper, monkeypatch, max_segments):
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+
+    def missing():
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(fused, "check_cudnn_version", missing)
+    q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    ids = jnp.ones((1, 4), jnp.int32)
+    options = {"segment_ids": ids, "max_segments": max_segments}
+    with pytest.raises(UnsupportedOp, match="cuDNN is not detected"):
+        attention(q, q, q, implementation="cudnn", **options)
+    with record() as chosen:
+        attention(q, q, q, **options)
+    assert chosen == {"attention": {"xla"}}
+
+
+def test_other_runtime_errors_are_shown(hopper, monkeypatch):
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+
+    def broken():
+        raise RuntimeError("cuDNN is too old")
+
+    monkeypatch.setattr(fused, "check_cudnn_version", broken)
+    q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    with pytest.raises(RuntimeError, match="too old"):
+        attention(q, q, q)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Chunked cross-entropy against the float32 reference, and what it must not compute."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from kernels.cross_entropy import linear_cross_entropy, token_log_probs
-from kernels.cross_entropy.cases import SMALL, Case
+from kernels.cross_entropy.cases import LARGE, SMALL, Case
+from kernels.device import compute_capability
 from kernels.numerics import relative_error, tolerance
 
 CASES = {case.name: case for case in SMALL}
@@ -39,6 +41,23 @@ def _compare(actual: Any, expected: Any, dtype: str) -> None:
         assert relative_error(got, want) < tolerance(dtype, terms=3)
 
 
+def _loss_and_gradients(
+    case: Case, targets: jax.Array, head_is_trainable: bool, implementation: str
+) -> Callable:
+    def loss(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total, count = linear_cross_entropy(
+            hidden,
+            head,
+            targets,
+            head_is_trainable=head_is_trainable,
+            implementation=implementation,
+            **_options(case),
+        )
+        return 0.3 * total, count
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "head_is_trainable"),
     [
@@ -50,21 +69,7 @@ def _compare(actual: Any, expected: Any, dtype: str) -> None:
 def test_loss_and_gradients(name: str, dtype: str, head_is_trainable: bool) -> None:
     case = CASES[name]
     hidden, head, targets = _inputs(case, dtype)
-
-    def run(implementation: str) -> Callable:
-        def loss(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-            total, count = linear_cross_entropy(
-                hidden,
-                head,
-                targets,
-                head_is_trainable=head_is_trainable,
-                implementation=implementation,
-                **_options(case),
-            )
-            return 0.3 * total, count
-
-        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-
+    run = functools.partial(_loss_and_gradients, case, targets, head_is_trainable)
     actual = run("xla")(hidden, head)
     expected = run("reference")(*_float32(hidden, head))
     _compare(actual, expected, dtype)
@@ -73,6 +78,28 @@ def test_loss_and_gradients(name: str, dtype: str, head_is_trainable: bool) -> N
     assert head_is_trainable or not actual[1][1].any()
     alone, _ = linear_cross_entropy(hidden, head, targets, **_options(case))
     np.testing.assert_allclose(0.3 * alone, actual[0][0], rtol=1e-6)
+
+
+def _device_error(actual: jax.Array, expected: jax.Array) -> float:
+    """The relative error without a copy on the host, where it would take minutes."""
+    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_large_float32_products_take_no_tf32(case: Case) -> None:
+    if compute_capability() is None:
+        pytest.skip("needs a CUDA GPU")
+    hidden, head, targets = _inputs(case, "float32")
+    # Logits of a spread near 1, as a model has them.
+    head = head / case.features**0.5
+    run = functools.partial(_loss_and_gradients, case, targets, True)
+    actual, expected = run("xla")(hidden, head), run("reference")(hidden, head)
+    for got, want in zip(
+        jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+    ):
+        # TF32 would give 3e-4.
+        assert _device_error(got, want) < tolerance("float32", terms=3)
 
 
 @pytest.mark.parametrize(

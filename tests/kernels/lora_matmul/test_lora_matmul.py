@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
+from kernels.device import compute_capability
 from kernels.lora_matmul import Projection, lora_matmul, lora_matmul_group
-from kernels.lora_matmul.cases import SMALL, Case
+from kernels.lora_matmul.cases import LARGE, SMALL, Case
+from kernels.lora_matmul.dropout import dropped, kept_scale
 from kernels.nf4 import dequantize, quantize
 from kernels.numerics import relative_error, tolerance
 
@@ -204,6 +206,64 @@ def test_dropout_keeps_the_mean_and_repeats_itself() -> None:
     np.testing.assert_allclose(kept, 1, rtol=1e-6)
 
 
+def test_dropout_keeps_the_mean_of_16_bit_activations() -> None:
+    """The factor 1 / 0.9, rounded to bfloat16, would lower the mean by 0.16 %."""
+    x = jnp.ones((2**16, 64), jnp.bfloat16)
+    w, a, b = jnp.zeros((64, 1)), jnp.ones((64, 1)), jnp.full((1, 1), 1 / 64)
+    run = jax.jit(
+        lambda x: lora_matmul(
+            x,
+            w.astype(x.dtype),
+            a,
+            b,
+            scaling=1.0,
+            dropout_rate=0.1,
+            dropout_key=jax.random.key(0),
+        )
+    )
+    # 4 million draws: the standard error of the mean is 0.00016.
+    assert abs(float(run(x).astype(jnp.float32).mean()) - 1) < 6e-4
+
+
+@pytest.mark.parametrize(("rate", "share"), [(0.3, 0.3), (1e-7, 0), (1 - 1e-7, 1)])
+def test_the_share_that_dropout_drops(rate: float, share: float) -> None:
+    mask = dropped(jnp.ones((2000, 501)), jax.random.key(2), rate)
+    # A million draws: the standard error of the share is 0.0005.
+    assert abs(1 - float(mask.mean()) - share) < 0.002
+    assert 1 <= kept_scale(jax.random.key(2), rate) <= 2**16
+    # Neighbours that share a word of random bits are independent.
+    both = (1 - mask[:, 0:500:2]) * (1 - mask[:, 1:500:2])
+    assert abs(float(both.mean()) - share**2) < 0.003
+
+
+@pytest.mark.parametrize("has_magnitude", [False, True])
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_what_follows_the_product_adds_no_rounding(
+    has_magnitude: bool, is_quantized: bool
+) -> None:
+    case = Case(
+        name="",
+        lead=(300,),
+        inputs=64,
+        outputs=(48,),
+        ranks=(4,),
+        is_quantized=is_quantized,
+        has_bias=True,
+        has_magnitude=has_magnitude,
+    )
+    x, (p,), _ = _inputs(case, "bfloat16")
+    # 16-bit adapters of a small branch, whose own rounding does not count.
+    rounded = {
+        k: t.astype("bfloat16").astype("float32") for k, t in _trained(p).items()
+    }
+    p = dataclasses.replace(_with(p, rounded), scaling=jnp.float32(0.0625))
+    run = jax.jit(lora_matmul_group, static_argnames="implementation")
+    (exact,) = run(x.astype(jnp.float32), (p,), implementation="reference")
+    (actual,) = run(x, (p,), implementation="xla")
+    least = relative_error(exact.astype(jnp.bfloat16), exact)
+    assert relative_error(actual, exact) < 1.2 * least
+
+
 def _saved_floats(
     case: Case, implementation: str, is_quantized: bool
 ) -> list[tuple[int, ...]]:
@@ -316,3 +376,23 @@ def test_wrong_use_is_named() -> None:
         run(p, dropout_rate=1.0)
     with pytest.raises(ValueError, match="1 projections, 2 dropout keys"):
         run(p, dropout_keys=(None, None))
+
+
+def _device_error(actual: jax.Array, expected: jax.Array) -> float:
+    """The relative error without a copy on the host, where it would take minutes."""
+    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_large_float32_products_take_no_tf32(case: Case) -> None:
+    if compute_capability() is None:
+        pytest.skip("needs a CUDA GPU")
+    x, projections, keys = _inputs(case, "float32")
+    actual = _value_and_grads(case, x, projections, keys, "xla")
+    expected = _value_and_grads(case, x, projections, keys, "reference")
+    for got, want in zip(
+        jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+    ):
+        # TF32 would give 3e-4.
+        assert _device_error(got, want) < tolerance("float32", terms=4)

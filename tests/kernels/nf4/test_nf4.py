@@ -84,8 +84,23 @@ def test_codebooks_are_those_of_bitsandbytes(quantise_cases: dict) -> None:
 def test_checkpoints_dequantise_bit_equal(
     fixtures: Path, checkpoint: str, tensors: int, implementation: str
 ) -> None:
-    raw = load_file(fixtures / checkpoint / "model.safetensors")
-    expected = load_file(fixtures / checkpoint / "reference.safetensors")
+    _check_checkpoint(fixtures / checkpoint, tensors, implementation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("checkpoint", "tensors"), CHECKPOINTS.items())
+def test_checkpoints_dequantise_bit_equal_on_cuda(
+    fixtures: Path, checkpoint: str, tensors: int, implementation: str
+) -> None:
+    if compute_capability() is None:
+        pytest.skip("needs a CUDA GPU")
+    _check_checkpoint(fixtures / checkpoint, tensors, implementation)
+
+
+def _check_checkpoint(folder: Path, tensors: int, implementation: str) -> None:
+    raw = load_file(folder / "model.safetensors")
+    expected = load_file(folder / "reference.safetensors")
     names = [k.removesuffix(".dequant") for k in expected if k.endswith(".dequant")]
     assert len(names) == tensors
     for name in names:
@@ -99,6 +114,24 @@ def test_checkpoints_dequantise_bit_equal(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_quantise_is_bit_equal(
+    quantise_cases: dict, code: str, dtype: str, double_quant: bool
+) -> None:
+    _check_quantised(quantise_cases, code, dtype, double_quant)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_quantise_is_bit_equal_on_cuda(
+    quantise_cases: dict, code: str, dtype: str, double_quant: bool
+) -> None:
+    if compute_capability() is None:
+        pytest.skip("needs a CUDA GPU")
+    _check_quantised(quantise_cases, code, dtype, double_quant)
+
+
+def _check_quantised(
     quantise_cases: dict, code: str, dtype: str, double_quant: bool
 ) -> None:
     kind = f".{code}.{'dq' if double_quant else 'sq'}.x"

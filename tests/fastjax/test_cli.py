@@ -1,0 +1,176 @@
+"""The command line before anything runs: flags, help, messages, exit codes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastjax import cli
+from fastjax.cli_flags import Call, flag_values, read_settings
+from fastjax.config import TrainConfig
+from fastjax.errors import ConfigError
+
+FASTJAX = Path(sys.executable).with_name("fastjax")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--lr", "1e-4"], {"lr": "1e-4"}),
+        (["--lr=1e-4"], {"lr": "1e-4"}),
+        (["--max_steps", "-1"], {"max_steps": "-1"}),
+        (["--packing"], {"packing": True}),
+        (["--no-load_in_4bit"], {"load_in_4bit": "False"}),
+        (["--load-in-4bit", "False"], {"load_in_4bit": "False"}),
+        (["--target_modules", "a", "b"], {"target_modules": "a,b"}),
+        (["--model=", "--seed", "1"], {"model": "", "seed": "1"}),
+    ],
+)
+def test_forms_of_flags(words: list[str], expected: dict[str, object]) -> None:
+    assert flag_values(words) == expected
+
+
+@pytest.mark.parametrize("words", [["lr"], ["--seed", "1", "--seed", "2"]])
+def test_words_that_are_no_flags(words: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        flag_values(words)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-3\nseed: 5\n")
+    read = read_settings(["--config", str(path), "--lr", "2e-3"])
+    assert read.config.optimizer.learning_rate == 2e-3
+    assert read.config.seed == 5
+    with pytest.raises(ConfigError, match="needs the name"):
+        read_settings(["--config"])
+
+
+def test_printed_settings_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", "tiny", "--lora_r", "4", "--implementation", "rope=xla"]
+    assert cli.run("train", [*words, "--print_config"]) == 0
+    first = capsys.readouterr().out
+    path = tmp_path / "run.yaml"
+    path.write_text(first)
+    assert cli.run("train", ["--config", str(path), "--print-config"]) == 0
+    assert capsys.readouterr().out == first
+    assert read_settings(["--config", str(path)]).config == read_settings(words).config
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--seed", "1"], "fastjax train --seed 1"),
+        (["--model", "a b"], "fastjax train --model 'a b'"),
+        (
+            ["--resume", "no", "--seed", "1"],
+            "fastjax train --seed 1 --resume_from_checkpoint=auto",
+        ),
+        (
+            ["--seed", "1", "--resume_from_checkpoint=x"],
+            "fastjax train --seed 1 --resume_from_checkpoint=auto",
+        ),
+    ],
+)
+def test_the_command_that_goes_on(words: list[str], expected: str) -> None:
+    call = Call(program=("fastjax", "train"), words=tuple(words))
+    assert call.resume_command == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "messages"),
+    [
+        ("train", ["--learning_rat", "1"], ["did you mean 'learning_rate'"]),
+        ("train", ["--lora_r", "0", "--packng"], ["2 settings", "lora_r=0", "packng"]),
+        ("train", ["--full_finetuning", "--load_in_4bit"], ["no-load_in_4bit"]),
+        ("train", ["--trust_remote_code"], ["runs no code"]),
+        ("evaluate", ["--modle", "x"], ["did you mean 'model'"]),
+        ("generate", ["--promt", "x"], ["did you mean --prompt"]),
+        ("export", ["--model", "x", "--overwrit"], ["did you mean --overwrite"]),
+        ("make-random-checkpoint", ["--outt", "x"], ["did you mean --out"]),
+        ("trian", [], ["did you mean train"]),
+    ],
+)
+def test_wrong_words_are_named_with_the_nearest_right_ones(
+    command: str,
+    words: list[str],
+    messages: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.run(command, words) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    assert all(message in shown for message in messages)
+
+
+def test_a_traceback_is_shown_only_when_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.run("train", ["--lora_r", "0"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert cli.run("train", ["--lora_r", "0", "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert shown.count("lora_r=0 must be at least 1") == 1
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "generate", "export", "make-random-checkpoint"]
+)
+def test_each_command_explains_itself(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(command, ["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--model" in shown
+
+
+def test_the_help_of_train_lists_every_setting(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from fastjax.flat_config import flat_values
+
+    cli.run("train", ["--help"])
+    shown = capsys.readouterr().out
+    for name in flat_values(TrainConfig()):
+        assert f"--{name} " in shown
+    assert "Also --max_seq_length" in shown
+    assert "bfloat16|float16|float32" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 88
+
+
+def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run("models", []) == 0
+    shown = capsys.readouterr().out
+    assert "llama3-8b" in shown
+    assert "meta-llama/Meta-Llama-3-8B" in shown
+    assert "no download" in shown
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"]])
+def test_help_is_quick_and_imports_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys; from fastjax import cli; cli.main();"
+        "heavy = {'jax', 'transformers', 'datasets', 'numpy'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True
+        )
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "usage: fastjax" in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_the_installed_command_is_this_one() -> None:
+    done = subprocess.run([FASTJAX, "trian"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean train" in done.stderr

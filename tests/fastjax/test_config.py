@@ -1,0 +1,95 @@
+"""The configuration's own rules: ranges, conflicts, numbers."""
+
+import dataclasses
+import math
+
+import pytest
+
+from fastjax.config import (
+    DataConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    QuantConfig,
+    TrainConfig,
+)
+from fastjax.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("part", "fields"),
+    [
+        (LoRAConfig, {"lora_r": 0}),
+        (LoRAConfig, {"lora_alpha": math.nan}),
+        (LoRAConfig, {"lora_alpha": 0}),
+        (LoRAConfig, {"lora_dropout": 1.0}),
+        (LoRAConfig, {"lora_target_modules": ()}),
+        (DataConfig, {"max_length": 1}),
+        (DataConfig, {"val_set_size": -1}),
+        (DataConfig, {"val_set_size": 1.5}),
+        (DataConfig, {"skip_bad_rows": -1}),
+        (OptimizerConfig, {"learning_rate": 0.0}),
+        (OptimizerConfig, {"learning_rate": math.inf}),
+        (OptimizerConfig, {"warmup_steps": -1}),
+        (OptimizerConfig, {"weight_decay": math.nan}),
+        (OptimizerConfig, {"adam_beta2": 1.0}),
+        (OptimizerConfig, {"adam_epsilon": 0.0}),
+        (TrainConfig, {"per_device_train_batch_size": 0}),
+        (TrainConfig, {"gradient_accumulation_steps": 0}),
+        (TrainConfig, {"logging_steps": 0}),
+        (TrainConfig, {"save_steps": -1}),
+        (TrainConfig, {"seed": -1}),
+        (TrainConfig, {"data_seed": -1}),
+        (TrainConfig, {"num_train_epochs": 0}),
+        (TrainConfig, {"num_train_epochs": math.inf}),
+    ],
+)
+def test_impossible_values_are_refused_by_name(part: type, fields: dict) -> None:
+    name, value = next(iter(fields.items()))
+    with pytest.raises(ConfigError, match=f"{name}=.*{value}".replace("()", "")):
+        part(**fields)
+
+
+def test_everything_wrong_in_a_part_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoRAConfig(lora_r=-1, lora_dropout=2.0)
+    assert len(caught.value.problems) == 2
+    assert "lora_r=-1" in str(caught.value)
+    assert "lora_dropout=2.0" in str(caught.value)
+
+
+def test_contradictions_are_told_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(
+            full_finetuning=True,
+            max_steps=2,
+            per_device_train_batch_size=0,
+            optimizer=OptimizerConfig(warmup_steps=5),
+        )
+    text = str(caught.value)
+    assert len(caught.value.problems) == 3
+    for part in ("load_in_4bit", "warmup_steps=5 is more than max_steps=2", "batch"):
+        assert part in text
+
+
+def test_steps_take_the_place_of_epochs() -> None:
+    assert TrainConfig(max_steps=5, num_train_epochs=0).max_steps == 5
+
+
+def test_whole_numbers_stand_for_floats() -> None:
+    lora = LoRAConfig(lora_alpha=16, lora_dropout=0)
+    assert isinstance(lora.lora_alpha, float)
+    assert isinstance(lora.lora_dropout, float)
+    assert lora == LoRAConfig(lora_alpha=16.0, lora_dropout=0.0)
+    assert isinstance(OptimizerConfig(warmup_steps=5).warmup_steps, float)
+    replaced = dataclasses.replace(TrainConfig(), num_train_epochs=3)
+    assert isinstance(replaced.num_train_epochs, float)
+
+
+def test_scaling_of_adapters() -> None:
+    assert LoRAConfig(lora_r=8, lora_alpha=16).scaling == 2.0
+    assert LoRAConfig(lora_r=16, lora_alpha=16, use_rslora=True).scaling == 4.0
+
+
+def test_full_finetuning_goes_with_dense_weights() -> None:
+    config = TrainConfig(full_finetuning=True, quant=QuantConfig(load_in_4bit=False))
+    assert config.full_finetuning

@@ -1,0 +1,87 @@
+"""Process-wide settings: where the cache lies, and that imports stay light."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastjax import runtime
+
+
+def python(code: str, **environment: str) -> str:
+    """Returns what a fresh interpreter prints."""
+    inherited = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"JAX_PLATFORMS": "cpu", **inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout.strip()
+
+
+def test_cache_folder_obeys_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FASTJAX_CACHE", str(tmp_path / "own"))
+    assert runtime.cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("FASTJAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert runtime.cache_folder() == tmp_path / "fastjax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert runtime.cache_folder() == Path.home() / ".cache" / "fastjax"
+
+
+def test_configure_sets_the_cache_and_keeps_the_users_flags(tmp_path: Path) -> None:
+    code = """
+import os
+from fastjax import runtime
+runtime.configure(full_determinism=True)
+import jax
+print(jax.config.jax_compilation_cache_dir)
+print(os.environ["XLA_FLAGS"])
+print(jax.numpy.ones(2).sum(), runtime.is_deterministic())
+"""
+    mine = "--xla_force_host_platform_device_count=2"
+    shown = python(code, FASTJAX_CACHE=str(tmp_path), XLA_FLAGS=mine).splitlines()
+    assert shown[0] == str(tmp_path / "xla")
+    assert mine in shown[1]
+    assert "nondeterministic" in shown[1]
+    assert shown[2] == "2.0 True"
+
+
+def test_a_home_that_cannot_be_written_turns_the_cache_off(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    code = """
+from fastjax import runtime
+runtime.configure()
+import jax
+print(jax.config.jax_compilation_cache_dir)
+"""
+    assert python(code, FASTJAX_CACHE=str(file)) == "None"
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import fastjax", ("jax", "numpy", "transformers", "tyro", "yaml")),
+        ("import fastjax.cli", ("jax", "numpy", "transformers", "tyro", "datasets")),
+        ("import fastjax.config", ("jax", "numpy", "transformers")),
+    ],
+)
+def test_light_imports(statement: str, absent: tuple[str, ...]) -> None:
+    code = f"{statement}\nimport sys\nprint([n for n in {absent} if n in sys.modules])"
+    assert python(code) == "[]"
+
+
+def test_the_package_gives_its_public_names_when_asked() -> None:
+    import fastjax
+
+    for name in fastjax.__all__:
+        assert getattr(fastjax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fastjax.nothing
