@@ -39,7 +39,9 @@ $(KERNELS_CI)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 check-kernels: $(KERNELS_CI)/.ready
-	$(KERNELS_CI)/bin/python scripts/check_kernels.py
+	rm -rf build/kernels && mkdir -p build/kernels
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false MOSAIC_GPU_DUMP_PTXAS=1 \
+	MOSAIC_GPU_DUMP_TO=build/kernels $(KERNELS_CI)/bin/python scripts/check_kernels.py
 
 $(ORACLE)/.ready: tests/oracle/requirements.txt
 	$(ORACLE_PYTHON) -m venv $(ORACLE)

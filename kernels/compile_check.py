@@ -56,15 +56,20 @@ def compile_kernels(program: Program, dump: Path) -> list[CompiledKernel]:
 
     Args:
       program: Compiled with its "mosaic_gpu" implementation.
-      dump: The folder that MOSAIC_GPU_DUMP_TO named when the process started.
+      dump: The folder that MOSAIC_GPU_DUMP_TO named when the process started; what
+        is read is removed.
     """
-    for old in dump.iterdir():
-        old.unlink()
     run = functools.partial(program.run, implementation="mosaic_gpu")
     with assume_compute_capability(HOPPER):
         shapes = jax.tree.map(_on_target, jax.eval_shape(program.arguments))
         jax.jit(run).lower(*shapes).compile()
-    return [_read(report) for report in sorted(dump.glob("*.ptxas"))]
+    kernels = []
+    for report in sorted(dump.glob("*.ptxas")):
+        kernels.append(_read(report))
+        # The next program's kernels may have the same names; the logs are large.
+        for file in dump.glob(f"{report.stem}.*"):
+            file.unlink()
+    return kernels
 
 
 def check(program: Program, dump: Path) -> Iterator[CompiledKernel | str]:
