@@ -79,6 +79,9 @@ def _explained(
     error: Exception, name: str, revision: str, known_names: Iterable[str]
 ) -> FastJaxError:
     where = f"huggingface.co/{name}"
+    download = f"hf download {name} --revision {revision}"
+    licence = f"if it is gated, first accept its licence at https://{where} and run: "
+    licence += "hf auth login"
     if isinstance(error, GatedRepoError):
         return EnvironmentFault(
             f"{name} is gated: its licence must be accepted, and a token is needed",
@@ -99,13 +102,12 @@ def _explained(
         return EnvironmentFault(
             f"{name} is not in the cache, and the hub is off (HF_HUB_OFFLINE)",
             where=str(constants.HF_HUB_CACHE),
-            fix=f"run once with a network: hf download {name} --revision {revision}",
+            fix=f"run once with a network: {download}; {licence}",
         )
     return EnvironmentFault(
         f"{name} cannot be downloaded: {printable(error)}",
         where=where,
-        fix=f"check network and disk, then continue with: hf download {name} "
-        f"--revision {revision}",
+        fix=f"check network and disk, then continue with: {download}; {licence}",
     )
 
 

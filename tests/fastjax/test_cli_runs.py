@@ -169,25 +169,16 @@ def test_export_merges_and_never_overwrites_by_itself(
     assert (target / "model.safetensors").read_bytes() == before
 
 
-def test_full_finetuning_writes_a_model(
+def test_full_finetuning_writes_a_model_with_the_implementations_it_is_told(
     small_model: Path, alpaca_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "full"
     flags = [*words(small_model, alpaca_file, folder), "--full_finetuning"]
-    assert cli.run("train", flags) == 0
-    assert (folder / "model" / "model.safetensors").is_file()
-    assert not (folder / "adapter_config.json").exists()
-    generate = ["--model", str(folder / "model"), "--prompt", "a", "--dtype", "float32"]
-    assert cli.run("generate", [*generate, "--max_new_tokens", "2"]) == 0
-
-
-def test_a_chosen_implementation_runs_and_is_recorded(
-    small_model: Path, alpaca_file: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "chosen"
-    flags = words(small_model, alpaca_file, folder)
     chosen = ["--implementation", "attention=reference", "rope=reference"]
     assert cli.run("train", [*flags, *chosen]) == 0
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert (folder / "config.yaml").is_file()
+    assert not (folder / "adapter_config.json").exists()
     run = json.loads((folder / "run.json").read_text())
     assert run["implementations"]["attention"] == ["reference"]
     assert run["implementations"]["rope"] == ["reference"]

@@ -13,6 +13,8 @@ from fastjax.api.generation import answer
 from fastjax.errors import ConfigError, DataError, ModelError, StorageError
 from fastjax.inference.sampling import Sampling
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 IDS = np.arange(20, 32, dtype=np.int32)[None]
 
 
