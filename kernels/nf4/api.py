@@ -8,9 +8,11 @@ from kernels import dispatch
 from . import mosaic_gpu, reference, xla
 from .array import NF4Array
 
+# On an H200 the kernel is a third slower than XLA's table look-up (the results folder
+# of the benchmarks has both), so it runs only when it is named.
 _IMPLEMENTATIONS = {
-    "mosaic_gpu": mosaic_gpu.dequantize,
     "xla": xla.dequantize,
+    "mosaic_gpu": mosaic_gpu.dequantize,
     "reference": reference.dequantize,
 }
 
