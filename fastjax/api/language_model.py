@@ -75,6 +75,16 @@ class LanguageModel:
         self.max_seq_length = max_seq_length
         self.remat: str | None = None
 
+    def __repr__(self) -> str:
+        """Returns family, size, storage and adapter in one line."""
+        config, held = self.config, "4-bit" if self.spec.packed else "dense"
+        adapter = "" if self.lora is None else f", adapter of rank {self.lora.lora_r}"
+        return (
+            f"LanguageModel({self.source.name}: {config.family}, "
+            f"{config.num_hidden_layers} layers, {held}, "
+            f"{self.spec.compute_dtype}{adapter})"
+        )
+
     @property
     def config(self) -> Any:
         """Sizes and switches of the model."""

@@ -66,7 +66,21 @@ class Tokenizer:
 
     def __getattr__(self, name: str) -> Any:
         """Returns the tokenizer's own attribute."""
+        if name == "wrapped":  # a copy in the making, which has none yet
+            raise AttributeError(name)
         return getattr(self.wrapped, name)
+
+    def __getstate__(self) -> Any:
+        """Returns what a copy, or a process of `dataset.map`, is made of."""
+        return self.wrapped
+
+    def __setstate__(self, state: Any) -> None:
+        """Takes over the tokenizer of the original."""
+        object.__setattr__(self, "wrapped", state)
+
+    def __repr__(self) -> str:
+        """Returns what the tokenizer says of itself."""
+        return repr(self.wrapped)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets the tokenizer's own attribute."""

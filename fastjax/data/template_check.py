@@ -50,12 +50,13 @@ def _fault(source: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
+        # Unbuffered: a buffer could take the answer together with the first line, and
+        # `communicate` would not see it.
+        bufsize=0,
     ) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
-        worker.stdin.write(job)
+        worker.stdin.write(job.encode())
         worker.stdin.close()
         worker.stdin = None
         worker.stdout.readline()
@@ -65,7 +66,9 @@ def _fault(source: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
             worker.kill()
             return f"it renders two short messages for over {MAX_RENDER_SECONDS:g} s"
     if worker.returncode:
-        lines = errors.strip().splitlines() or [f"exit code {worker.returncode}"]
+        lines = errors.decode(errors="replace").strip().splitlines() or [
+            f"exit code {worker.returncode}"
+        ]
         return printable(lines[-1])
     if int(out) > MAX_RENDERED_CHARACTERS:
         return f"it makes {int(out)} characters of two short messages"
