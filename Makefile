@@ -4,9 +4,10 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3)
 RUN := $(VENV)/bin/python
 GPU_PYTHON ?= $(RUN)
 ORACLE := .venv-oracle
+KERNELS_CI := .venv-kernels-ci
 ORACLE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo test check test-gpu test-oracle setup clean
+.PHONY: demo test check check-kernels test-gpu test-oracle setup clean
 
 setup: $(VENV)/.ready
 
@@ -31,6 +32,17 @@ check: setup
 test-gpu:
 	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/kernels
 
+# Compiles every kernel for Hopper; needs no GPU. Its own environment: 1.5 GB.
+$(KERNELS_CI)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(KERNELS_CI)
+	$(KERNELS_CI)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[kernels-ci]'
+	@touch $@
+
+check-kernels: $(KERNELS_CI)/.ready
+	rm -rf build/kernels && mkdir -p build/kernels
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false MOSAIC_GPU_DUMP_PTXAS=1 \
+	MOSAIC_GPU_DUMP_TO=build/kernels $(KERNELS_CI)/bin/python scripts/check_kernels.py
+
 $(ORACLE)/.ready: tests/oracle/requirements.txt
 	$(ORACLE_PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/python -m pip install --quiet -r tests/oracle/requirements.txt
@@ -42,4 +54,4 @@ test-oracle: setup $(ORACLE)/.ready
 	$(ORACLE)/bin/python tests/oracle/verify.py build/oracle
 
 clean:
-	rm -rf $(VENV) $(ORACLE) build outputs
+	rm -rf $(VENV) $(ORACLE) $(KERNELS_CI) build outputs

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Interpreted kernels block a thread of XLA's pool for each warpgroup that waits.
+os.environ.setdefault("NPROC", "16")
 
 from pathlib import Path
 

@@ -22,6 +22,13 @@ SMALL = (
     Case(name="many_nested_blocks", inputs=192, outputs=258),
     Case(name="stacked", inputs=64, outputs=48, layers=3),
 )
+INTERPRETED = (
+    Case(name="one_chunk", inputs=128, outputs=64),
+    Case(name="three_chunks", inputs=96, outputs=256),
+    Case(name="stacked_chunks", inputs=128, outputs=192, layers=2),
+)
+"""Small ones that the Mosaic GPU kernel can run."""
+
 LARGE = (
     Case(name="llama3_8b_q", inputs=4096, outputs=4096),
     Case(name="llama3_8b_gate", inputs=4096, outputs=14336),

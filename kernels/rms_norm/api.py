@@ -1,11 +1,18 @@
 """RMSNorm, arxiv.org/abs/1910.07467, for activations of any rank."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float
 
 from kernels import dispatch
 
 from . import reference, vjp
+
+_MIN_KERNEL_FEATURES = 1024
+"""Below, a row leaves most of a warpgroup idle, and XLA's fusion is the default."""
 
 
 def rms_norm(
@@ -26,15 +33,16 @@ def rms_norm(
       weight: Gain of each feature.
       eps: Added to the mean square.
       offset: 1.0 for families whose checkpoints store the gain less one.
-      implementation: "xla" or "reference"; None takes the first able.
+      implementation: "mosaic_gpu", "xla" or "reference"; None takes the first able.
 
     Raises:
       ValueError: The sizes disagree.
+      UnsupportedOp: The named implementation cannot run these shapes here.
     """
     _check(x, weight)
     return dispatch.run(
         "rms_norm",
-        {"xla": vjp.rms_norm, "reference": reference.rms_norm},
+        _implementations(x, vjp.rms_norm, reference.rms_norm),
         implementation,
         x,
         weight,
@@ -59,6 +67,7 @@ def add_rms_norm(
 
     Raises:
       ValueError: The sizes or dtypes disagree.
+      UnsupportedOp: The named implementation cannot run these shapes here.
     """
     _check(x, weight)
     if x.shape != residual.shape or x.dtype != residual.dtype:
@@ -66,7 +75,7 @@ def add_rms_norm(
         raise ValueError(f"x and residual must be alike: {types}")
     return dispatch.run(
         "add_rms_norm",
-        {"xla": vjp.add_rms_norm, "reference": reference.add_rms_norm},
+        _implementations(x, vjp.add_rms_norm, reference.add_rms_norm),
         implementation,
         x,
         residual,
@@ -74,6 +83,16 @@ def add_rms_norm(
         eps=eps,
         offset=offset,
     )
+
+
+def _implementations(
+    x: Array, wired: Callable[..., Any], in_jnp: Callable[..., Any]
+) -> dict[str, Callable[..., Any]]:
+    """Returns name to function, the default for this `x` first."""
+    kernel = {"mosaic_gpu": functools.partial(wired, vjp.MOSAIC_GPU)}
+    xla = {"xla": functools.partial(wired, vjp.XLA)}
+    best_first = kernel | xla if x.shape[-1] >= _MIN_KERNEL_FEATURES else xla | kernel
+    return best_first | {"reference": in_jnp}
 
 
 def _check(x: Array, weight: Array) -> None:

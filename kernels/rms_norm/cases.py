@@ -41,9 +41,19 @@ CASES = (
     RMSNormCase(name="offset", leading=(2, 5), features=40, offset=1.0),
 )
 
+INTERPRETED_CASES = (
+    RMSNormCase(name="one_feature_a_thread", leading=(3,), features=128),
+    RMSNormCase(name="three_runs", leading=(2, 2), features=768, offset=1.0),
+    RMSNormCase(name="runs_of_eight", leading=(2,), features=1024, eps=1e-5),
+)
+"""Small ones that the Mosaic GPU kernels can run."""
+
 GPU_CASES = (
     RMSNormCase(name="llama3_8b", leading=(2, 4096), features=4096, eps=1e-5),
     RMSNormCase(name="qwen3_8b_heads", leading=(2, 4096, 32), features=128),
+    RMSNormCase(name="qwen2_05b", leading=(2, 4096), features=896),
+    RMSNormCase(name="qwen2_7b", leading=(2, 4096), features=3584),
+    RMSNormCase(name="llama3_70b", leading=(1, 4096), features=8192, eps=1e-5),
     RMSNormCase(name="gemma3_4b", leading=(1, 4096), features=2560, offset=1.0),
 )
 """Real shapes."""

@@ -1,28 +1,62 @@
-"""Gradient of RMSNorm.
+"""Gradient of RMSNorm, wired for each implementation.
 
 Saved: the normalised input (for `add_rms_norm` that is the sum, an output anyway) and
 the weight: 2 D bytes a token in bf16. Recomputed: the reciprocal root, one reduction.
-The weight gradient is summed over tokens in float32.
+The weight gradient is summed over tokens in float32, and only where one is asked for.
 """
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from . import reference
+from . import mosaic_gpu, mosaic_gpu_vjp, reference, rows, xla
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """An implementation: what it refuses, its two forwards and its backward."""
+
+    check: Callable[[Array, Array], None]
+    rms_norm: Callable[..., Any]
+    add_rms_norm: Callable[..., Any]
+    gradients: Callable[..., Any]
+
+
+XLA = Passes(
+    check=lambda x, weight: None,
+    rms_norm=reference.rms_norm,
+    add_rms_norm=reference.add_rms_norm,
+    gradients=xla.gradients,
+)
+MOSAIC_GPU = Passes(
+    check=rows.check,
+    rms_norm=mosaic_gpu.rms_norm,
+    add_rms_norm=mosaic_gpu.add_rms_norm,
+    gradients=mosaic_gpu_vjp.gradients,
+)
 
 
 def rms_norm(
-    x: Float[Array, "*B D"], weight: Float[Array, " D"], *, eps: float, offset: float
+    passes: Passes,
+    x: Float[Array, "*B D"],
+    weight: Float[Array, " D"],
+    *,
+    eps: float,
+    offset: float,
 ) -> Float[Array, "*B D"]:
-    """Returns RMSNorm with the gradient of this file; see `api.rms_norm`."""
-    return _rms_norm(x, weight, eps, offset)
+    """Returns RMSNorm with the gradient of `passes`; see `api.rms_norm`."""
+    passes.check(x, weight)
+    return _rms_norm(passes, x, weight, eps, offset)
 
 
 def add_rms_norm(
+    passes: Passes,
     x: Float[Array, "*B D"],
     residual: Float[Array, "*B D"],
     weight: Float[Array, " D"],
@@ -30,68 +64,94 @@ def add_rms_norm(
     eps: float,
     offset: float,
 ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
-    """Returns (norm, sum) with the gradient of this file; see `api.add_rms_norm`."""
-    return _add_rms_norm(x, residual, weight, eps, offset)
+    """Returns (norm, sum) with the gradient of `passes`; see `api.add_rms_norm`."""
+    passes.check(x, weight)
+    return _add_rms_norm(passes, x, residual, weight, eps, offset)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _rms_norm(x: Array, weight: Array, eps: float, offset: float) -> Array:
-    return reference.rms_norm(x, weight, eps=eps, offset=offset)
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["x", "weight"],
+    meta_fields=["wants_dweight"],
+)
+@no_type_check  # JAX rebuilds pytrees with leaves that are no arrays
+@dataclass(frozen=True)
+class _Saved:
+    """What the backward needs: the normalised input, the weight, who is trained."""
+
+    x: Array
+    weight: Array
+    wants_dweight: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def _rms_norm(
+    passes: Passes, x: Array, weight: Array, eps: float, offset: float
+) -> Array:
+    return passes.rms_norm(x, weight, eps=eps, offset=offset)
 
 
 def _forward(
-    x: Array, weight: Array, eps: float, offset: float
-) -> tuple[Array, tuple[Array, Array]]:
-    return reference.rms_norm(x, weight, eps=eps, offset=offset), (x, weight)
+    passes: Passes, x: Any, weight: Any, eps: float, offset: float
+) -> tuple[Array, _Saved]:
+    out = passes.rms_norm(x.value, weight.value, eps=eps, offset=offset)
+    return out, _Saved(x.value, weight.value, weight.perturbed)
 
 
 def _backward(
-    eps: float, offset: float, residuals: tuple[Array, Array], dout: Array
-) -> tuple[Array, Array]:
-    x, weight = residuals
-    dx, dweight = _gradients(x, weight, dout, eps, offset)
-    return dx.astype(x.dtype), dweight.astype(weight.dtype)
+    passes: Passes, eps: float, offset: float, saved: _Saved, dout: Any
+) -> tuple[Array, Array | None]:
+    return _gradients(passes, saved, dout, None, eps, offset)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
 def _add_rms_norm(
-    x: Array, residual: Array, weight: Array, eps: float, offset: float
+    passes: Passes, x: Array, residual: Array, weight: Array, eps: float, offset: float
 ) -> tuple[Array, Array]:
-    return reference.add_rms_norm(x, residual, weight, eps=eps, offset=offset)
+    return passes.add_rms_norm(x, residual, weight, eps=eps, offset=offset)
 
 
 def _add_forward(
-    x: Array, residual: Array, weight: Array, eps: float, offset: float
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    norm, total = reference.add_rms_norm(x, residual, weight, eps=eps, offset=offset)
-    return (norm, total), (total, weight)
+    passes: Passes, x: Any, residual: Any, weight: Any, eps: float, offset: float
+) -> tuple[tuple[Array, Array], _Saved]:
+    norm, total = passes.add_rms_norm(
+        x.value, residual.value, weight.value, eps=eps, offset=offset
+    )
+    return (norm, total), _Saved(total, weight.value, weight.perturbed)
 
 
 def _add_backward(
-    eps: float,
-    offset: float,
-    residuals: tuple[Array, Array],
-    cotangents: tuple[Array, Array],
-) -> tuple[Array, Array, Array]:
-    total, weight = residuals
+    passes: Passes, eps: float, offset: float, saved: _Saved, cotangents: Any
+) -> tuple[Array, Array, Array | None]:
     dnorm, dtotal = cotangents
-    dx, dweight = _gradients(total, weight, dnorm, eps, offset)
-    dx = (dx + dtotal.astype(jnp.float32)).astype(total.dtype)
-    return dx, dx, dweight.astype(weight.dtype)
+    dtotal = None if isinstance(dtotal, SymbolicZero) else dtotal
+    dx, dweight = _gradients(passes, saved, dnorm, dtotal, eps, offset)
+    return dx, dx, dweight
 
 
 def _gradients(
-    x: Array, weight: Array, dout: Array, eps: float, offset: float
-) -> tuple[Array, Array]:
-    """Returns dx and dweight in float32."""
-    x32, dout32 = x.astype(jnp.float32), dout.astype(jnp.float32)
-    rstd = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    normed = x32 * rstd
-    tokens = tuple(range(x.ndim - 1))
-    dnormed = dout32 * jnp.expand_dims(offset + weight.astype(jnp.float32), tokens)
-    projection = jnp.mean(dnormed * normed, axis=-1, keepdims=True)
-    return rstd * (dnormed - normed * projection), jnp.sum(dout32 * normed, axis=tokens)
+    passes: Passes,
+    saved: _Saved,
+    dout: Any,
+    dtotal: Array | None,
+    eps: float,
+    offset: float,
+) -> tuple[Array, Array | None]:
+    """Returns dx and dweight as JAX wants them: None stands for zero."""
+    x, weight = saved.x, saved.weight
+    if isinstance(dout, SymbolicZero):
+        dout = jnp.zeros_like(x)
+    dx, dweight = passes.gradients(
+        x,
+        weight,
+        dout,
+        dtotal,
+        eps=eps,
+        offset=offset,
+        wants_dweight=saved.wants_dweight,
+    )
+    return dx, None if dweight is None else dweight.astype(weight.dtype)
 
 
-_rms_norm.defvjp(_forward, _backward)
-_add_rms_norm.defvjp(_add_forward, _add_backward)
+_rms_norm.defvjp(_forward, _backward, symbolic_zeros=True)
+_add_rms_norm.defvjp(_add_forward, _add_backward, symbolic_zeros=True)

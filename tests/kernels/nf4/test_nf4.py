@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.flax import load_file
 
-from kernels.device import compute_capability
+from kernels.device import HOPPER, assume_compute_capability, compute_capability
+from kernels.dispatch import UnsupportedOp
+from kernels.interpret import interpreted
 from kernels.nf4 import (
     CODEBOOKS,
     DYNAMIC_MAP,
@@ -22,7 +24,7 @@ from kernels.nf4 import (
     quantize,
     rounding,
 )
-from kernels.nf4.cases import SMALL, Case
+from kernels.nf4.cases import INTERPRETED, LARGE, SMALL, Case
 
 IMPLEMENTATIONS = ["reference", "xla"]
 CHECKPOINTS = {
@@ -175,6 +177,65 @@ def test_implementations_agree_bit_for_bit(case: Case) -> None:
     assert actual.dtype == jnp.bfloat16
     assert actual.shape[-2:] == w.shape == (case.inputs, case.outputs)
     np.testing.assert_array_equal(_bits(actual), _bits(expected))
+
+
+def _assert_kernel_is_exact(w: NF4Array) -> None:
+    actual = jax.jit(functools.partial(dequantize, implementation="mosaic_gpu"))(w)
+    expected = _dequantize(w, implementation="reference")
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    np.testing.assert_array_equal(_bits(actual), _bits(expected))
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.name)
+def test_the_kernel_is_exact_in_the_interpreter(case: Case) -> None:
+    w = _random(case)
+    with interpreted():
+        _assert_kernel_is_exact(w)
+
+
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+def test_the_kernel_takes_float32_scales_and_float16(code: str) -> None:
+    w = jax.random.normal(jax.random.key(0), (128, 64), jnp.float16)
+    w = _quantize(w, code=code, double_quant=False)
+    with interpreted():
+        _assert_kernel_is_exact(w)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", [*INTERPRETED[:2], *LARGE], ids=lambda case: case.name)
+def test_the_kernel_is_exact_on_a_gpu(
+    case: Case, dtype: str, double_quant: bool, code: str
+) -> None:
+    if compute_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    w = jax.random.normal(jax.random.key(1), (case.inputs, case.outputs))
+    _assert_kernel_is_exact(
+        _quantize(w.astype(dtype), code=code, double_quant=double_quant)
+    )
+
+
+@pytest.mark.gpu
+def test_the_kernel_is_exact_on_a_stack() -> None:
+    if compute_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    _assert_kernel_is_exact(_random(INTERPRETED[2]))
+
+
+def test_the_kernel_says_what_it_lacks() -> None:
+    run = functools.partial(dequantize, implementation="mosaic_gpu")
+    with assume_compute_capability(HOPPER):
+        with pytest.raises(UnsupportedOp, match="multiple of 8192 elements"):
+            run(_random(SMALL[3]))
+        with pytest.raises(UnsupportedOp, match=r"w.dtype='float32' must be one of"):
+            run(_random(INTERPRETED[0], "float32"))
+    with (
+        assume_compute_capability((10, 0)),
+        pytest.raises(UnsupportedOp, match=r"found compute \(10, 0\)"),
+    ):
+        run(_random(INTERPRETED[0]))
 
 
 def test_scales_are_multiplied_then_added_each_rounded() -> None:

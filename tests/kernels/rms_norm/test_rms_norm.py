@@ -1,16 +1,20 @@
 """RMSNorm against NumPy, and every implementation against the reference."""
 
+import collections
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.device import compute_capability
+from kernels.device import HOPPER, assume_compute_capability, compute_capability
+from kernels.dispatch import UnsupportedOp, record
+from kernels.interpret import interpreted
 from kernels.numerics import relative_error, tolerance
-from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rms_norm.cases import CASES, GPU_CASES, RMSNormCase
+from kernels.rms_norm import add_rms_norm, mosaic_gpu_vjp, rms_norm
+from kernels.rms_norm.cases import CASES, GPU_CASES, INTERPRETED_CASES, RMSNormCase
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 
@@ -61,9 +65,9 @@ def weighted_sum(x):
     return jnp.sum(x.astype(jnp.float32) * weights)
 
 
-def check(function, case, dtype):
+def check(function, case, dtype, implementation="xla"):
     arrays = case.arrays(dtype)
-    actual = function(case, arrays, "xla")
+    actual = function(case, arrays, implementation)
     floats = tuple(x.astype(jnp.float32) for x in arrays)
     expected = function(case, floats, "reference")
     for got, want in zip(actual, expected, strict=True):
@@ -78,13 +82,91 @@ def test_matches_the_float32_reference(function, case, dtype):
     check(function, case, dtype)
 
 
+@named(INTERPRETED_CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", [norm_and_gradients, add_norm_and_gradients])
+def test_kernels_match_in_the_interpreter(function, case, dtype):
+    with interpreted():
+        actual = function(case, case.arrays(dtype), "mosaic_gpu")
+    floats = tuple(x.astype(jnp.float32) for x in case.arrays(dtype))
+    expected = function(case, floats, "reference")
+    for got, want in zip(actual, expected, strict=True):
+        assert got.dtype == dtype
+        assert relative_error(got, want) < tolerance(dtype, terms=2)
+
+
+def test_blocks_that_take_several_rows_add_them_up(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu_vjp, "_BLOCKS", 2)
+    case = RMSNormCase(name="", leading=(5,), features=256)
+    with interpreted():
+        actual = norm_and_gradients(case, case.arrays(jnp.float32), "mosaic_gpu")
+    expected = norm_and_gradients(case, case.arrays(jnp.float32), "reference")
+    for got, want in zip(actual, expected, strict=True):
+        assert relative_error(got, want) < tolerance(jnp.float32, terms=2)
+
+
 @pytest.mark.gpu
 @named(GPU_CASES)
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
 @pytest.mark.parametrize("function", [norm_and_gradients, add_norm_and_gradients])
-def test_matches_at_real_shapes(function, case):
+def test_matches_at_real_shapes(function, implementation, case):
     if compute_capability() is None:
         pytest.skip("needs a CUDA GPU")
-    check(function, case, jnp.bfloat16)
+    if implementation == "mosaic_gpu" and compute_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    check(function, case, jnp.bfloat16, implementation)
+
+
+def launches(function, *arrays):
+    """Returns how often each kernel stands in the program for a Hopper GPU."""
+    with assume_compute_capability(HOPPER):
+        traced = jax.jit(function).trace(*arrays)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return collections.Counter(re.findall(r"dump_basename\\00(\w+?)_\d+\\00", text))
+
+
+@pytest.mark.parametrize("is_remat", [False, True])
+@pytest.mark.parametrize("is_weight_trained", [False, True])
+def test_kernels_launched(is_remat, is_weight_trained):
+    x, residual, weight = INTERPRETED_CASES[2].arrays(jnp.bfloat16)
+
+    def objective(x, residual, weight):
+        norm, total = add_rms_norm(x, residual, weight, eps=1e-5)
+        return weighted_sum(norm) + weighted_sum(total)
+
+    function = jax.checkpoint(objective) if is_remat else objective
+    trained = (0, 1, 2) if is_weight_trained else (0, 1)
+    step = jax.value_and_grad(function, argnums=trained)
+    actual = launches(step, x, residual, weight)
+    backward = "rms_norm_dx_dweight" if is_weight_trained else "rms_norm_dx"
+    assert actual == {"add_rms_norm": 1 + is_remat, backward: 1}
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"), [(128, "xla"), (1000, "xla"), (1024, "mosaic_gpu")]
+)
+def test_the_default_on_hopper(features, expected):
+    x = jnp.ones((2, features), jnp.bfloat16)
+    with assume_compute_capability(HOPPER), record() as chosen:
+        jax.eval_shape(lambda x: rms_norm(x, x[0], eps=1e-6), x)
+    assert chosen == {"rms_norm": {expected}}
+
+
+def test_kernels_say_what_they_lack():
+    def run(features):
+        x = jnp.ones((2, features), jnp.bfloat16)
+        return rms_norm(x, x[0], eps=1e-6, implementation="mosaic_gpu")
+
+    with assume_compute_capability(HOPPER):
+        with pytest.raises(UnsupportedOp, match="features=100 must be a multiple"):
+            run(100)
+        with pytest.raises(UnsupportedOp, match="at most 8192"):
+            run(16384)
+    with (
+        assume_compute_capability((8, 0)),
+        pytest.raises(UnsupportedOp, match=r"found compute \(8, 0\)"),
+    ):
+        run(1024)
 
 
 @named(CASES)

@@ -1,0 +1,6 @@
+"""Times every kernel beside XLA on this GPU and writes the table as JSON."""
+
+from kernels.command_line import bench_kernels
+
+if __name__ == "__main__":
+    raise SystemExit(bench_kernels())
