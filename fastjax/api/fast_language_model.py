@@ -121,22 +121,16 @@ class FastLanguageModel:
         Raises:
           ConfigError: A value is out of range, or the targets match nothing.
         """
-        unsupported = {
-            "modules_to_save": modules_to_save,
-            "layers_to_transform": layers_to_transform,
-            "loftq_config": loftq_config,
-        }
-        asked = [f"{name} is not supported" for name, v in unsupported.items() if v]
-        if asked:
-            raise ConfigError.of(asked, fix="leave it out")
-        targets = target_modules
-        if not isinstance(targets, str):
-            targets = tuple(targets)
+        _require_empty(
+            modules_to_save=modules_to_save,
+            layers_to_transform=layers_to_transform,
+            loftq_config=loftq_config,
+        )
         lora = LoRAConfig(
             lora_r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
-            lora_target_modules=targets,
+            lora_target_modules=_targets(target_modules),
             lora_bias=bias,
             use_rslora=use_rslora,
             use_dora=use_dora,
@@ -156,6 +150,16 @@ class FastLanguageModel:
     def for_training(model: LanguageModel) -> LanguageModel:
         """Returns the model as it is: training needs no preparation."""
         return model
+
+
+def _targets(given: str | Sequence[str]) -> str | tuple[str, ...]:
+    return given if isinstance(given, str) else tuple(given)
+
+
+def _require_empty(**unsupported: Any) -> None:
+    asked = [f"{name} is not supported" for name, v in unsupported.items() if v]
+    if asked:
+        raise ConfigError.of(asked, fix="leave it out")
 
 
 def is_bfloat16_supported() -> bool:

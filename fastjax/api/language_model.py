@@ -27,6 +27,7 @@ from kernels.nf4 import NF4Array
 
 SaveMethod = Literal["merged_16bit", "lora"]
 BasePrecision = Literal["original", "dequantised"]
+_NOT_DRAWN = "temperature, top_k, top_p and min_p have no effect without do_sample=True"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,37 +195,32 @@ class LanguageModel:
         del token_type_ids
         if not use_cache:
             raise ConfigError("use_cache=False is not supported: the cache is exact")
-        if not do_sample and (temperature, top_k, top_p, min_p) != (1, 0, 1, 0):
-            warnings.warn(
-                "temperature, top_k, top_p and min_p have no effect without "
-                "do_sample=True",
-                stacklevel=2,
-            )
+        drawing = (float(temperature), top_k, float(top_p), float(min_p))
+        if not do_sample and drawing != (1, 0, 1, 0):
+            warnings.warn(_NOT_DRAWN, stacklevel=2)
         given, prompts = _prompts(input_ids, attention_mask)
-        if streamer is not None and len(prompts) > 1:
-            raise ConfigError(f"a streamer takes one prompt, not {len(prompts)}")
         if streamer is not None:
-            streamer.put(np.asarray(prompts[0]))
-        sampling = Sampling(
-            temperature=float(temperature) if do_sample else 0.0,
-            top_k=top_k,
-            top_p=float(top_p),
-            min_p=float(min_p),
+            _open_stream(streamer, prompts)
+        answers = self._answers(
+            prompts,
+            uses_adapter=uses_adapter,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.stop_ids(eos_token_id),
+            sampling=_sampling(*drawing, do_sample=do_sample),
+            seed=seed,
+            on_tokens=None if streamer is None else _feeding(streamer),
         )
-        with device_faults("generate", memory_fix="fewer or shorter prompts at once"):
-            answers = generate(
-                self.for_inference() if uses_adapter else self.base_decoder(),
-                prompts,
-                max_new_tokens=max_new_tokens,
-                stop_ids=self.stop_ids(eos_token_id),
-                sampling=sampling,
-                seed=seed,
-                on_tokens=None if streamer is None else _feeding(streamer),
-            )
         if streamer is not None:
             streamer.end()
         pad_id = self._pad_id() if pad_token_id is None else pad_token_id
         return np.concatenate([_in_front(given, pad_id), _stacked(answers, pad_id)], 1)
+
+    def _answers(
+        self, prompts: list[list[int]], *, uses_adapter: bool, **options: Any
+    ) -> list[list[int]]:
+        decoder = self.for_inference() if uses_adapter else self.base_decoder()
+        with device_faults("generate", memory_fix="fewer or shorter prompts at once"):
+            return generate(decoder, prompts, **options)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes the adapter as a PEFT folder, or all weights without an adapter."""
@@ -327,6 +323,17 @@ def _logits(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> jax.Arr
     return decoder.logits(decoder(ids, positions=positions))
 
 
+def _sampling(
+    temperature: float, top_k: int, top_p: float, min_p: float, *, do_sample: bool
+) -> Sampling:
+    return Sampling(
+        temperature=temperature if do_sample else 0.0,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+    )
+
+
 def _prompts(
     input_ids: Any, attention_mask: Any
 ) -> tuple[list[list[int]], list[list[int]]]:
@@ -358,6 +365,12 @@ def _stacked(rows: list[list[int]], pad_id: int) -> np.ndarray:
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = row
     return table
+
+
+def _open_stream(streamer: Any, prompts: list[list[int]]) -> None:
+    if len(prompts) > 1:
+        raise ConfigError(f"a streamer takes one prompt, not {len(prompts)}")
+    streamer.put(np.asarray(prompts[0]))
 
 
 def _feeding(streamer: Any) -> Callable[[list[list[int]]], None]:

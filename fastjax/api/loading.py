@@ -56,16 +56,7 @@ def load_model(
     folder, source_name = _folder(name, revision)
     adapter = folder if (folder / _ADAPTER_CONFIG).is_file() else None
     if adapter is not None:
-        recorded = read_adapter_config(adapter)
-        source_name = recorded.base_model_name_or_path or ""
-        if not source_name:
-            raise ModelError(
-                "the adapter does not say which base model it belongs to",
-                where=str(adapter / _ADAPTER_CONFIG),
-                fix="add base_model_name_or_path to that file",
-            )
-        revision = recorded.revision or "main"
-        folder, _ = _folder(source_name, revision)
+        folder, source_name = _base_of(adapter)
     config = read_config(folder)
     param_dtype = "float32" if full_finetuning else dtype
     weights = load_weights(Checkpoint(folder), config, dtype=param_dtype, quant=quant)
@@ -140,6 +131,19 @@ def _folder(name: str, revision: str) -> tuple[Path, str]:
         folder = random_checkpoint_of(name.lower())
         return folder, str(folder)
     return resolve(found.hub_id, revision=revision), found.hub_id
+
+
+def _base_of(adapter: Path) -> tuple[Path, str]:
+    """Returns folder and recorded name of the base model of an adapter folder."""
+    recorded = read_adapter_config(adapter)
+    name = recorded.base_model_name_or_path
+    if not name:
+        raise ModelError(
+            "the adapter does not say which base model it belongs to",
+            where=str(adapter / _ADAPTER_CONFIG),
+            fix="add base_model_name_or_path to that file",
+        )
+    return _folder(name, recorded.revision or "main")[0], name
 
 
 def _commit(folder: Path) -> str | None:

@@ -24,14 +24,11 @@ from fastjax.data import Loader, ResponseMarkers, Source, TrainingData, load_dat
 from fastjax.errors import ConfigError, ModelError
 from fastjax.flat_config import flat_values
 from fastjax.train import Job, TrainResult, evaluate, files, make_eval_step, run
+from fastjax.train.compiled import MEMORY_FIX
 from fastjax.train.lock import output_lock
 
 _HASH_DIGITS = 8
 _SAME = "the same command"
-_MEMORY_FIX = (
-    "halve per_device_train_batch_size and double gradient_accumulation_steps, or set "
-    "remat to layer, or lower max_length"
-)
 
 
 def run_training(
@@ -167,7 +164,7 @@ def train(
         resume_command=resume_command,
         base=folder_fingerprint(model.source.folder),
     )
-    with device_faults("train", memory_fix=_MEMORY_FIX):
+    with device_faults("train", memory_fix=MEMORY_FIX):
         result = run(job, console)
     if model.spec.trains_weights:
         model.save_pretrained_merged(folder / "model", overwrite=True)

@@ -15,6 +15,12 @@ from fastjax.train.state import TrainState
 from fastjax.train.step import Metrics
 from kernels import dispatch
 
+MEMORY_FIX = (
+    "halve per_device_train_batch_size and double gradient_accumulation_steps, or set "
+    "remat to layer, or lower max_length"
+)
+"""What helps when the training step does not fit."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepMemory:
@@ -125,6 +131,5 @@ def out_of_memory(memory: StepMemory | None) -> Iterator[None]:
             if memory is None
             else f"the step needs {need}, more than the device has free",
             where=str(error).splitlines()[0][:200],
-            fix="halve per_device_train_batch_size and double "
-            "gradient_accumulation_steps, or set remat to layer, or lower max_length",
+            fix=MEMORY_FIX,
         ) from error

@@ -57,23 +57,23 @@ def outcome(output: Path) -> tuple[bytes, list[dict]]:
 
 
 def test_a_run_killed_again_and_again_ends_the_same(
-    tiny: SimpleNamespace, tmp_path: Path, cache_dir: Path
+    tiny: SimpleNamespace, tmp_path: Path, compiled_programs: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_process(tiny, whole, cache_dir, "") == 0
+    assert run_process(tiny, whole, compiled_programs, "") == 0
     for fault in KILLS:
-        code = run_process(tiny, killed, cache_dir, fault)
+        code = run_process(tiny, killed, compiled_programs, fault)
         assert code == -signal.SIGKILL, fault
-    assert run_process(tiny, killed, cache_dir, "") == 0
+    assert run_process(tiny, killed, compiled_programs, "") == 0
     assert outcome(killed) == outcome(whole), KILLS
     names = {path.name for path in killed.iterdir()}
     assert names == {path.name for path in whole.iterdir()}
 
 
 def test_a_signal_from_outside_ends_with_a_checkpoint(
-    tiny: SimpleNamespace, tmp_path: Path, cache_dir: Path
+    tiny: SimpleNamespace, tmp_path: Path, compiled_programs: Path
 ) -> None:
-    code = run_process(tiny, tmp_path, cache_dir, "term@step@3")
+    code = run_process(tiny, tmp_path, compiled_programs, "term@step@3")
     assert code == 1
     assert (tmp_path / "checkpoint-000003" / "manifest.json").exists()
 
