@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastjax.config_file import read_config_file
 from fastjax.errors import ConfigError, printable
@@ -16,10 +18,12 @@ class Call:
     """How a command was called.
 
     Attributes:
+      command: Its name.
       program: Words that start it, such as `fastjax train`.
       words: Its flags.
     """
 
+    command: str
     program: tuple[str, ...]
     words: tuple[str, ...]
 
@@ -103,3 +107,26 @@ def parsed[T](kind: type[T], call: Call) -> T:
     import tyro
 
     return tyro.cli(kind, args=call.words, prog=shlex.join(call.program))
+
+
+def shows_settings_help(call: Call) -> bool:
+    """Prints the help of a command that takes every setting, if it is asked for."""
+    if "-h" not in call.words and "--help" not in call.words:
+        return False
+    from fastjax.cli_help import settings_help
+
+    sys.stdout.write(settings_help(call.command))
+    return True
+
+
+def write_yaml(values: Mapping[str, Any]) -> None:
+    """Prints values for people and programs."""
+    import yaml
+
+    sys.stdout.write(yaml.safe_dump(dict(values), sort_keys=False))
+
+
+def write_now(text: str) -> None:
+    """Prints a piece of text at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from fastjax.api.arguments import SFTConfig as SFTConfig
 from fastjax.api.arguments import TrainingArguments as TrainingArguments
+from fastjax.api.chat import Conversation as Conversation
 from fastjax.api.fast_language_model import FastLanguageModel as FastLanguageModel
 from fastjax.api.fast_language_model import (
     is_bfloat16_supported as is_bfloat16_supported,

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import BasePrecision, LanguageModel
 from fastjax.api.loading import load_model
 from fastjax.config import DType, QuantConfig
@@ -59,32 +60,68 @@ def answer(
       max_new_tokens: Most tokens of an answer.
       seed: Of the drawing.
       uses_chat_template: Each prompt is a user's turn, when there is a template.
-      stream: Takes the text of a single prompt's answer as it comes. The answers
-        that are returned are then empty.
+      stream: Takes the text of a single prompt's answer as it comes.
 
     Raises:
       ModelError: The model has no tokenizer.
     """
-    tokenizer = model.tokenizer
-    if tokenizer is None:
+    tokenizer = require_tokenizer(model)
+    is_chat = uses_chat_template and bool(tokenizer.chat_template)
+    ids = [_prompt_ids(tokenizer, prompt, is_chat=is_chat) for prompt in prompts]
+    return answer_ids(
+        model,
+        ids,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        stream=stream,
+    )
+
+
+def answer_ids(
+    model: LanguageModel,
+    prompts: Sequence[list[int]],
+    *,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    stream: Callable[[str], Any] | None = None,
+) -> list[str]:
+    """Returns the text that continues each prompt of tokens; see `answer`."""
+    tokenizer = require_tokenizer(model)
+    printer = None if stream is None else _Printer(tokenizer, stream)
+    with device_faults("generate", memory_fix="fewer or shorter prompts at once"):
+        answers = generate(
+            model.for_inference(),
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=model.stop_ids(),
+            sampling=sampling,
+            seed=seed,
+            on_tokens=None if printer is None else printer.add,
+        )
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in answers]
+
+
+def require_tokenizer(model: LanguageModel) -> Any:
+    """Returns the model's tokenizer.
+
+    Raises:
+      ModelError: It has none.
+    """
+    if model.tokenizer is None:
         raise ModelError(
             "the model folder has no tokenizer", where=str(model.source.folder)
         )
-    is_chat = uses_chat_template and bool(tokenizer.chat_template)
-    ids = [_prompt_ids(tokenizer, prompt, is_chat=is_chat) for prompt in prompts]
-    printer = None if stream is None else _Printer(tokenizer, stream)
-    answers = generate(
-        model.for_inference(),
-        ids,
-        max_new_tokens=max_new_tokens,
-        stop_ids=model.stop_ids(),
-        sampling=sampling,
-        seed=seed,
-        on_tokens=None if printer is None else printer.add,
+    return model.tokenizer
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Returns the tokens of turns, up to where the model's next turn begins."""
+    encoded = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_dict=True
     )
-    if printer is not None:
-        return [""] * len(answers)
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in answers]
+    return encoded["input_ids"]
 
 
 def run_export(
@@ -138,11 +175,7 @@ class _Printer:
 def _prompt_ids(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:
     if not is_chat:
         return tokenizer(prompt)["input_ids"]
-    turns = [{"role": "user", "content": prompt}]
-    encoded = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_dict=True
-    )
-    return encoded["input_ids"]
+    return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def _probe_ids(model: LanguageModel) -> np.ndarray:

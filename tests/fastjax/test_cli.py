@@ -77,7 +77,7 @@ def test_printed_settings_run_again(
     ],
 )
 def test_the_command_that_goes_on(words: list[str], expected: str) -> None:
-    call = Call(program=("fastjax", "train"), words=tuple(words))
+    call = Call(command="train", program=("fastjax", "train"), words=tuple(words))
     assert call.resume_command == expected
 
 
@@ -88,7 +88,7 @@ def test_the_command_that_goes_on(words: list[str], expected: str) -> None:
         ("train", ["--lora_r", "0", "--packng"], ["2 settings", "lora_r=0", "packng"]),
         ("train", ["--full_finetuning", "--load_in_4bit"], ["no-load_in_4bit"]),
         ("train", ["--trust_remote_code"], ["runs no code"]),
-        ("evaluate", ["--modle", "x"], ["did you mean 'model'"]),
+        ("eval", ["--modle", "x"], ["did you mean 'model'"]),
         ("generate", ["--promt", "x"], ["did you mean --prompt"]),
         ("export", ["--model", "x", "--overwrit"], ["did you mean --overwrite"]),
         ("make-random-checkpoint", ["--outt", "x"], ["did you mean --out"]),
@@ -119,7 +119,16 @@ def test_a_traceback_is_shown_only_when_asked_for(
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "evaluate", "generate", "export", "make-random-checkpoint"]
+    "command",
+    [
+        "train",
+        "eval",
+        "evaluate",
+        "generate",
+        "chat",
+        "export",
+        "make-random-checkpoint",
+    ],
 )
 def test_each_command_explains_itself(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -174,3 +183,48 @@ def test_the_installed_command_is_this_one() -> None:
     done = subprocess.run([FASTJAX, "trian"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "did you mean train" in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_fault() -> None:
+    command = f"{FASTJAX} models | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode in (0, 141)
+    assert len(done.stdout.splitlines()) == 1
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "messages"),
+    [
+        (OSError(28, "No space left on device", "/x/cache"), 8, ["/x/cache", "space"]),
+        (MemoryError(), 6, ["FJ-MEMORY-HOST"]),
+    ],
+)
+def test_errors_of_the_system_are_told_in_words(
+    error: Exception,
+    code: int,
+    messages: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fastjax.commands.models.run", fails)
+    assert cli.run("models", []) == code
+    shown = capsys.readouterr().err
+    assert all(message in shown for message in messages)
+
+
+def test_a_fault_nobody_foresaw_has_four_lines_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    try:
+        raise KeyError("a\nb")
+    except KeyError as error:
+        cli._report_fault(KeyError, error, error.__traceback__)
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 3
+    assert "KeyError" in shown[0]
+    assert "test_cli.py" in shown[1]
+    assert "--debug" in shown[2]

@@ -1,5 +1,6 @@
 """The command line from data file to merged model, on a model of two layers."""
 
+import io
 import json
 from pathlib import Path
 
@@ -135,6 +136,22 @@ def test_generate_answers_one_prompt_as_it_comes_and_more_in_a_batch(
     assert cli.run("generate", [*raw, "--temperature", "0.7", "--top_p", "0.9"]) == 0
 
 
+def test_chat_answers_each_line_of_a_pipe(
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def talk(lines: str) -> list[str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        flags = ["--model", str(run_folder), "--max_new_tokens", "4"]
+        assert cli.run("chat", [*flags, "--dtype", "float32"]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    one, two = talk("one\n"), talk("one\n\n/reset\none\n/exit\nnever")
+    assert two == one + one
+    assert talk("one\nthen\n")[: len(one)] == one
+
+
 def test_evaluate_measures_base_and_adapter(
     run_folder: Path,
     small_model: Path,
@@ -144,7 +161,7 @@ def test_evaluate_measures_base_and_adapter(
     losses = {}
     for model in (small_model, run_folder):
         flags = ["--model", str(model), "--data", str(alpaca_file), "--epochs", "1"]
-        assert cli.run("evaluate", [*flags, "--dtype", "float32"]) == 0
+        assert cli.run("eval", [*flags, "--dtype", "float32"]) == 0
         shown = capsys.readouterr()
         assert "read data as dataset_name" in shown.err
         losses[model] = yaml.safe_load(shown.out)["eval_loss"]

@@ -1,0 +1,20 @@
+"""`fastjax eval`: the loss of a model or adapter on a data file."""
+
+import sys
+
+from fastjax.cli_flags import Call, read_settings, shows_settings_help, write_yaml
+
+
+def run(call: Call) -> None:
+    """Prints loss, perplexity and seconds as YAML."""
+    if shows_settings_help(call):
+        return
+    settings = read_settings(call.words)
+    for note in settings.notes:
+        sys.stderr.write(f"{note}\n")
+    from fastjax import runtime
+
+    runtime.configure(full_determinism=settings.config.full_determinism)
+    from fastjax.api import run_evaluation
+
+    write_yaml(run_evaluation(settings.config))

@@ -1,0 +1,39 @@
+"""`fastjax make-random-checkpoint`: a model folder without a download."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from fastjax.cli_flags import Call, parsed
+from fastjax.config import DType
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RandomCheckpointArgs:
+    """Writes a checkpoint of a preset's shapes with random weights and a tokenizer.
+
+    Attributes:
+      model: Preset name.
+      out: Folder that is made.
+      dtype: Of the weights.
+      seed: Of the weights.
+    """
+
+    model: str
+    out: str
+    dtype: DType = "bfloat16"
+    seed: int = 0
+
+
+def run(call: Call) -> None:
+    """Writes the folder and prints its name."""
+    args = parsed(RandomCheckpointArgs, call)
+    from fastjax import runtime
+
+    runtime.configure()
+    from fastjax.api import make_random_checkpoint
+
+    folder = make_random_checkpoint(
+        args.model, Path(args.out), dtype=args.dtype, seed=args.seed
+    )
+    sys.stdout.write(f"{folder}\n")
