@@ -1,10 +1,10 @@
-"""Times programs on the device: kernels beside XLA, bytes beside the copy rate."""
+"""Times programs on the device, beside XLA and beside what the device can do."""
 
 import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import profiler
 
+from .dispatch import UnsupportedOp
 from .numerics import relative_error
 from .program import Program
-
-COPY_BYTES_PER_SECOND = 4.3e12
-"""The copy rate measured on an H200."""
 
 Timer = Literal["cupti", "wall"]
 
@@ -24,44 +22,104 @@ _ITERATIONS = {"cupti": 20, "wall": 100}
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What the device reaches on the simplest work of each kind."""
+
+    copy_bytes_per_second: float
+    matmul_flops_per_second: float
+
+    def seconds(self, program: Program) -> float:
+        """Returns the shortest time that `program` could take."""
+        return max(
+            program.bytes_moved / self.copy_bytes_per_second,
+            program.flops / self.matmul_flops_per_second,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """One program: the kernel and what it must beat, in the same process."""
+    """One implementation of a program.
+
+    Attributes:
+      program: Its name.
+      implementation: Which one.
+      ms: Time of a call.
+      gigabytes_per_second: By the bytes that the algorithm must move.
+      teraflops_per_second: By the products that the algorithm must compute.
+      share_of_ceiling: The shortest time that the ceilings allow over `ms`.
+      speedup: The baseline's time over `ms`, in the same process.
+      relative_error: The largest among the results, against the baseline on the same
+        arguments in float32.
+    """
 
     program: str
+    implementation: str
     ms: float
     gigabytes_per_second: float
-    share_of_copy_rate: float
-    relative_error: float
-    baseline: str
-    baseline_ms: float
-    baseline_relative_error: float
+    teraflops_per_second: float
+    share_of_ceiling: float
     speedup: float
+    relative_error: float
 
 
-def measure(program: Program, timer: Timer) -> Result:
-    """Returns the times and errors of `program` on the default device.
-
-    The errors are against the baseline on the same arguments in float32.
-    """
+def measure(program: Program, ceilings: Ceilings, timer: Timer) -> list[Result]:
+    """Returns times and errors of the implementations that can run here."""
     arguments = jax.jit(program.arguments)()
-    expected = _run(program, program.baseline)(*jax.tree.map(_in_float32, arguments))
-    timed = {}
-    for name in ("mosaic_gpu", program.baseline):
-        run = _run(program, name)
-        error = largest_error(run(*arguments), expected)
-        timed[name] = (seconds(run, arguments, timer), error)
-    (kernel, error), (baseline, baseline_error) = timed.values()
-    rate = program.bytes_moved / kernel
-    return Result(
-        program=program.name,
-        ms=kernel * 1e3,
-        gigabytes_per_second=rate / 1e9,
-        share_of_copy_rate=rate / COPY_BYTES_PER_SECOND,
-        relative_error=error,
-        baseline=program.baseline,
-        baseline_ms=baseline * 1e3,
-        baseline_relative_error=baseline_error,
-        speedup=baseline / kernel,
+    expected = run_of(program, program.baseline)(*jax.tree.map(_in_float32, arguments))
+    errors, times = {}, {}
+    for name in program.implementations:
+        run = run_of(program, name)
+        try:
+            errors[name] = largest_error(run(*arguments), expected)
+        except UnsupportedOp:
+            continue
+        times[name] = seconds(run, arguments, timer)
+    return [
+        Result(
+            program=program.name,
+            implementation=name,
+            ms=time * 1e3,
+            gigabytes_per_second=program.bytes_moved / time / 1e9,
+            teraflops_per_second=program.flops / time / 1e12,
+            share_of_ceiling=ceilings.seconds(program) / time,
+            speedup=times[program.baseline] / time,
+            relative_error=errors[name],
+        )
+        for name, time in times.items()
+    ]
+
+
+def choices(programs: Iterable[Program], timer: Timer) -> Iterator[dict[str, Any]]:
+    """Yields the times by which defaults are chosen, as `choice.write_table` wants.
+
+    The times of programs with the same choice are added up, so that a kernel may lose
+    on the forward what it wins on the backward. An implementation that cannot run one
+    of them has no time.
+    """
+    groups: dict[str, list[Program]] = {}
+    for program in programs:
+        if program.decides is not None:
+            groups.setdefault(str(program.decides), []).append(program)
+    for group in groups.values():
+        times = [_times(program, timer) for program in group]
+        able = set.intersection(*(set(found) for found in times))
+        total = {name: sum(found[name] for found in times) for name in able}
+        op, case = group[0].decides or ("", {})
+        fastest_first = sorted(total.items(), key=lambda pair: pair[1])
+        ms = {name: round(1e3 * seconds, 5) for name, seconds in fastest_first}
+        yield {"op": op, "case": dict(case), "ms": ms}
+
+
+def ceilings(timer: Timer) -> Ceilings:
+    """Measures a copy of 1 GiB and a product of bf16 matrices of 8192 x 8192."""
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (2**29,), jnp.bfloat16)
+    copy = seconds(_compiled(jnp.negative, x), (x,), timer)
+    a, b = (jax.random.normal(key, (8192, 8192), jnp.bfloat16) for key in keys)
+    product = seconds(_compiled(jnp.dot, a, b), (a, b), timer)
+    return Ceilings(
+        copy_bytes_per_second=2 * x.nbytes / copy,
+        matmul_flops_per_second=2 * 8192**3 / product,
     )
 
 
@@ -91,8 +149,27 @@ def largest_error(actual: Any, expected: Any) -> float:
     return max(jax.tree.leaves(errors), default=math.nan)
 
 
-def _run(program: Program, implementation: str) -> Callable[..., Any]:
+def run_of(program: Program, implementation: str) -> Callable[..., Any]:
+    """Returns the jitted program with its implementation named."""
     return jax.jit(functools.partial(program.run, implementation=implementation))
+
+
+def _times(program: Program, timer: Timer) -> dict[str, float]:
+    """Returns implementation -> seconds of those that can run here."""
+    arguments = jax.jit(program.arguments)()
+    times = {}
+    for name in program.implementations:
+        run = run_of(program, name)
+        try:
+            jax.block_until_ready(run(*arguments))
+        except UnsupportedOp:
+            continue
+        times[name] = seconds(run, arguments, timer)
+    return times
+
+
+def _compiled(function: Callable[..., Any], *arguments: jax.Array) -> Any:
+    return jax.jit(function).lower(*arguments).compile()
 
 
 def _in_float32(leaf: jax.Array) -> jax.Array:

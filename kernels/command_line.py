@@ -1,4 +1,4 @@
-"""What `scripts/check_kernels.py` and `scripts/bench_kernels.py` run.
+"""What `scripts/{check,bench,tune}_kernels.py` run.
 
 The modules that need jax are imported inside the commands, so that `--help` is quick.
 """
@@ -9,9 +9,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-_RESULTS = Path("benchmarks/results/kernels.json")
+if TYPE_CHECKING:
+    from .benchmarking import Result
+    from .program import Program
+
+_RESULTS = Path("benchmarks/results")
 
 
 def check_kernels() -> int:
@@ -35,7 +41,7 @@ def _check(only: str, dump: Path) -> list[str]:
 
     faults = []
     for program in all_programs():
-        if only not in program.name:
+        if only not in program.name or not program.kernels:
             continue
         for found in compile_check.check(program, dump):
             if isinstance(found, str):
@@ -49,54 +55,100 @@ def _check(only: str, dump: Path) -> list[str]:
 
 
 def bench_kernels() -> int:
-    """Times every kernel beside XLA and writes JSON; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Times kernels beside XLA.")
-    parser.add_argument("--only", default="", help="part of a program's name")
-    parser.add_argument("--timer", choices=["cupti", "wall"], default="cupti")
-    parser.add_argument("--output", type=Path, default=_RESULTS)
+    """Times every op beside XLA and writes JSON; returns the exit status."""
+    parser = _timing_parser("Times every op and kernel beside XLA.")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/...")
     arguments = parser.parse_args()
 
     from . import benchmarking
-    from .programs import all_programs
 
+    ceilings = benchmarking.ceilings(arguments.timer)
+    _say(
+        f"ceilings: copy {ceilings.copy_bytes_per_second / 1e12:.2f} TB/s,"
+        f" matmul {ceilings.matmul_flops_per_second / 1e12:.0f} TFLOP/s"
+    )
     results = []
-    for program in all_programs():
-        if arguments.only not in program.name:
-            continue
-        result = benchmarking.measure(program, arguments.timer)
-        results.append(dataclasses.asdict(result))
-        _say(
-            f"{result.program:44} {result.ms:8.4f} ms"
-            f" {result.gigabytes_per_second:6.0f} GB/s"
-            f" {result.share_of_copy_rate:5.0%} of the copy rate"
-            f" {result.speedup:5.2f}x {result.baseline}"
-            f" error {result.relative_error:.1e}"
-            f" ({result.baseline_relative_error:.1e})"
-        )
-    report = _origin() | {"timer": arguments.timer, "results": results}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    for program in _programs(arguments.only):
+        for result in benchmarking.measure(program, ceilings, arguments.timer):
+            results.append(dataclasses.asdict(result))
+            _say(_row(result))
+    report = _origin(arguments.timer) | {
+        "ceilings": dataclasses.asdict(ceilings),
+        "results": results,
+    }
+    folder = _RESULTS / report["device"].lower().replace(" ", "-")
+    output = arguments.output or folder / "kernels.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
-def _origin() -> dict[str, str]:
+def tune_kernels() -> int:
+    """Times what defaults are chosen by and writes this device's table."""
+    parser = _timing_parser("Measures which implementation is the fastest on this GPU.")
+    parser.add_argument("--output", type=Path, help="default: kernels/tuned/...")
+    arguments = parser.parse_args()
+
+    from . import benchmarking, choice, device
+
+    origin = _origin(arguments.timer)
+    origin["compute_capability"] = device.compute_capability()
+    found = []
+    for timed in benchmarking.choices(_programs(arguments.only), arguments.timer):
+        found.append(timed | {"commit": origin["commit"]})
+        _say(json.dumps(timed))
+    output = arguments.output or choice.FOLDER / choice.table_name(origin["device"])
+    choice.write_table(output, origin, found)
+    return 0
+
+
+def _timing_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--only", default="", help="part of a program's name")
+    parser.add_argument("--timer", choices=["cupti", "wall"], default="cupti")
+    return parser
+
+
+def _programs(only: str) -> Iterator["Program"]:
+    from .programs import all_programs
+
+    return (program for program in all_programs() if only in program.name)
+
+
+def _row(result: "Result") -> str:
+    return (
+        f"{result.program:44} {result.implementation:12} {result.ms:9.4f} ms"
+        f" {result.gigabytes_per_second:6.0f} GB/s"
+        f" {result.teraflops_per_second:5.0f} TFLOP/s"
+        f" {result.share_of_ceiling:5.0%} of the ceiling"
+        f" {result.speedup:5.2f}x error {result.relative_error:.1e}"
+    )
+
+
+def _origin(timer: str) -> dict[str, Any]:
     """Returns what the numbers were measured with."""
     import jax
 
     device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "backend": device.client.platform_version,
+        "commit": os.environ.get("GIT_COMMIT") or _commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "timer": timer,
+    }
+
+
+def _commit() -> str:
+    """Returns the checkout's commit; elsewhere GIT_COMMIT may name it."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
         text=True,
         check=False,
     )
-    return {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "backend": device.client.platform_version,
-        "commit": git.stdout.strip() or "unknown",
-        "command": " ".join(sys.argv),
-    }
+    return git.stdout.strip() or "unknown"
 
 
 def _say(line: str) -> None:

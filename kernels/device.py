@@ -24,6 +24,13 @@ def compute_capability() -> Capability | None:
     return _default_device_capability() if assumed is None else assumed
 
 
+def kind() -> str | None:
+    """Returns the name of the default GPU; None without CUDA, or for an assumed one."""
+    if _assumed.get() is not None or _default_device_capability() is None:
+        return None
+    return jax.devices()[0].device_kind
+
+
 def require_hopper() -> None:
     """Raises `UnsupportedOp` unless the device can run the Mosaic GPU kernels."""
     capability = compute_capability()

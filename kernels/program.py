@@ -1,10 +1,12 @@
-"""A kernel at a real shape, as the compile check and the benchmark run it."""
+"""An op at a real shape, as the compile check, the benchmark and the tuner run it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+
+from .choice import Case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,19 +15,30 @@ class Program:
 
     Attributes:
       name: Op and case, for tables.
-      kernels: Names of the Mosaic GPU kernels that "mosaic_gpu" must launch.
       run: Called as `run(*arguments, implementation=name)`; may be jitted.
       arguments: Makes the arguments; may be evaluated for its shapes alone.
       bytes_moved: What the algorithm must read and write, each array once.
-      baseline: Name of the implementation that the kernels must beat.
+      flops: What the algorithm must compute in matrix products.
+      kernels: Names of the Mosaic GPU kernels that "mosaic_gpu" must launch; empty
+        where the op has none.
+      implementations: Those that are timed; the last is what the others are held to.
+      decides: The op and case, as in `choice.fastest_first`, whose default follows
+        from the times; those of all programs with the same choice are added up.
     """
 
     name: str
-    kernels: tuple[str, ...]
     run: Callable[..., Any]
     arguments: Callable[[], tuple[Any, ...]]
     bytes_moved: int
-    baseline: str = "xla"
+    flops: int = 0
+    kernels: tuple[str, ...] = ()
+    implementations: tuple[str, ...] = ("mosaic_gpu", "xla")
+    decides: tuple[str, Case] | None = None
+
+    @property
+    def baseline(self) -> str:
+        """The implementation that kernels must beat."""
+        return self.implementations[-1]
 
 
 def nbytes(tree: Any) -> int:

@@ -1,10 +1,19 @@
-"""Every program of every op that has kernels of its own."""
+"""Every op at real shapes."""
 
+from .cross_entropy import programs as cross_entropy
+from .gated_mlp import programs as gated_mlp
 from .nf4 import programs as nf4
 from .program import Program
 from .rms_norm import programs as rms_norm
+from .rope import programs as rope
 
 
 def all_programs() -> tuple[Program, ...]:
     """Returns them in the order of the tables."""
-    return (*nf4.programs(), *rms_norm.programs())
+    return (
+        *nf4.programs(),
+        *rms_norm.programs(),
+        *rope.programs(),
+        *gated_mlp.programs(),
+        *cross_entropy.programs(),
+    )

@@ -1,4 +1,4 @@
-"""Times every kernel beside XLA on this GPU and writes the table as JSON."""
+"""Times every op on this GPU beside XLA and writes the table as JSON."""
 
 from kernels.command_line import bench_kernels
 

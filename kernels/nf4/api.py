@@ -4,12 +4,11 @@ import jax
 from jaxtyping import Array, Float
 
 from kernels import dispatch
+from kernels.choice import fastest_first
 
 from . import mosaic_gpu, reference, xla
 from .array import NF4Array
 
-# On an H200 the kernel is a third slower than XLA's table look-up (the results folder
-# of the benchmarks has both), so it runs only when it is named.
 _IMPLEMENTATIONS = {
     "xla": xla.dequantize,
     "mosaic_gpu": mosaic_gpu.dequantize,
@@ -30,14 +29,15 @@ def dequantize(
     Args:
       w: One matrix, or a stack of them along leading axes.
       dtype: Of the result; None keeps `w.dtype`.
-      implementation: A name runs that one or fails; None takes the first able.
+      implementation: A name runs that one or fails; None takes the fastest able.
 
     Raises:
       ValueError: The leaves of `w` do not fit its shape.
       UnsupportedOp: The named implementation cannot run this matrix here.
     """
     _check(w)
-    values = dispatch.run("nf4", _IMPLEMENTATIONS, implementation, w)
+    best_first = fastest_first("nf4", {"elements": w.size}, _IMPLEMENTATIONS)
+    values = dispatch.run("nf4", best_first, implementation, w)
     if dtype is None or values.dtype == dtype:
         return values
     # Without the barrier XLA would skip the rounding to `w.dtype` on the way.

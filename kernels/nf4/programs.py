@@ -30,6 +30,7 @@ def _program(case: Case, *, double_quant: bool = True) -> Program:
         run=dequantize,
         arguments=arguments,
         bytes_moved=moved,
+        decides=("nf4", {"elements": case.inputs * case.outputs}),
     )
 
 

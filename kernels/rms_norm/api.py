@@ -8,11 +8,9 @@ import jax
 from jaxtyping import Array, Float
 
 from kernels import dispatch
+from kernels.choice import fastest_first
 
 from . import reference, vjp
-
-_MIN_KERNEL_FEATURES = 1024
-"""Below, a row leaves most of a warpgroup idle, and XLA's fusion is the default."""
 
 
 def rms_norm(
@@ -33,7 +31,7 @@ def rms_norm(
       weight: Gain of each feature.
       eps: Added to the mean square.
       offset: 1.0 for families whose checkpoints store the gain less one.
-      implementation: "mosaic_gpu", "xla" or "reference"; None takes the first able.
+      implementation: "mosaic_gpu", "xla" or "reference"; None takes the fastest able.
 
     Raises:
       ValueError: The sizes disagree.
@@ -42,7 +40,7 @@ def rms_norm(
     _check(x, weight)
     return dispatch.run(
         "rms_norm",
-        _implementations(x, vjp.rms_norm, reference.rms_norm),
+        _implementations("rms_norm", x, vjp.rms_norm, reference.rms_norm),
         implementation,
         x,
         weight,
@@ -75,7 +73,7 @@ def add_rms_norm(
         raise ValueError(f"x and residual must be alike: {types}")
     return dispatch.run(
         "add_rms_norm",
-        _implementations(x, vjp.add_rms_norm, reference.add_rms_norm),
+        _implementations("add_rms_norm", x, vjp.add_rms_norm, reference.add_rms_norm),
         implementation,
         x,
         residual,
@@ -86,13 +84,15 @@ def add_rms_norm(
 
 
 def _implementations(
-    x: Array, wired: Callable[..., Any], in_jnp: Callable[..., Any]
+    op: str, x: Array, wired: Callable[..., Any], in_jnp: Callable[..., Any]
 ) -> dict[str, Callable[..., Any]]:
     """Returns name to function, the default for this `x` first."""
-    kernel = {"mosaic_gpu": functools.partial(wired, vjp.MOSAIC_GPU)}
-    xla = {"xla": functools.partial(wired, vjp.XLA)}
-    best_first = kernel | xla if x.shape[-1] >= _MIN_KERNEL_FEATURES else xla | kernel
-    return best_first | {"reference": in_jnp}
+    best_first = {
+        "mosaic_gpu": functools.partial(wired, vjp.MOSAIC_GPU),
+        "xla": functools.partial(wired, vjp.XLA),
+        "reference": in_jnp,
+    }
+    return fastest_first(op, {"features": x.shape[-1]}, best_first)
 
 
 def _check(x: Array, weight: Array) -> None:

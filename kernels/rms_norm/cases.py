@@ -51,7 +51,9 @@ INTERPRETED_CASES = (
 GPU_CASES = (
     RMSNormCase(name="llama3_8b", leading=(2, 4096), features=4096, eps=1e-5),
     RMSNormCase(name="qwen3_8b_heads", leading=(2, 4096, 32), features=128),
+    RMSNormCase(name="gemma3_4b_heads", leading=(2, 4096, 8), features=256, offset=1.0),
     RMSNormCase(name="qwen2_05b", leading=(2, 4096), features=896),
+    RMSNormCase(name="llama3_1b", leading=(2, 4096), features=2048, eps=1e-5),
     RMSNormCase(name="qwen2_7b", leading=(2, 4096), features=3584),
     RMSNormCase(name="llama3_70b", leading=(1, 4096), features=8192, eps=1e-5),
     RMSNormCase(name="gemma3_4b", leading=(1, 4096), features=2560, offset=1.0),

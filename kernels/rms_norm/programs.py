@@ -25,20 +25,21 @@ def programs() -> tuple[Program, ...]:
 
 
 def _norm(case: RMSNormCase) -> Program:
-    return _program(case, "forward", (mosaic_gpu.KERNEL_NAME,), _forward, rows=2)
+    kernels = (mosaic_gpu.KERNEL_NAME,)
+    return _program(case, "forward", kernels, _forward, rows=2, op="rms_norm")
 
 
 def _add_norm(case: RMSNormCase) -> Program:
-    return _program(
-        case, "add", (mosaic_gpu.ADD_KERNEL_NAME,), _add_forward, inputs=2, rows=4
-    )
+    kernels = (mosaic_gpu.ADD_KERNEL_NAME,)
+    op = "add_rms_norm"
+    return _program(case, "add", kernels, _add_forward, inputs=2, rows=4, op=op)
 
 
 def _backwards(case: RMSNormCase) -> tuple[Program, ...]:
     dx, dweight = mosaic_gpu_vjp.KERNEL_NAME, mosaic_gpu_vjp.WEIGHT_KERNEL_NAME
     return (
-        _program(case, "dx", (dx,), _dx, inputs=2, rows=3),
-        _program(case, "dx_residual", (dx,), _dx, inputs=3, rows=4),
+        _program(case, "dx", (dx,), _dx, inputs=2, rows=3, op="rms_norm"),
+        _program(case, "dx_residual", (dx,), _dx, inputs=3, rows=4, op="add_rms_norm"),
         _program(case, "dx_dweight", (dweight,), _dx_dweight, inputs=2, rows=3),
         _program(case, "dx_both", (dweight,), _dx_dweight, inputs=3, rows=4),
     )
@@ -52,8 +53,12 @@ def _program(
     *,
     rows: int,
     inputs: int = 1,
+    op: str | None = None,
 ) -> Program:
-    """Builds a program of `inputs` arrays like x, which moves `rows` such arrays."""
+    """Builds a program of `inputs` arrays like x, which moves `rows` such arrays.
+
+    With an `op` its time counts for that op's default: those of frozen weights do.
+    """
     arguments = functools.partial(_arguments, case, inputs)
     x, *_ = jax.eval_shape(arguments)
     return Program(
@@ -62,6 +67,7 @@ def _program(
         run=functools.partial(run, case),
         arguments=arguments,
         bytes_moved=rows * x.size * x.dtype.itemsize,
+        decides=None if op is None else (op, {"features": case.features}),
     )
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels import benchmarking
+from kernels.benchmarking import Ceilings
 from kernels.compile_check import MAX_SHARED_BYTES, CompiledKernel
 from kernels.device import HOPPER, assume_compute_capability
 from kernels.program import Program, nbytes
@@ -14,7 +15,7 @@ PROGRAMS = all_programs()
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
-def test_a_kernel_and_its_baseline_return_alike(program):
+def test_implementations_return_alike(program):
     arguments = jax.eval_shape(program.arguments)
 
     def shapes(implementation):
@@ -24,11 +25,11 @@ def test_a_kernel_and_its_baseline_return_alike(program):
         return jax.eval_shape(run, *arguments)
 
     with assume_compute_capability(HOPPER):
-        actual = shapes("mosaic_gpu")
-    expected = shapes(program.baseline)
-    assert actual == expected
-    moved = nbytes((arguments, actual))
+        results = [shapes(name) for name in program.implementations]
+    assert all(result == results[0] for result in results)
+    moved = nbytes((arguments, results[0]))
     assert program.bytes_moved == pytest.approx(moved, rel=1e-3)
+    assert bool(program.kernels) == ("mosaic_gpu" in program.implementations)
 
 
 def test_program_names_are_unique():
@@ -41,17 +42,22 @@ def test_a_measurement():
         return (x * jnp.asarray(scale, x.dtype),)
 
     program = Program(
-        name="double",
-        kernels=(),
-        run=run,
-        arguments=lambda: (jnp.ones((1000,)),),
-        bytes_moved=8000,
+        name="double", run=run, arguments=lambda: (jnp.ones((1000,)),), bytes_moved=8000
     )
-    result = benchmarking.measure(program, "wall")
-    assert result.relative_error == pytest.approx(0.01, rel=1e-3)
-    assert result.baseline_relative_error == 0
-    assert result.gigabytes_per_second == pytest.approx(8e-3 / result.ms)
-    assert result.speedup == pytest.approx(result.baseline_ms / result.ms)
+    limits = Ceilings(copy_bytes_per_second=1e9, matmul_flops_per_second=1e9)
+    kernel, baseline = benchmarking.measure(program, limits, "wall")
+    assert (kernel.implementation, baseline.implementation) == ("mosaic_gpu", "xla")
+    assert kernel.relative_error == pytest.approx(0.01, rel=1e-3)
+    assert (baseline.relative_error, baseline.speedup) == (0, 1)
+    assert kernel.gigabytes_per_second == pytest.approx(8e-3 / kernel.ms)
+    assert kernel.share_of_ceiling == pytest.approx(8e-3 / kernel.ms)
+    assert kernel.speedup == pytest.approx(baseline.ms / kernel.ms)
+
+
+def test_the_larger_of_two_ceilings_counts():
+    limits = Ceilings(copy_bytes_per_second=10.0, matmul_flops_per_second=100.0)
+    program = Program(name="", run=max, arguments=tuple, bytes_moved=50, flops=1000)
+    assert limits.seconds(program) == 10
 
 
 def test_faults_of_a_compiled_kernel():

@@ -143,7 +143,8 @@ def test_kernels_launched(is_remat, is_weight_trained):
 
 
 @pytest.mark.parametrize(
-    ("features", "expected"), [(128, "xla"), (1000, "xla"), (1024, "mosaic_gpu")]
+    ("features", "expected"),
+    [(128, "xla"), (1000, "xla"), (1024, "mosaic_gpu"), (5120, "mosaic_gpu")],
 )
 def test_the_default_on_hopper(features, expected):
     x = jnp.ones((2, features), jnp.bfloat16)

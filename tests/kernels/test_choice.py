@@ -1,0 +1,112 @@
+"""The default by measured times: the nearest case, the device's table, its file."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from kernels import benchmarking, choice
+from kernels.choice import fastest_first, write_table
+from kernels.device import HOPPER, assume_compute_capability
+from kernels.program import Program
+from kernels.programs import all_programs
+
+WRITTEN = {"kernel": 1, "xla": 2, "reference": 3}
+CHOICES = [
+    {"op": "op", "case": {"size": 10}, "ms": {"xla": 1.0, "kernel": 2.0}},
+    {"op": "op", "case": {"size": 1000}, "ms": {"kernel": 1.0, "xla": 2.0}},
+    {"op": "op", "case": {"size": 1000, "kind": "odd"}, "ms": {"xla": 1.0}},
+]
+
+
+@pytest.fixture(autouse=True)
+def table(tmp_path, monkeypatch):
+    path = tmp_path / choice.table_name("Some GPU 80GB")
+    write_table(path, {"compute_capability": HOPPER}, CHOICES)
+    monkeypatch.setattr(choice, "FOLDER", tmp_path)
+    return path
+
+
+def order(case, capability=HOPPER, op="op"):
+    with assume_compute_capability(capability):
+        return list(fastest_first(op, case, WRITTEN))
+
+
+@pytest.mark.parametrize(
+    ("size", "fastest"), [(1, "xla"), (99, "xla"), (101, "kernel"), (9999, "kernel")]
+)
+def test_the_nearest_case_by_ratio_decides(size, fastest):
+    assert order({"size": size})[0] == fastest
+
+
+def test_those_not_timed_follow_as_written():
+    assert order({"size": 10}) == ["xla", "kernel", "reference"]
+    assert order({"size": 5, "kind": "odd"}) == ["xla", "kernel", "reference"]
+
+
+@pytest.mark.parametrize(
+    ("case", "op", "capability"),
+    [
+        ({"size": 10}, "another", HOPPER),
+        ({"length": 10}, "op", HOPPER),
+        ({"size": 10, "kind": "even"}, "op", HOPPER),
+        ({"size": 10}, "op", (8, 0)),
+        ({"size": 10}, "op", (10, 0)),
+    ],
+)
+def test_without_a_measurement_the_order_is_as_written(case, op, capability):
+    assert order(case, capability, op) == list(WRITTEN)
+
+
+def test_a_device_with_a_table_of_its_own_takes_that(table, monkeypatch):
+    other = [{"op": "op", "case": {"size": 10}, "ms": {"reference": 1.0}}]
+    path = table.with_name(choice.table_name("Other GPU"))
+    write_table(path, {"compute_capability": HOPPER}, other)
+    monkeypatch.setattr(choice.device, "kind", lambda: "Other GPU")
+    assert order({"size": 10})[0] == "reference"
+    monkeypatch.setattr(choice.device, "kind", lambda: "Some GPU 80GB")
+    assert order({"size": 10})[0] == "xla"
+
+
+def test_writing_keeps_the_choices_that_are_not_given(table):
+    slow = {"op": "op", "case": {"size": 10}, "ms": {"kernel": 0.5, "xla": 1.0}}
+    write_table(table, {"compute_capability": HOPPER}, [slow])
+    written = json.loads(table.read_text())["choices"]
+    assert len(written) == len(CHOICES)
+    assert slow in written
+    assert CHOICES[1] in written
+    assert CHOICES[0] not in written
+
+
+def test_times_of_one_choice_are_added_up(monkeypatch):
+    def program(name, milliseconds):
+        return Program(
+            name=name,
+            run=lambda x, *, implementation: x + milliseconds[implementation],
+            arguments=lambda: (jnp.zeros(()),),
+            bytes_moved=0,
+            decides=("op", {"size": 3}),
+        )
+
+    def seconds(run, arguments, timer):
+        return float(run(*arguments)) / 1e3
+
+    monkeypatch.setattr(benchmarking, "seconds", seconds)
+    forward = program("forward", {"mosaic_gpu": 2, "xla": 1})
+    backward = program("backward", {"mosaic_gpu": 3, "xla": 5})
+    (found,) = benchmarking.choices([forward, backward], "wall")
+    assert found == {
+        "op": "op",
+        "case": {"size": 3},
+        "ms": {"mosaic_gpu": 5.0, "xla": 6.0},
+    }
+    assert next(iter(found["ms"])) == "mosaic_gpu"
+
+
+def test_the_h200_has_a_time_for_every_choice(monkeypatch):
+    monkeypatch.undo()
+    written = json.loads((choice.FOLDER / "nvidia_h200.json").read_text())["choices"]
+    known = [(entry["op"], entry["case"]) for entry in written]
+    decided = [program.decides for program in all_programs() if program.decides]
+    assert all((op, dict(case)) in known for op, case in decided)
+    assert all(entry["ms"] for entry in written)
