@@ -32,6 +32,7 @@ _COMMANDS = {
     "models": "list the presets",
     "make-random-checkpoint": "write random weights of a preset's shapes",
     "bench-train": "time the training step on random weights",
+    "profile-step": "time one training step by kind of kernel",
     "demo": "train a tiny model, then a QLoRA adapter on it",
 }
 _OTHER_NAMES = {"evaluate": "eval"}

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from fastjax.errors import ConfigError
 
 DType = Literal["bfloat16", "float16", "float32"]
-RematPolicy = Literal["none", "attention", "layer"]
+RematPolicy = Literal["none", "attention", "layer", "offload"]
 LoRABias = Literal["none", "all", "lora_only"]
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr"

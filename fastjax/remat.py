@@ -1,20 +1,25 @@
-"""What the backward pass recomputes: named `jax.checkpoint` policies.
+"""What the backward pass recomputes, or fetches: named `jax.checkpoint` policies.
 
-Bytes saved per token and layer for Llama-3-8B in bfloat16 (D 4096, F 14336, 32 query
+Bytes kept per token and layer for Llama-3-8B in bfloat16 (D 4096, F 14336, 32 query
 and 8 key heads of 128):
 
-| policy | saved besides the layer's input | bytes |
+| policy | kept on the device besides the layer's input | bytes |
 | --- | --- | --- |
 | none | q, k, v, attention's output and statistics, residual, gate, up | 93 K |
 | attention | residual, gate, up | 73 K |
 | layer | nothing | 8 K |
+| offload | nothing, and the input is in host memory | 0 K |
 
-`x @ lora_a`, 2 R bytes a token and linear, is saved by the first two as well. No
-policy ever saves a dequantised weight: the matmul's own VJP keeps the
-packed one.
+`x @ lora_a`, 2 R bytes a token and linear, is kept by the first two as well. No
+policy ever keeps a dequantised weight: the matmul's own VJP keeps the packed one.
+
+"offload" also holds the attention's output, its statistics and the residual after it
+in host memory, 25 KB a token and layer: the copies run beside the kernels, and neither
+the attention nor its output projection is computed again.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +29,7 @@ from kernels.attention import RESIDUAL_NAMES as ATTENTION_RESIDUALS
 from kernels.attention import SAVED_PRIMITIVES as ATTENTION_PRIMITIVES
 from kernels.lora_matmul import RESIDUAL_NAMES as LORA_RESIDUALS
 
+LAYER_INPUT = "layer_input"
 QUERY, KEY, VALUE = "query", "key", "value"
 QUERY_RAW, KEY_RAW = "query_raw", "key_raw"
 ATTENTION_RESIDUAL = "attention_residual"
@@ -32,21 +38,46 @@ GATE, UP = "gate", "up"
 _MLP_NAMES = (ATTENTION_RESIDUAL, GATE, UP, *LORA_RESIDUALS)
 _PROJECTION_NAMES = (QUERY, KEY, VALUE, QUERY_RAW, KEY_RAW)
 _ATTENTION_NAMES = (*_PROJECTION_NAMES, *ATTENTION_RESIDUALS)
+_OFFLOADED_NAMES = (LAYER_INPUT, ATTENTION_RESIDUAL, *ATTENTION_RESIDUALS)
+
+type Remat = RematPolicy | tuple[RematPolicy, ...]
+"""One policy for all layers, or that of each layer."""
+
+
+def groups(remat: Remat | None, layers: range) -> Iterator[tuple[range, Any]]:
+    """Yields the runs of consecutive layers with one policy, and that policy.
+
+    Args:
+      remat: Policies of the whole decoder; None: nothing is differentiated.
+      layers: Layers to group, counted from the decoder's first.
+    """
+    if not isinstance(remat, tuple):
+        yield layers, remat
+        return
+    for policy, run in itertools.groupby(layers, key=lambda layer: remat[layer]):
+        found = list(run)
+        yield range(found[0], found[-1] + 1), policy
 
 
 def rematerialised(body: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:
-    """Returns the body of a layer scan that saves what `policy` names, no more."""
+    """Returns the body of a layer scan that keeps what `policy` names, no more."""
     return jax.checkpoint(body, policy=_saveable(policy), prevent_cse=False)
 
 
-def _saveable(policy: RematPolicy) -> Callable[..., bool]:
+def _saveable(policy: RematPolicy) -> Callable[..., Any]:
+    policies = jax.checkpoint_policies
     if policy == "layer":
-        return jax.checkpoint_policies.nothing_saveable
+        return policies.nothing_saveable
+    if policy == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(_OFFLOADED_NAMES),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     if policy == "attention":
-        return jax.checkpoint_policies.save_only_these_names(*_MLP_NAMES)
-    names = jax.checkpoint_policies.save_only_these_names(
-        *_MLP_NAMES, *_ATTENTION_NAMES
-    )
+        return policies.save_only_these_names(*_MLP_NAMES)
+    names = policies.save_only_these_names(*_MLP_NAMES, *_ATTENTION_NAMES)
 
     def saveable(primitive: Any, *args: Any, **params: Any) -> bool:
         fused_attention = str(primitive) in ATTENTION_PRIMITIVES

@@ -5,6 +5,8 @@ import contextvars
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+
 _RECORD: contextvars.ContextVar[dict[str, set[str]] | None] = contextvars.ContextVar(
     "kernels_dispatch_record", default=None
 )
@@ -28,6 +30,8 @@ def run(
 ) -> Any:
     """Returns the result of the named implementation, or of the first able one.
 
+    Its instructions carry the op's name, by which profiles tell ops apart.
+
     Args:
       op: Name of the op, for messages and for the record.
       implementations: Name to function, best first. A function raises
@@ -46,13 +50,15 @@ def run(
             raise UnknownImplementation(
                 f"{op} has no implementation {named!r}; it has: {known}"
             )
-        result = implementations[named](*args, **kwargs)
+        with jax.named_scope(op):
+            result = implementations[named](*args, **kwargs)
         _note(op, named)
         return result
     reasons = []
     for name, function in implementations.items():
         try:
-            result = function(*args, **kwargs)
+            with jax.named_scope(op):
+                result = function(*args, **kwargs)
         except UnsupportedOp as error:
             reasons.append(f"{name}: {error}")
             continue

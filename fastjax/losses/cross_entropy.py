@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from fastjax.config import RematPolicy
+from fastjax.remat import Remat
 from kernels.cross_entropy import linear_cross_entropy
 
 
@@ -17,7 +17,7 @@ def cross_entropy(
     *,
     dropout_key: PRNGKeyArray | None = None,
     max_segments: int | None = None,
-    remat: RematPolicy | None = None,
+    remat: Remat | None = None,
     head_is_trainable: bool = False,
     softcap: float | None = None,
     implementation: str | None = None,

@@ -39,6 +39,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Returns the hidden states after this layer, and its cache if it had one."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x = checkpoint_name(x, remat.LAYER_INPUT)
         mixed, cache = self.self_attn(
             self.input_layernorm(x),
             context,

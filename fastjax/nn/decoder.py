@@ -1,5 +1,6 @@
 """The whole decoder: embedding, segments of scanned layers, norm and head."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from fastjax.config import RematPolicy
 from fastjax.nn.attention import TokenContext
 from fastjax.nn.block import Block
 from fastjax.nn.embedding import Embedding
@@ -20,7 +20,7 @@ from fastjax.nn.kv_cache import (
 from fastjax.nn.norm import RMSNorm
 from fastjax.nn.rope import RotaryEmbedding
 from fastjax.nn.variables import Frozen
-from fastjax.remat import rematerialised
+from fastjax.remat import Remat, groups, rematerialised
 
 
 class Segment(nnx.Module):
@@ -50,11 +50,21 @@ class Segment(nnx.Module):
         x: Float[Array, "B T D"],
         context: TokenContext,
         *,
-        remat: RematPolicy | None = None,
+        remat: Remat | None = None,
+        first_layer: int = 0,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the hidden states after these layers."""
-        graphdef, stacked, windows = self._stacked()
+        """Returns the hidden states after these layers.
+
+        Args:
+          x: Hidden states before them.
+          context: What every layer knows of the tokens.
+          remat: Of the whole decoder's layers; each run of one policy has its scan.
+          first_layer: Place of these layers in the decoder.
+          dropout_key: Of the adapters' dropout; None drops nothing.
+        """
+        graphdef, trained, frozen = nnx.split(self.block, nnx.Param, ...)
+        frozen = (frozen, None if self.windows is None else self.windows.get_value())
         keys = (
             None
             if dropout_key is None
@@ -62,8 +72,10 @@ class Segment(nnx.Module):
         )
 
         def body(hidden: Array, layer: Any) -> tuple[Array, None]:
-            weights, window, key = layer
-            hidden, _ = nnx.merge(graphdef, weights)(
+            trained, key, index = layer
+            # Picked here, since a stack that is cut before the scan would be copied.
+            held, window = jax.tree.map(functools.partial(_layer_of, index), frozen)
+            hidden, _ = nnx.merge(graphdef, trained, held)(
                 hidden,
                 context,
                 window=self.window if window is None else window,
@@ -71,9 +83,14 @@ class Segment(nnx.Module):
             )
             return hidden, None
 
-        if remat is not None:
-            body = rematerialised(body, remat)
-        return jax.lax.scan(body, x, (stacked, windows, keys))[0]
+        layers = range(first_layer, first_layer + self.num_layers)
+        for run, policy in groups(remat, layers):
+            part = slice(run.start - first_layer, run.stop - first_layer)
+            index = jnp.arange(part.start, part.stop)
+            inputs = jax.tree.map(lambda leaf, part=part: leaf[part], (trained, keys))
+            run_body = body if policy is None else rematerialised(body, policy)
+            x = jax.lax.scan(run_body, x, (*inputs, index))[0]
+        return x
 
     def decode(
         self,
@@ -137,7 +154,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         max_segments: int | None = None,
         dropout_key: PRNGKeyArray | None = None,
-        remat: RematPolicy | None = None,
+        remat: Remat | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the hidden states after the last norm.
 
@@ -152,11 +169,15 @@ class Decoder(nnx.Module):
         """
         context = self._context(positions, segment_ids, max_segments)
         x = self.embed_tokens(input_ids, dtype=self.compute_dtype)
+        layer = 0
         for index, segment in enumerate(self.segments):
             key = (
                 None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             )
-            x = segment(x, context, remat=remat, dropout_key=key)
+            x = segment(
+                x, context, remat=remat, first_layer=layer, dropout_key=key
+            )
+            layer += segment.num_layers
         return self.norm(x)
 
     def decode(
@@ -217,3 +238,10 @@ class Decoder(nnx.Module):
         return TokenContext(
             positions, cos, sin, segment_ids, max_segments, is_prefill=is_prefill
         )
+
+
+def _layer_of(index: Int[Array, ""], stack: Array) -> Array:
+    """Returns one layer of a stack; the index is in bounds."""
+    return jax.lax.dynamic_index_in_dim(
+        stack, index, keepdims=False, allow_negative_indices=False
+    )

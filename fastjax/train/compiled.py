@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -55,13 +55,19 @@ class CompiledSteps:
     """
 
     def __init__(
-        self, jitted: Any, frozen: PyTree, before_compile: Callable[[], None]
+        self,
+        jitted: Any,
+        frozen: PyTree,
+        before_compile: Callable[[], None],
+        *,
+        compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.compile_seconds = 0.0
         self.memory: StepMemory | None = None
         self.implementations: dict[str, list[str]] = {}
         self._jitted, self._frozen = jitted, frozen
         self._before_compile = before_compile
+        self._compiler_options = dict(compiler_options or {})
         self._steps: dict[tuple[int, ...], Any] = {}
 
     def __call__(
@@ -73,6 +79,10 @@ class CompiledSteps:
         step = self._steps[batch.shape]
         with out_of_memory(self.memory):
             return step(state, self._frozen, batch.arrays)
+
+    def program_text(self) -> str:
+        """Returns the compiled program of the last shape, as XLA writes it."""
+        return next(reversed(self._steps.values())).as_text()
 
     def report(self) -> list[str]:
         """Returns what a user may want to know of the compiled step."""
@@ -89,7 +99,7 @@ class CompiledSteps:
         start = time.perf_counter()
         with dispatch.record() as chosen, out_of_memory(None):
             lowered = self._jitted.lower(state, self._frozen, batch.arrays)
-            step = lowered.compile()
+            step = lowered.compile(compiler_options=self._compiler_options)
         self._steps[batch.shape] = step
         self.compile_seconds += time.perf_counter() - start
         self.memory = step_memory(step)

@@ -10,8 +10,9 @@ from typing import Any
 from flax import nnx
 from jaxtyping import PyTree
 
-from fastjax.config import RematPolicy, TrainConfig
+from fastjax.config import TrainConfig
 from fastjax.losses import cross_entropy
+from fastjax.remat import Remat
 from fastjax.train.batches import Loader
 from fastjax.train.checkpoint import WriteAdapter
 from fastjax.train.step import LossFunction
@@ -65,7 +66,7 @@ class Job:
         """Whether steps need keys."""
         return self.config.lora.lora_dropout > 0 and not self.config.full_finetuning
 
-    def loss_function(self, loader: Loader, remat: RematPolicy | None) -> LossFunction:
+    def loss_function(self, loader: Loader, remat: Remat | None) -> LossFunction:
         """Returns the loss of one micro-batch of this loader."""
         return functools.partial(
             self.loss,

@@ -129,7 +129,9 @@ def make_train_step(
             "skipped": 1.0 - is_finite.astype(jnp.float32),
             "loss_scale": state.loss_scale.scale,
         }
-        return _advanced(state, optimizer, gradients, is_finite, dtype), metrics
+        with jax.named_scope("optimizer"):
+            state = _advanced(state, optimizer, gradients, is_finite, dtype)
+        return state, metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
