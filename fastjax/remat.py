@@ -18,6 +18,7 @@ in host memory, 25 KB a token and layer: the copies run beside the kernels, and 
 the attention nor its output projection is computed again.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,28 +41,55 @@ _PROJECTION_NAMES = (QUERY, KEY, VALUE, QUERY_RAW, KEY_RAW)
 _ATTENTION_NAMES = (*_PROJECTION_NAMES, *ATTENTION_RESIDUALS)
 _OFFLOADED_NAMES = (LAYER_INPUT, ATTENTION_RESIDUAL, *ATTENTION_RESIDUALS)
 
-type Remat = RematPolicy | tuple[RematPolicy, ...]
-"""One policy for all layers, or that of each layer."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RematPlan:
+    """What the backward pass does again, layer by layer.
+
+    Attributes:
+      policies: Of each layer of the decoder.
+      is_unrolled: Layers are written out in the program instead of being scanned: no
+        copies into and out of stacks, a longer compilation, and a little more memory.
+    """
+
+    policies: tuple[RematPolicy, ...]
+    is_unrolled: bool = False
+
+    def groups(self, layers: range) -> Iterator[tuple[range, RematPolicy]]:
+        """Yields the runs of consecutive layers with one policy, and that policy.
+
+        Args:
+          layers: Layers to group, counted from the decoder's first.
+        """
+        runs = itertools.groupby(layers, key=lambda layer: self.policies[layer])
+        for _, run in runs:
+            found = list(run)
+            yield range(found[0], found[-1] + 1), self.policies[found[0]]
 
 
-def groups(remat: Remat | None, layers: range) -> Iterator[tuple[range, Any]]:
-    """Yields the runs of consecutive layers with one policy, and that policy.
+type Remat = RematPolicy | RematPlan
+"""A plan, or one policy for all layers."""
+
+
+def remat_plan(remat: Remat | None, num_layers: int) -> RematPlan | None:
+    """Returns the plan of a decoder of so many layers; None stays None."""
+    if remat is None or isinstance(remat, RematPlan):
+        return remat
+    return RematPlan(policies=(remat,) * num_layers)
+
+
+def rematerialised(
+    body: Callable[..., Any], policy: RematPolicy, *, is_scanned: bool = True
+) -> Callable[..., Any]:
+    """Returns a layer's function that keeps what `policy` names, no more.
 
     Args:
-      remat: Policies of the whole decoder; None: nothing is differentiated.
-      layers: Layers to group, counted from the decoder's first.
+      body: Of one layer.
+      policy: What its backward pass finds.
+      is_scanned: Forward and backward pass are loops of their own. In one program XLA
+        would else find the same terms in both and keep them all.
     """
-    if not isinstance(remat, tuple):
-        yield layers, remat
-        return
-    for policy, run in itertools.groupby(layers, key=lambda layer: remat[layer]):
-        found = list(run)
-        yield range(found[0], found[-1] + 1), policy
-
-
-def rematerialised(body: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:
-    """Returns the body of a layer scan that keeps what `policy` names, no more."""
-    return jax.checkpoint(body, policy=_saveable(policy), prevent_cse=False)
+    return jax.checkpoint(body, policy=_saveable(policy), prevent_cse=not is_scanned)
 
 
 def _saveable(policy: RematPolicy) -> Callable[..., Any]:

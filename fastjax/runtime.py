@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 _DETERMINISM = "--xla_gpu_exclude_nondeterministic_ops=true"
@@ -41,6 +42,20 @@ def configure(*, full_determinism: bool = False) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+
+
+def step_compiler_options(remat: Collection[str]) -> dict[str, str]:
+    """Returns the options that XLA compiles the training step with.
+
+    Measured on an H200 with Llama-3-8B: CUDA graphs save 2 % of a step, but copies to
+    the host do not run beside the kernels of a graph, which costs 14 %. The latency
+    hiding scheduler, double-buffered loops, dynamic slice fusion, and matrix products
+    without Triton gain nothing or lose, so XLA's defaults stay.
+
+    Args:
+      remat: Policies of the layers.
+    """
+    return {"xla_gpu_enable_command_buffer": ""} if "offload" in remat else {}
 
 
 def is_deterministic() -> bool:

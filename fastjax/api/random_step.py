@@ -11,12 +11,14 @@ import numpy as np
 from flax import nnx
 
 from fastjax import lora as adapters
+from fastjax import runtime
 from fastjax.config import Implementations, LoRAConfig, OptimizerConfig, RematPolicy
 from fastjax.losses import cross_entropy
 from fastjax.models.build import DecoderSpec, abstract_decoder, linear_names
 from fastjax.models.registry import preset
 from fastjax.nn.decoder import Decoder
 from fastjax.nn.linear import PackedFormat
+from fastjax.remat import RematPlan
 from fastjax.train import CompiledSteps, init_state, make_optimizer, make_train_step
 from fastjax.train.batches import DeviceBatch
 from fastjax.train.state import TrainState
@@ -33,6 +35,8 @@ class StepArgs:
       batch: Rows of a step.
       seq: Tokens of a row.
       remat: What the backward pass recomputes.
+      unroll_layers: The layers are written out in the program: a faster step, a longer
+        compilation.
       documents: Documents packed into each row, of equal length.
       attention: Implementation of attention; None takes the first able one.
     """
@@ -41,6 +45,7 @@ class StepArgs:
     batch: int = 2
     seq: int = 4096
     remat: RematPolicy = "attention"
+    unroll_layers: bool = False
     documents: int = 1
     attention: str | None = None
 
@@ -56,6 +61,10 @@ class RandomStep:
     def __init__(
         self, args: StepArgs, *, compiler_options: Mapping[str, Any] | None = None
     ) -> None:
+        layers = preset(args.model).config.num_hidden_layers
+        remat = RematPlan(
+            policies=(args.remat,) * layers, is_unrolled=args.unroll_layers
+        )
         self.args = args
         graphdef, trainable, frozen = nnx.split(random_decoder(args), nnx.Param, ...)
         jax.block_until_ready((trainable, frozen))
@@ -64,13 +73,16 @@ class RandomStep:
             cross_entropy,
             graphdef,
             max_segments=args.documents,
-            remat=args.remat,
+            remat=remat,
         )
         self.compiled = CompiledSteps(
             make_train_step(loss, optimizer, seed=0, dtype="bfloat16"),
             frozen,
             before_compile=lambda: None,
-            compiler_options=compiler_options,
+            compiler_options={
+                **runtime.step_compiler_options(remat.policies),
+                **(compiler_options or {}),
+            },
         )
         self.state: TrainState = init_state(trainable, optimizer, "bfloat16")
 

@@ -1,6 +1,7 @@
 """The whole decoder: embedding, segments of scanned layers, norm and head."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from fastjax.nn.kv_cache import (
 from fastjax.nn.norm import RMSNorm
 from fastjax.nn.rope import RotaryEmbedding
 from fastjax.nn.variables import Frozen
-from fastjax.remat import Remat, groups, rematerialised
+from fastjax.remat import Remat, RematPlan, remat_plan, rematerialised
 
 
 class Segment(nnx.Module):
@@ -50,7 +51,7 @@ class Segment(nnx.Module):
         x: Float[Array, "B T D"],
         context: TokenContext,
         *,
-        remat: Remat | None = None,
+        remat: RematPlan | None = None,
         first_layer: int = 0,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
@@ -59,37 +60,43 @@ class Segment(nnx.Module):
         Args:
           x: Hidden states before them.
           context: What every layer knows of the tokens.
-          remat: Of the whole decoder's layers; each run of one policy has its scan.
+          remat: Of the whole decoder; None where nothing is differentiated.
           first_layer: Place of these layers in the decoder.
           dropout_key: Of the adapters' dropout; None drops nothing.
         """
-        graphdef, trained, frozen = nnx.split(self.block, nnx.Param, ...)
-        frozen = (frozen, None if self.windows is None else self.windows.get_value())
         keys = (
             None
             if dropout_key is None
             else jax.random.split(dropout_key, self.num_layers)
         )
+        graphdef, trained, frozen = nnx.split(self.block, nnx.Param, ...)
+        frozen = (frozen, None if self.windows is None else self.windows.get_value())
+        inputs = (trained, keys)
 
-        def body(hidden: Array, layer: Any) -> tuple[Array, None]:
-            trained, key, index = layer
+        def layer(index: Any, hidden: Array, own: Any) -> Array:
+            trained, key = own
             # Picked here, since a stack that is cut before the scan would be copied.
             held, window = jax.tree.map(functools.partial(_layer_of, index), frozen)
-            hidden, _ = nnx.merge(graphdef, trained, held)(
+            return nnx.merge(graphdef, trained, held)(
                 hidden,
                 context,
                 window=self.window if window is None else window,
                 dropout_key=key,
-            )
-            return hidden, None
+            )[0]
 
-        layers = range(first_layer, first_layer + self.num_layers)
-        for run, policy in groups(remat, layers):
-            part = slice(run.start - first_layer, run.stop - first_layer)
-            index = jnp.arange(part.start, part.stop)
-            inputs = jax.tree.map(lambda leaf, part=part: leaf[part], (trained, keys))
-            run_body = body if policy is None else rematerialised(body, policy)
-            x = jax.lax.scan(run_body, x, (*inputs, index))[0]
+        if remat is None:
+            return _scanned(layer, x, inputs, range(self.num_layers))
+        for run, policy in remat.groups(
+            range(first_layer, first_layer + self.num_layers)
+        ):
+            own = range(run.start - first_layer, run.stop - first_layer)
+            if remat.is_unrolled:
+                for index in own:
+                    function = functools.partial(layer, index)
+                    kept = rematerialised(function, policy, is_scanned=False)
+                    x = kept(x, jax.tree.map(lambda leaf, i=index: leaf[i], inputs))
+            else:
+                x = _scanned(rematerialised(layer, policy), x, inputs, own)
         return x
 
     def decode(
@@ -169,14 +176,13 @@ class Decoder(nnx.Module):
         """
         context = self._context(positions, segment_ids, max_segments)
         x = self.embed_tokens(input_ids, dtype=self.compute_dtype)
+        plan = remat_plan(remat, sum(segment.num_layers for segment in self.segments))
         layer = 0
         for index, segment in enumerate(self.segments):
             key = (
                 None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             )
-            x = segment(
-                x, context, remat=remat, first_layer=layer, dropout_key=key
-            )
+            x = segment(x, context, remat=plan, first_layer=layer, dropout_key=key)
             layer += segment.num_layers
         return self.norm(x)
 
@@ -240,7 +246,21 @@ class Decoder(nnx.Module):
         )
 
 
-def _layer_of(index: Int[Array, ""], stack: Array) -> Array:
+def _scanned(
+    layer: Callable[[Any, Array, Any], Array], x: Array, inputs: Any, layers: range
+) -> Array:
+    """Returns `x` after consecutive layers, each with its part of the inputs."""
+
+    def body(hidden: Array, item: tuple[Array, Any]) -> tuple[Array, None]:
+        index, own = item
+        return layer(index, hidden, own), None
+
+    part = slice(layers.start, layers.stop)
+    own = jax.tree.map(lambda leaf: leaf[part], inputs)
+    return jax.lax.scan(body, x, (jnp.arange(part.start, part.stop), own))[0]
+
+
+def _layer_of(index: Any, stack: Array) -> Array:
     """Returns one layer of a stack; the index is in bounds."""
     return jax.lax.dynamic_index_in_dim(
         stack, index, keepdims=False, allow_negative_indices=False

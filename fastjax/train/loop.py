@@ -16,6 +16,7 @@ import jax
 from jaxtyping import PyTree
 from rich.console import Console
 
+from fastjax import runtime
 from fastjax.errors import Interrupted
 from fastjax.train import checkpoint, faults, files, health, publish, record, resume
 from fastjax.train.batches import DeviceBatch, Loader, put_batch
@@ -151,6 +152,7 @@ class _Loop:
             ),
             job.frozen,
             before_compile=lambda: progress.note(COMPILING),
+            compiler_options=runtime.step_compiler_options((config.remat,)),
         )
         if job.eval_loader is not None:
             self.eval_step = make_eval_step(job.loss_function(job.eval_loader, None))

@@ -1,6 +1,7 @@
 """Gradients and losses of LoRA training against PEFT and torch, float32."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from fastjax.api import LanguageModel, load_model
 from fastjax.api.loading import add_adapter
 from fastjax.config import LoRAConfig, OptimizerConfig, QuantConfig
 from fastjax.losses import cross_entropy
+from fastjax.remat import RematPlan
 from fastjax.train.optimizer import make_optimizer
 from kernels.numerics import relative_error
 
@@ -30,6 +32,9 @@ SUFFIXES = {
     "lora_magnitude_vector": ("lora_magnitude", np.asarray),
 }
 PREFIX = "base_model.model.model."
+
+MIXED = RematPlan(policies=("layer", "offload"))
+UNROLLED = RematPlan(policies=("attention", "none"), is_unrolled=True)
 
 
 def _adapter_arrays(numbers: dict[str, np.ndarray], group: str) -> dict[str, jax.Array]:
@@ -65,9 +70,9 @@ def _batch(numbers: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("remat", ["none", "attention", "layer"])
+@pytest.mark.parametrize("remat", ["none", MIXED, UNROLLED])
 def test_first_gradients_and_three_losses_match_peft(
-    name: str, remat: str, fixtures: Path
+    name: str, remat: Any, fixtures: Path
 ) -> None:
     numbers = load_file(fixtures / f"{name}.safetensors")
     model, batch = _model(name, fixtures, numbers), _batch(numbers)

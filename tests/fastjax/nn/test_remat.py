@@ -15,6 +15,7 @@ from fastjax.losses import cross_entropy
 from fastjax.models.build import DecoderSpec, abstract_decoder, linear_names
 from fastjax.models.registry import preset
 from fastjax.nn.linear import PackedFormat
+from fastjax.remat import RematPlan
 from kernels.nf4 import NF4Array
 
 ROWS, LENGTH, RANK = 2, 96, 8
@@ -58,6 +59,15 @@ def _layer_scans(remat: str) -> tuple[Any, Any]:
     ]
     assert [scan.params["reverse"] for scan in scans] == [False, True]
     return scans[0], scans[1]
+
+
+def test_layers_may_differ_in_policy() -> None:
+    plan = RematPlan(policies=("none",) * 5 + ("layer", "offload", "offload"))
+    assert list(plan.groups(range(3, 8))) == [
+        (range(3, 5), "none"),
+        (range(5, 6), "layer"),
+        (range(6, 8), "offload"),
+    ]
 
 
 def _saved(remat: str) -> list[Any]:
