@@ -28,14 +28,14 @@ _COMMANDS = {
     "eval": "measure the loss of a model or adapter on a data file",
     "generate": "answer prompts",
     "chat": "talk with a model or adapter, turn by turn",
-    "export": "merge an adapter into a Hugging Face model folder",
+    "export": "write a model or merged adapter: Hugging Face, 4-bit, GGUF",
     "models": "list the presets",
     "make-random-checkpoint": "write random weights of a preset's shapes",
     "bench-train": "time the training step on random weights",
     "profile-step": "time one training step by kind of kernel",
     "demo": "train a tiny model, then a QLoRA adapter on it",
 }
-_OTHER_NAMES = {"evaluate": "eval"}
+_OTHER_NAMES = {"evaluate": "eval", "merge": "export"}
 _BROKEN_PIPE_CODE = 128 + 13
 """As a shell reports a program that died of SIGPIPE."""
 

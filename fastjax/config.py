@@ -20,6 +20,29 @@ Optimizer = Literal["adamw", "adafactor", "lion", "sgd"]
 DataFormat = Literal["auto", "text", "prompt_completion", "messages", "alpaca"]
 TrainOn = Literal["auto", "assistant", "last", "completion", "all"]
 When = Literal["no", "steps", "epoch"]
+BasePrecision = Literal["original", "dequantised"]
+ExportFormat = Literal["hf", "bnb-4bit", "gguf", "gguf-lora"]
+GGUFKind = Literal[
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q2_k",
+    "q3_k_s",
+    "q3_k_m",
+    "q3_k_l",
+    "q4_k_s",
+    "q4_k_m",
+    "q5_k_s",
+    "q5_k_m",
+    "q6_k",
+    "iq4_nl",
+    "iq4_xs",
+]
 Number = float | int
 """Written either way, kept as a float."""
 

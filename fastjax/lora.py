@@ -1,7 +1,7 @@
 """Adapters: which linears get one, how they start, how they merge."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -130,28 +130,27 @@ def set_adapter_weights(decoder: Decoder, spec: DecoderSpec, weights: Adapters) 
 
 
 def merged_weights(
-    base: Iterator[tuple[str, Array | NF4Array]], adapters: Adapters, spec: DecoderSpec
-) -> Iterator[tuple[str, Array]]:
+    base: Iterable[tuple[str, Array | NF4Array]], adapters: Adapters, spec: DecoderSpec
+) -> Iterator[tuple[str, Array | NF4Array]]:
     """Yields (canonical name, array) of the model with its adapters merged.
 
-    What adapters change is float32, for the writer to round once.
+    What adapters change is float32, for the writer to round once; all else comes as it
+    is.
 
     Args:
-      base: Every weight of the base model; 4-bit ones are dequantised.
+      base: Every weight of the base model.
       adapters: From `adapter_weights`.
       spec: Structure of the adapted decoder.
     """
     for name, value in base:
         if _is_adapter(name):
             continue
-        weight: Array = dequantize(value) if isinstance(value, NF4Array) else value
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in spec.adapters:
+            weight = dequantize(value) if isinstance(value, NF4Array) else value
             yield name, _merged(weight, module, adapters, spec.adapters[module])
-        elif name in adapters:
-            yield name, adapters[name]
         else:
-            yield name, weight
+            yield name, adapters.get(name, value)
 
 
 def column_norm(weight: Float[Array, "I O"]) -> Float[Array, " O"]:

@@ -1,7 +1,7 @@
 """4-bit tensors of bitsandbytes <-> NF4Array, codes and scales untouched."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,14 @@ from conversions.bnb.quant_state import (
     QuantState,
     render_quant_state,
 )
+from conversions.safetensors_header import TensorSpec
 from fastjax.errors import ModelError
+from fastjax.nn.linear import PackedFormat
 from kernels.nf4 import CODEBOOKS, DYNAMIC_MAP, NF4Array
 
 _ABSMAX, _QUANT_MAP, _NESTED_ABSMAX, _NESTED_QUANT_MAP = COMPANIONS
+BLOCK = 64
+_LONGEST_NUMBER = -2.2250738585072014e-308
 _STORAGE = ("uint8", "bfloat16", "float16", "float32")
 
 
@@ -95,6 +99,54 @@ def nf4_tensors(weight: str, array: NF4Array) -> dict[str, np.ndarray]:
     )
     raw = np.frombuffer(render_quant_state(state), np.uint8)
     return tensors | {weight + MARK + array.code: raw}
+
+
+def nf4_specs(
+    weight: str, shape: tuple[int, ...], packed: PackedFormat
+) -> dict[str, TensorSpec]:
+    """Returns dtypes and shapes of what `padded_nf4_tensors` gives for a matrix.
+
+    Args:
+      weight: Name of the tensor in the file, ending in ".weight".
+      shape: In Hugging Face's order.
+      packed: Its format.
+    """
+    blocks = -(-math.prod(shape) // BLOCK)
+    small, float32 = np.dtype(np.uint8), np.dtype(np.float32)
+    specs = {
+        weight: TensorSpec(small, (-(-math.prod(shape) // 2), 1)),
+        weight + _ABSMAX: TensorSpec(
+            small if packed.double_quant else float32, (blocks,)
+        ),
+        weight + _QUANT_MAP: TensorSpec(float32, (16,)),
+    }
+    if packed.double_quant:
+        groups = -(-blocks // NESTED_BLOCK)
+        specs[weight + _NESTED_ABSMAX] = TensorSpec(float32, (groups,))
+        specs[weight + _NESTED_QUANT_MAP] = TensorSpec(float32, (256,))
+    state = QuantState(
+        code=packed.code,
+        block_size=BLOCK,
+        dtype=packed.dtype,
+        shape=shape,
+        nested_offset=_LONGEST_NUMBER if packed.double_quant else None,
+    )
+    size = len(render_quant_state(state))
+    return specs | {weight + MARK + packed.code: TensorSpec(small, (size,))}
+
+
+def padded_nf4_tensors(
+    weight: str, array: NF4Array, specs: Mapping[str, TensorSpec]
+) -> dict[str, np.ndarray]:
+    """Returns `nf4_tensors` in the sizes of `specs`.
+
+    The JSON of the quant_state ends in blanks: how long its number is shows only when
+    the array is there, but files want all sizes before.
+    """
+    tensors = nf4_tensors(weight, array)
+    key = weight + MARK + array.code
+    raw = tensors[key].tobytes().ljust(specs[key].nbytes)
+    return tensors | {key: np.frombuffer(raw, np.uint8)}
 
 
 def _codes(weight: str, state: QuantState, stored: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from .families import checkpoint_tensors as checkpoint_tensors
 from .fingerprint import folder_fingerprint as folder_fingerprint
 from .folder import resolve as resolve
 from .load import load_weights as load_weights
+from .load import stored_formats as stored_formats
 from .load import stream_weights as stream_weights
 from .save import copy_companions as copy_companions
 from .save import save_model as save_model

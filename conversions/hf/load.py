@@ -24,6 +24,7 @@ from fastjax.config import DType, QuantConfig
 from fastjax.errors import CheckpointMismatch, ModelError
 from fastjax.models.build import Weights
 from fastjax.models.transformer_config import TransformerConfig
+from fastjax.nn.linear import PackedFormat
 from kernels.nf4 import NF4Array, quantize
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -104,6 +105,21 @@ def stream_weights(
                     double_quant=quant.bnb_4bit_use_double_quant,
                 ),
             )
+
+
+def stored_formats(
+    checkpoint: Checkpoint, config: TransformerConfig
+) -> dict[str, PackedFormat]:
+    """Returns the 4-bit format of each linear that the files hold so, by our name."""
+    expected = {tensor.hf: tensor for tensor in checkpoint_tensors(config)}
+    return {
+        expected[weight].name.removesuffix(".weight"): PackedFormat(
+            code=state.code,
+            double_quant=state.nested_offset is not None,
+            dtype=state.dtype,
+        )
+        for weight, state in _quant_states(checkpoint, expected).items()
+    }
 
 
 def _quant_states(

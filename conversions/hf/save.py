@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import json
+import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from conversions.atomic import new_file, new_folder
+from conversions.bnb import nf4_specs, padded_nf4_tensors, quantization_config
 from conversions.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from conversions.hf.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from conversions.hf.families import checkpoint_tensors
@@ -20,10 +22,12 @@ from conversions.report import TensorReport
 from conversions.rules import Layout, Tensor, relaid
 from conversions.safetensors_header import TensorSpec
 from conversions.safetensors_writer import PutTensor, safetensors_writer
+from conversions.space import require_space
 from conversions.strict_json import read_json_object
 from fastjax.config import DType
-from fastjax.errors import ModelError, StorageError
+from fastjax.errors import ModelError
 from fastjax.models.transformer_config import TransformerConfig
+from fastjax.nn.linear import PackedFormat
 from kernels.nf4 import NF4Array
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -41,31 +45,34 @@ COPIED = (
     "additional_chat_templates/*.jinja",
 )
 
-_SPARE_BYTES = 64_000_000
+type Shard = dict[str, TensorSpec]
 
 
 def save_model(
     folder: Path,
-    weights: Iterable[tuple[str, Array | np.ndarray]],
+    weights: Iterable[tuple[str, Array | np.ndarray | NF4Array]],
     config: TransformerConfig,
     *,
     source: Path,
     dtype: DType = "bfloat16",
+    packed: Mapping[str, PackedFormat] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
     """Writes a model folder that appears whole or not at all.
 
     Each weight goes to its place as it comes, in any order, so one is in host memory
-    at a time. config.json of `source` loses `quantization_config` and names `dtype`;
+    at a time. config.json of `source` names `dtype` and how weights are quantised;
     the other files are copied byte for byte.
 
     Args:
       folder: New model folder.
-      weights: Our names and dense arrays, every one of the model exactly once.
+      weights: Our names and arrays, every one of the model exactly once.
       config: Says which tensors there must be.
       source: Folder of the base model: its config.json and tokenizer.
-      dtype: Of all tensors in the files.
+      dtype: Of all dense tensors in the files.
+      packed: 4-bit format of the linears that come as `NF4Array`, by our names of
+        modules; they are written as bitsandbytes does.
       max_shard_bytes: Tensors of one file; several files get an index.
       overwrite: Replaces an existing folder.
 
@@ -73,12 +80,13 @@ def save_model(
       CheckpointMismatch: `weights` are not those of the model.
       StorageError: `folder` exists, or the disk is full.
     """
+    packed = packed or {}
     tensors = checkpoint_tensors(config)
-    shards = _planned(tensors, dtype, max_shard_bytes)
+    shards = _planned(tensors, dtype, packed, max_shard_bytes)
+    require_space(folder, sum(spec.nbytes for s in shards for spec in s.values()))
     with new_folder(folder, overwrite=overwrite) as new:
-        _check_space(new, sum(spec.nbytes for s in shards for spec in s.values()))
         copy_companions(source, new)
-        _write_config(source, new, dtype)
+        _write_config(source, new, dtype, _quantisation(tensors, packed))
         _write_tensors(new, shards, tensors, weights)
 
 
@@ -91,12 +99,30 @@ def copy_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def _write_config(source: Path, folder: Path, dtype: DType) -> None:
+def _quantisation(
+    tensors: Sequence[Tensor], packed: Mapping[str, PackedFormat]
+) -> dict[str, Any] | None:
+    """Returns how config.json tells of the 4-bit weights, if there are any."""
+    if not packed:
+        return None
+    formats = set(packed.values())
+    if len(formats) > 1:
+        raise ModelError(f"one checkpoint cannot hold several 4-bit formats: {formats}")
+    linears = {t.name: t.hf for t in tensors if t.is_linear}
+    dense = [hf for name, hf in linears.items() if _module(name) not in packed]
+    return quantization_config(formats.pop(), [_module(hf) for hf in dense])
+
+
+def _write_config(
+    source: Path, folder: Path, dtype: DType, quantisation: dict[str, Any] | None
+) -> None:
     """Copies config.json, changed only where the new weights need it."""
     path = source / CONFIG_NAME
     values = read_json_object(path, limit_bytes=MAX_CONFIG_BYTES)
     changed = dict(values)
     changed.pop("quantization_config", None)
+    if quantisation is not None:
+        changed["quantization_config"] = quantisation
     present = [key for key in ("dtype", "torch_dtype") if key in changed]
     # Both versions of transformers read the old key; neither key means float32.
     changed |= dict.fromkeys(present or ["torch_dtype"], dtype)
@@ -112,36 +138,45 @@ _FLOAT32 = {"torch_dtype": "float32"}
 
 
 def _planned(
-    tensors: Sequence[Tensor], dtype: DType, max_shard_bytes: int
-) -> list[dict[str, TensorSpec]]:
+    tensors: Sequence[Tensor],
+    dtype: DType,
+    packed: Mapping[str, PackedFormat],
+    max_shard_bytes: int,
+) -> list[Shard]:
     """Returns the tensors of each shard, filled in the order of the model."""
-    shards: list[dict[str, TensorSpec]] = [{}]
+    shards: list[Shard] = [{}]
     filled = 0
     for tensor in tensors:
-        spec = TensorSpec(np.dtype(dtype), tensor.shape)
-        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
+        held = packed.get(_module(tensor.name)) if tensor.is_linear else None
+        if held is None:
+            specs = {tensor.hf: TensorSpec(np.dtype(dtype), tensor.shape)}
+        else:
+            specs = nf4_specs(tensor.hf, tensor.shape, held)
+        size = sum(spec.nbytes for spec in specs.values())
+        if shards[-1] and filled + size > max_shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][tensor.hf] = spec
-        filled += spec.nbytes
+        shards[-1].update(specs)
+        filled += size
     return shards
 
 
 def _write_tensors(
     folder: Path,
-    shards: Sequence[dict[str, TensorSpec]],
+    shards: Sequence[Shard],
     tensors: Sequence[Tensor],
-    weights: Iterable[tuple[str, Array | np.ndarray]],
+    weights: Iterable[tuple[str, Array | np.ndarray | NF4Array]],
 ) -> None:
     names = [WEIGHTS_NAME]
     if len(shards) > 1:
         count = len(shards)
         names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-        _write_index(folder / INDEX_NAME, names, shards)
+        parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+        _write_index(folder / INDEX_NAME, names, shards, parameters)
     by_name = {tensor.name: tensor for tensor in tensors}
     with contextlib.ExitStack() as stack:
         put_into: dict[str, PutTensor] = {}
-        specs: dict[str, TensorSpec] = {}
+        specs: Shard = {}
         for name, shard in zip(names, shards, strict=True):
             put = stack.enter_context(safetensors_writer(folder / name, shard))
             put_into.update(dict.fromkeys(shard, put))
@@ -149,21 +184,25 @@ def _write_tensors(
         for name, array in weights:
             if name not in by_name:
                 TensorReport(unexpected=(name,)).check(where=str(folder))
-            tensor = by_name.pop(name)
-            host = _host(name, array, specs[tensor.hf].dtype, tensor.layout)
-            put_into[tensor.hf](tensor.hf, host)
+            for key, host in _stored(by_name.pop(name), array, specs).items():
+                put_into[key](key, host)
         TensorReport(missing=tuple(by_name)).check(where=str(folder))
 
 
-def _host(
-    name: str, array: Array | np.ndarray, dtype: np.dtype, layout: Layout
-) -> np.ndarray:
-    """Returns the array as the file holds it; a device casts and transposes its own."""
+def _stored(
+    tensor: Tensor,
+    array: Array | np.ndarray | NF4Array,
+    specs: Mapping[str, TensorSpec],
+) -> dict[str, np.ndarray]:
+    """Returns a weight as the file holds it; a device casts and transposes its own."""
     if isinstance(array, NF4Array):
-        raise ModelError(f"{name} is quantised; dequantise it before saving")
+        return padded_nf4_tensors(tensor.hf, array, specs)
+    dtype = specs[tensor.hf].dtype
     if isinstance(array, jax.Array):
-        return np.asarray(_laid_out(array, dtype=dtype.name, layout=layout))
-    return relaid(np.asarray(array).astype(dtype, copy=False), layout)
+        array = np.asarray(_laid_out(array, dtype=dtype.name, layout=tensor.layout))
+        return {tensor.hf: array}
+    host = np.asarray(array).astype(dtype, copy=False)
+    return {tensor.hf: relaid(host, tensor.layout)}
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "layout"))
@@ -172,7 +211,7 @@ def _laid_out(array: Array, *, dtype: str, layout: Layout) -> Array:
 
 
 def _write_index(
-    path: Path, names: Sequence[str], shards: Sequence[dict[str, TensorSpec]]
+    path: Path, names: Sequence[str], shards: Sequence[Shard], parameters: int
 ) -> None:
     specs = [spec for shard in shards for spec in shard.values()]
     weight_map = {
@@ -182,7 +221,7 @@ def _write_index(
     }
     index: dict[str, Any] = {
         "metadata": {
-            "total_parameters": sum(s.nbytes // s.dtype.itemsize for s in specs),
+            "total_parameters": parameters,
             "total_size": sum(spec.nbytes for spec in specs),
         },
         "weight_map": dict(sorted(weight_map.items())),
@@ -191,12 +230,5 @@ def _write_index(
         file.write((json.dumps(index, indent=2) + "\n").encode("utf-8"))
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed + _SPARE_BYTES:
-        raise StorageError(
-            f"the disk is too full: {needed / 1e9:.1f} GB are needed, "
-            f"{free / 1e9:.1f} GB are free",
-            where=str(folder.parent),
-            fix="free some space, or choose another folder",
-        )
+def _module(weight: str) -> str:
+    return weight.rpartition(".")[0]

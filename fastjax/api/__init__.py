@@ -3,12 +3,12 @@
 from fastjax.api.arguments import SFTConfig as SFTConfig
 from fastjax.api.arguments import TrainingArguments as TrainingArguments
 from fastjax.api.chat import Conversation as Conversation
+from fastjax.api.export import run_export as run_export
 from fastjax.api.fast_language_model import FastLanguageModel as FastLanguageModel
 from fastjax.api.fast_language_model import (
     is_bfloat16_supported as is_bfloat16_supported,
 )
 from fastjax.api.generation import answer as answer
-from fastjax.api.generation import run_export as run_export
 from fastjax.api.generation import run_generation as run_generation
 from fastjax.api.language_model import LanguageModel as LanguageModel
 from fastjax.api.loading import load_model as load_model

@@ -1,14 +1,10 @@
-"""Text in, text out; and the merged model of an adapter."""
+"""Text in, text out."""
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from fastjax.api.device_faults import device_faults
-from fastjax.api.language_model import BasePrecision, LanguageModel
+from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import load_model
 from fastjax.config import DType, QuantConfig
 from fastjax.errors import ModelError
@@ -124,38 +120,6 @@ def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     return encoded["input_ids"]
 
 
-def run_export(
-    name: str,
-    folder: Path,
-    *,
-    base_precision: BasePrecision,
-    dtype: DType,
-    overwrite: bool,
-) -> Iterator[str]:
-    """Writes the merged model of an adapter folder, and yields lines for people.
-
-    The merged folder is read again and its logits are compared with the adapter's.
-
-    Raises:
-      StorageError: The folder exists, or the disk is full.
-    """
-    model = load_model(name, dtype=dtype, quant=QuantConfig())
-    model.save_pretrained_merged(
-        folder, base_precision=base_precision, dtype=dtype, overwrite=overwrite
-    )
-    yield f"merged onto the {base_precision} weights: {folder}"
-    merged = load_model(str(folder), dtype=dtype)
-    ids = _probe_ids(model)
-    difference = jnp.max(jnp.abs(merged.logits(ids) - model.logits(ids)))
-    agreement = jnp.mean(
-        jnp.argmax(merged.logits(ids), -1) == jnp.argmax(model.logits(ids), -1)
-    )
-    yield (
-        f"merged against adapter on {ids.shape[1]} tokens: largest logit difference "
-        f"{float(difference):.3g}, same likeliest token {float(agreement):.1%}"
-    )
-
-
 class _Printer:
     """Turns tokens into text piece by piece; never half a character."""
 
@@ -176,10 +140,3 @@ def _prompt_ids(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:
     if not is_chat:
         return tokenizer(prompt)["input_ids"]
     return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
-
-
-def _probe_ids(model: LanguageModel) -> np.ndarray:
-    """Returns one row of token ids that touches the whole vocabulary."""
-    count = min(64, model.config.vocab_size)
-    steps = np.linspace(0, model.config.vocab_size - 1, count).astype(np.int32)
-    return steps[None]

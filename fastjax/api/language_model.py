@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,20 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from conversions.hf import Checkpoint, save_model, stream_weights
 from conversions.peft import write_adapter
 from fastjax import lora as adapters
 from fastjax.api.device_faults import device_faults
-from fastjax.config import DType, LoRAConfig
+from fastjax.api.gguf_folder import write_gguf_folder
+from fastjax.api.merging import Merge
+from fastjax.api.rows import (
+    feeding,
+    open_stream,
+    padded_in_front,
+    prompt_rows,
+    stacked_rows,
+)
+from fastjax.config import BasePrecision, DType, GGUFKind, LoRAConfig
 from fastjax.errors import ConfigError, ModelError
 from fastjax.inference.generate import generate, require_known_tokens
 from fastjax.inference.sampling import Sampling
-from fastjax.models.build import DecoderSpec, flat_weights
+from fastjax.models.build import DecoderSpec
 from fastjax.nn.decoder import Decoder
 from kernels.nf4 import NF4Array
 
-SaveMethod = Literal["merged_16bit", "lora"]
-BasePrecision = Literal["original", "dequantised"]
+SaveMethod = Literal["merged_16bit", "merged_4bit", "lora"]
 _NOT_DRAWN = "temperature, top_k, top_p and min_p have no effect without do_sample=True"
 
 
@@ -198,9 +205,9 @@ class LanguageModel:
         drawing = (float(temperature), top_k, float(top_p), float(min_p))
         if not do_sample and drawing != (1, 0, 1, 0):
             warnings.warn(_NOT_DRAWN, stacklevel=2)
-        given, prompts = _prompts(input_ids, attention_mask)
+        given, prompts = prompt_rows(input_ids, attention_mask)
         if streamer is not None:
-            _open_stream(streamer, prompts)
+            open_stream(streamer, prompts)
         answers = self._answers(
             prompts,
             uses_adapter=uses_adapter,
@@ -208,12 +215,14 @@ class LanguageModel:
             stop_ids=self.stop_ids(eos_token_id),
             sampling=_sampling(*drawing, do_sample=do_sample),
             seed=seed,
-            on_tokens=None if streamer is None else _feeding(streamer),
+            on_tokens=None if streamer is None else feeding(streamer),
         )
         if streamer is not None:
             streamer.end()
         pad_id = self._pad_id() if pad_token_id is None else pad_token_id
-        return np.concatenate([_in_front(given, pad_id), _stacked(answers, pad_id)], 1)
+        return np.concatenate(
+            [padded_in_front(given, pad_id), stacked_rows(answers, pad_id)], 1
+        )
 
     def _answers(
         self, prompts: list[list[int]], *, uses_adapter: bool, **options: Any
@@ -264,7 +273,8 @@ class LanguageModel:
         Args:
           folder: Made; an existing one is replaced only with `overwrite`.
           tokenizer: Saved over the copied files when given.
-          save_method: "lora" writes only the adapter.
+          save_method: "merged_4bit" writes linears as NF4 of bitsandbytes, which
+            rounds what was trained; "lora" writes only the adapter.
           base_precision: "original" merges onto the weights of the base folder,
             "dequantised" onto the 4-bit ones, which is the function that was trained.
           dtype: Of the written weights; None takes that of this model's activations.
@@ -273,25 +283,54 @@ class LanguageModel:
         if save_method == "lora":
             return self.save_pretrained(folder)
         target = Path(folder)
-        save_model(
+        self._merge().write_folder(
             target,
-            self._merged(base_precision),
-            self.config,
-            source=self.source.folder,
+            base_precision=base_precision,
             dtype=dtype or self.spec.compute_dtype,
+            is_4bit=save_method == "merged_4bit",
             overwrite=overwrite,
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         return target
 
-    def _merged(self, base_precision: BasePrecision) -> Iterable[tuple[str, Any]]:
-        held = adapters.adapter_weights(self.decoder, self.spec)
-        base = flat_weights(self.decoder, self.spec)
-        if base_precision == "original" and not self.spec.trains_weights:
-            checkpoint = Checkpoint(self.source.folder)
-            base = stream_weights(checkpoint, self.config, dtype="float32")
-        return adapters.merged_weights(base, held, self.spec)
+    def save_pretrained_gguf(
+        self,
+        folder: str | Path,
+        tokenizer: Any = None,
+        *,
+        quantization_method: GGUFKind = "q8_0",
+        base_precision: BasePrecision = "original",
+        overwrite: bool = False,
+    ) -> Path:
+        """Writes the model with its adapters merged for llama.cpp and Ollama.
+
+        Args:
+          folder: Made: model.gguf and a Modelfile.
+          tokenizer: Has no effect: the tokenizer of the base model is written.
+          quantization_method: Of the matrices; K-quants need `llama-quantize`.
+          base_precision: As in `save_pretrained_merged`.
+          overwrite: Replace an existing folder.
+        """
+        del tokenizer
+        merge = self._merge()
+        write_gguf_folder(
+            Path(folder),
+            merge,
+            merge.weights(base_precision, self.spec.compute_dtype),
+            kind=quantization_method,
+            overwrite=overwrite,
+        )
+        return Path(folder)
+
+    def _merge(self) -> Merge:
+        return Merge(
+            name=self.source.name,
+            folder=self.source.folder,
+            spec=self.spec,
+            adapter=adapters.adapter_weights(self.decoder, self.spec),
+            decoder=self.decoder,
+        )
 
     def stop_ids(
         self, eos_token_id: int | Sequence[int] | None = None
@@ -332,53 +371,6 @@ def _sampling(
         top_p=top_p,
         min_p=min_p,
     )
-
-
-def _prompts(
-    input_ids: Any, attention_mask: Any
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Returns the rows as they are, and without padding."""
-    rows = [np.asarray(row).tolist() for row in input_ids]
-    if not all(isinstance(row, list) for row in rows):
-        raise ConfigError(
-            "input_ids must be rows of token ids, (B, T)",
-            fix='for one prompt, give [ids], or tokenizer(..., return_tensors="np")',
-        )
-    if attention_mask is None:
-        return rows, rows
-    masks = [np.asarray(mask).tolist() for mask in attention_mask]
-    if [len(row) for row in rows] != [len(mask) for mask in masks]:
-        raise ConfigError("attention_mask and input_ids have different shapes")
-    pairs = zip(rows, masks, strict=True)
-    return rows, [[t for t, kept in zip(*p, strict=True) if kept] for p in pairs]
-
-
-def _in_front(rows: list[list[int]], pad_id: int) -> np.ndarray:
-    """Returns rows of one length, padded in front, so that answers begin together."""
-    length = max(map(len, rows))
-    padded = [[pad_id] * (length - len(row)) + row for row in rows]
-    return np.asarray(padded, np.int64)
-
-
-def _stacked(rows: list[list[int]], pad_id: int) -> np.ndarray:
-    table = np.full((len(rows), max(map(len, rows))), pad_id, np.int64)
-    for line, row in zip(table, rows, strict=True):
-        line[: len(row)] = row
-    return table
-
-
-def _open_stream(streamer: Any, prompts: list[list[int]]) -> None:
-    if len(prompts) > 1:
-        raise ConfigError(f"a streamer takes one prompt, not {len(prompts)}")
-    streamer.put(np.asarray(prompts[0]))
-
-
-def _feeding(streamer: Any) -> Callable[[list[list[int]]], None]:
-    def feed(new: list[list[int]]) -> None:
-        for token in new[0]:
-            streamer.put(np.asarray([token]))
-
-    return feed
 
 
 def _weights_in(value: Any) -> int:

@@ -1,36 +1,44 @@
-"""`fastjax export`: an adapter merged into its base model."""
+"""`fastjax export` and `fastjax merge`: models and adapters for other tools."""
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
 
 from fastjax.cli_flags import Call, parsed
-from fastjax.config import DType
+from fastjax.config import BasePrecision, DType, ExportFormat, GGUFKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ExportArgs:
-    """Merges an adapter into its base model and writes a Hugging Face folder.
+    """Writes a model, with its adapter merged, for another tool.
 
     Attributes:
-      model: Folder of the adapter.
+      model: Folder of an adapter or model, preset name or hub name.
       output_dir: Folder that is made.
+      format: hf: a Hugging Face folder; bnb-4bit: the same with linears in NF4 of
+        bitsandbytes, for transformers and vLLM; gguf: for llama.cpp and Ollama;
+        gguf-lora: the adapter alone for these.
       base_precision: Merge onto the original 16-bit weights, or onto the 4-bit ones
         as they were in training.
-      dtype: Of the written weights.
+      dtype: Of the weights in a Hugging Face folder.
+      gguf_type: Of the matrices in a GGUF file; types with a k, and iq4, need
+        llama.cpp's `llama-quantize`.
+      compare_logits: Load source and result afterwards and compare their logits.
       overwrite: Replace the folder if it exists.
     """
 
     model: str
     output_dir: str
-    base_precision: Literal["original", "dequantised"] = "original"
+    format: ExportFormat = "hf"
+    base_precision: BasePrecision = "original"
     dtype: DType = "bfloat16"
+    gguf_type: GGUFKind = "q8_0"
+    compare_logits: bool = True
     overwrite: bool = False
 
 
 def run(call: Call) -> None:
-    """Merges, checks the merged folder, and prints what it found."""
+    """Writes the folder, checks it, and prints what it found."""
     args = parsed(ExportArgs, call)
     from fastjax import runtime
 
@@ -40,8 +48,11 @@ def run(call: Call) -> None:
     for line in run_export(
         args.model,
         Path(args.output_dir),
+        output_format=args.format,
         base_precision=args.base_precision,
         dtype=args.dtype,
+        gguf_type=args.gguf_type,
+        compare_logits=args.compare_logits,
         overwrite=args.overwrite,
     ):
         sys.stdout.write(line + "\n")

@@ -1,0 +1,108 @@
+"""Models and adapters for other tools: merged, packed, or in llama.cpp's format."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fastjax import runtime
+from fastjax.api.finding import FoundModel, find_model
+from fastjax.api.gguf_folder import write_gguf_adapter_folder, write_gguf_folder
+from fastjax.api.loading import load_model
+from fastjax.api.merging import Merge
+from fastjax.config import BasePrecision, DType, ExportFormat, GGUFKind, QuantConfig
+from fastjax.errors import ConfigError
+
+
+def run_export(
+    name: str,
+    folder: Path,
+    *,
+    output_format: ExportFormat = "hf",
+    base_precision: BasePrecision = "original",
+    dtype: DType = "bfloat16",
+    gguf_type: GGUFKind = "q8_0",
+    compare_logits: bool = True,
+    overwrite: bool = False,
+) -> Iterator[str]:
+    """Writes a model or adapter for another tool, and yields lines for people.
+
+    The weights stream from disk to disk. Afterwards the logits of a Hugging Face folder
+    are compared with those of base and adapter; that loads one, then the other.
+
+    Args:
+      name: Preset, folder or hub name of a model, or folder of an adapter.
+      folder: Made, whole or not at all.
+      output_format: "hf" is a folder of 16 or 32 bits; "bnb-4bit" the same with linears
+        in NF4; "gguf" one file for llama.cpp; "gguf-lora" the adapter alone for it.
+      base_precision: Merge onto the weights of the base, or onto its 4-bit ones.
+      dtype: Of the weights in a Hugging Face folder.
+      gguf_type: Of the matrices in a GGUF file.
+      compare_logits: False leaves out the comparison.
+      overwrite: Replace an existing folder.
+
+    Raises:
+      FastJaxError: The model cannot be read, or the folder not be written; says why.
+    """
+    runtime.configure()
+    found = find_model(name)
+    merge = Merge.of(found)
+    if output_format == "gguf-lora":
+        if found.adapter is None:
+            raise ConfigError(
+                "format=gguf-lora needs an adapter", fix="give the adapter's folder"
+            )
+        yield from write_gguf_adapter_folder(folder, merge, overwrite=overwrite)
+        yield f"adapter for llama.cpp and Ollama: {folder}"
+        return
+    if output_format == "gguf":
+        weights = merge.weights(base_precision, dtype)
+        yield from write_gguf_folder(
+            folder, merge, weights, kind=gguf_type, overwrite=overwrite
+        )
+        yield f"{_told(found, base_precision)}{gguf_type} for llama.cpp: {folder}"
+        return
+    merge.write_folder(
+        folder,
+        base_precision=base_precision,
+        dtype=dtype,
+        is_4bit=output_format == "bnb-4bit",
+        overwrite=overwrite,
+    )
+    yield f"{_told(found, base_precision)}{output_format}, {dtype}: {folder}"
+    if compare_logits:
+        yield _comparison(name, folder, base_precision=base_precision, dtype=dtype)
+
+
+def _told(found: FoundModel, base_precision: BasePrecision) -> str:
+    return "" if found.adapter is None else f"merged onto {base_precision} weights, "
+
+
+def _comparison(
+    name: str, folder: Path, *, base_precision: BasePrecision, dtype: DType
+) -> str:
+    """Returns how the logits of a written folder differ from those of its source."""
+    quant = QuantConfig(load_in_4bit=base_precision == "dequantised")
+    expected = _probe_logits(name, dtype, quant)
+    actual = _probe_logits(str(folder), dtype, QuantConfig(load_in_4bit=False))
+    difference = np.max(np.abs(actual - expected))
+    agreement = np.mean(np.argmax(actual, -1) == np.argmax(expected, -1))
+    return (
+        f"written against source on {expected.shape[1]} tokens: largest logit "
+        f"difference {float(difference):.3g} of {float(np.ptp(expected)):.3g}, same "
+        f"likeliest token {float(agreement):.1%}"
+    )
+
+
+def _probe_logits(
+    name: str, dtype: DType, quant: QuantConfig
+) -> Float[np.ndarray, "B T V"]:
+    """Returns logits of a row that touches the whole vocabulary; drops the model."""
+    model = load_model(name, dtype=dtype, quant=quant)
+    return np.asarray(model.logits(_probe_ids(model.config.vocab_size)))
+
+
+def _probe_ids(vocab_size: int) -> Int[np.ndarray, "B T"]:
+    count = min(64, vocab_size)
+    return np.linspace(0, vocab_size - 1, count).astype(np.int32)[None]

@@ -1,0 +1,109 @@
+"""From a name to folders: presets, folders, hub names, adapters and their bases."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conversions.hf import resolve
+from conversions.peft import read_adapter_config
+from fastjax.api.random_checkpoint import random_checkpoint_of
+from fastjax.errors import ModelError, printable
+from fastjax.models.registry import PRESETS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ADAPTER_CONFIG = "adapter_config.json"
+# What transformers raises for files that are not what they should be.
+_BROKEN_FILES = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FoundModel:
+    """Where a model lies.
+
+    Attributes:
+      name: Hub name or folder of the base model, as adapters record it.
+      folder: Local folder of the base model.
+      adapter: Folder of the adapter on it; None without one.
+    """
+
+    name: str
+    folder: Path
+    adapter: Path | None
+
+    @property
+    def tokenizer_folders(self) -> tuple[Path, ...]:
+        """Folders that may hold the tokenizer, the preferred one first."""
+        return (self.folder,) if self.adapter is None else (self.adapter, self.folder)
+
+
+def find_model(name: str, *, revision: str = "main") -> FoundModel:
+    """Returns where the model of a preset, folder or hub name lies.
+
+    Raises:
+      FastJaxError: It cannot be found; says why.
+    """
+    folder, source_name = _folder(name, revision)
+    adapter = folder if (folder / _ADAPTER_CONFIG).is_file() else None
+    if adapter is not None:
+        folder, source_name = _base_of(adapter)
+    return FoundModel(name=source_name, folder=folder, adapter=adapter)
+
+
+def load_tokenizer(*folders: Path) -> "PreTrainedTokenizerBase | None":
+    """Returns the tokenizer of the first folder that has one.
+
+    Raises:
+      ModelError: Its files cannot be read.
+    """
+    # Late, so that `runtime.configure` comes first: transformers reads its settings.
+    from transformers import AutoTokenizer
+
+    for folder in folders:
+        if not (folder / "tokenizer_config.json").is_file():
+            continue
+        try:
+            # Said aloud: without it transformers asks whether to run the folder's code.
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (*_BROKEN_FILES, ImportError) as error:
+            raise ModelError(
+                f"the tokenizer cannot be read: {printable(error)}",
+                where=str(folder),
+                fix="download tokenizer.json and tokenizer_config.json again",
+            ) from error
+    return None
+
+
+def _folder(name: str, revision: str) -> tuple[Path, str]:
+    """Returns the local folder of a name, and the name that adapters record."""
+    found = PRESETS.get(name.lower())
+    if found is None and "/" not in name and not Path(name).exists():
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=3)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise ModelError(
+            f"{printable(name)} is neither a preset nor a folder",
+            fix=f"{hint}`fastjax models` lists the presets; a name of the hub has an "
+            "owner, as in Qwen/Qwen2.5-0.5B",
+        )
+    if found is None or Path(name).is_dir():
+        folder = resolve(name, revision=revision, known_names=PRESETS)
+        return folder, str(folder.resolve()) if Path(name).is_dir() else name
+    if found.hub_id is None:
+        folder = random_checkpoint_of(name.lower())
+        return folder, str(folder)
+    return resolve(found.hub_id, revision=revision), found.hub_id
+
+
+def _base_of(adapter: Path) -> tuple[Path, str]:
+    """Returns folder and recorded name of the base model of an adapter folder."""
+    recorded = read_adapter_config(adapter)
+    name = recorded.base_model_name_or_path
+    if not name:
+        raise ModelError(
+            "the adapter does not say which base model it belongs to",
+            where=str(adapter / _ADAPTER_CONFIG),
+            fix="add base_model_name_or_path to that file",
+        )
+    return _folder(name, recorded.revision or "main")[0], name

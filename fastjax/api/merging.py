@@ -1,0 +1,121 @@
+"""A base model with an adapter merged onto it, as a stream of weights."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from jaxtyping import Array
+
+from conversions.hf import (
+    Checkpoint,
+    read_config,
+    save_model,
+    stored_formats,
+    stream_weights,
+)
+from conversions.peft import read_adapter
+from fastjax.api.finding import FoundModel
+from fastjax.config import BasePrecision, DType, QuantConfig
+from fastjax.lora import adapted_spec, merged_weights
+from fastjax.models.build import DecoderSpec, flat_weights, linear_names
+from fastjax.nn.decoder import Decoder
+from fastjax.nn.linear import PackedFormat
+from fastjax.quantize import dense_weights, packed_weights
+from kernels.nf4 import NF4Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Merge:
+    """A base model and what is merged onto it; one weight is in memory at a time.
+
+    Attributes:
+      name: Of the base model, as adapters record it.
+      folder: Of the base model: config, weights, tokenizer.
+      spec: Structure of the adapted decoder.
+      adapter: Trained arrays by canonical name; none without an adapter.
+      decoder: Holds the weights when the model is in memory.
+    """
+
+    name: str
+    folder: Path
+    spec: DecoderSpec
+    adapter: Mapping[str, Array]
+    decoder: Decoder | None = None
+
+    @classmethod
+    def of(cls, found: FoundModel) -> "Merge":
+        """Returns the merge of a model or adapter folder; reads only the adapter.
+
+        Raises:
+          ModelError: Config or adapter cannot be read.
+        """
+        spec = DecoderSpec(config=read_config(found.folder))
+        adapter: Mapping[str, Array] = {}
+        if found.adapter is not None:
+            read = read_adapter(found.adapter, spec.config)
+            spec, adapter = adapted_spec(spec, read.lora), read.weights
+        return cls(name=found.name, folder=found.folder, spec=spec, adapter=adapter)
+
+    def weights(
+        self, base_precision: BasePrecision, dtype: DType
+    ) -> Iterator[tuple[str, Array]]:
+        """Yields canonical names and dense arrays; what was merged is float32.
+
+        Args:
+          base_precision: The weights of the folder, or these quantised from `dtype`
+            and dequantised, as training saw them.
+          dtype: Of activations in training.
+        """
+        return dense_weights(self._merged(base_precision, dtype))
+
+    def write_folder(
+        self,
+        folder: Path,
+        *,
+        base_precision: BasePrecision,
+        dtype: DType,
+        is_4bit: bool,
+        overwrite: bool,
+    ) -> None:
+        """Writes a Hugging Face folder of `dtype`, its linears in 4 bits if wanted.
+
+        A base that is 4-bit already keeps its formats, and every bit of the linears
+        that have no adapter.
+        """
+        weights = self._merged(base_precision, dtype)
+        packed = self._formats(dtype) if is_4bit else {}
+        save_model(
+            folder,
+            packed_weights(weights, packed) if is_4bit else dense_weights(weights),
+            self.spec.config,
+            source=self.folder,
+            dtype=dtype,
+            packed=packed,
+            overwrite=overwrite,
+        )
+
+    def _merged(
+        self, base_precision: BasePrecision, dtype: DType
+    ) -> Iterator[tuple[str, Array | NF4Array]]:
+        return merged_weights(
+            self._base(base_precision, dtype), self.adapter, self.spec
+        )
+
+    def _base(
+        self, base_precision: BasePrecision, dtype: DType
+    ) -> Iterator[tuple[str, Array | NF4Array]]:
+        is_held = self.spec.trains_weights or base_precision == "dequantised"
+        if self.decoder is not None and is_held:
+            return flat_weights(self.decoder, self.spec)
+        checkpoint, config = Checkpoint(self.folder), self.spec.config
+        if base_precision == "dequantised":
+            return stream_weights(checkpoint, config, dtype=dtype, quant=QuantConfig())
+        return stream_weights(checkpoint, config, dtype="float32")
+
+    def _formats(self, dtype: DType) -> dict[str, PackedFormat]:
+        """Returns the 4-bit format of each linear that is to have one."""
+        config = self.spec.config
+        stored = {}
+        if not self.spec.trains_weights:
+            stored = stored_formats(Checkpoint(self.folder), config)
+        return stored or dict.fromkeys(linear_names(config), PackedFormat(dtype=dtype))

@@ -1,0 +1,96 @@
+"""Exports: every format from an adapter, without loading the model to write it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conversions.hf import Checkpoint
+from fastjax.api import FastLanguageModel, load_model, run_export
+from fastjax.config import QuantConfig
+from fastjax.errors import ConfigError, ModelError, StorageError
+
+DENSE = QuantConfig(load_in_4bit=False)
+
+
+@pytest.fixture(scope="module")
+def adapter(small_model: Path, fixtures: Path, tmp_path_factory) -> Path:
+    """PEFT's own adapter on the small model."""
+    folder = tmp_path_factory.mktemp("adapter") / "lora"
+    shutil.copytree(fixtures / "peft_lora_default", folder)
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"base_model_name_or_path": str(small_model)}))
+    return folder
+
+
+def test_a_merge_is_the_adapter_and_says_so(adapter: Path, tmp_path: Path) -> None:
+    lines = list(run_export(str(adapter), tmp_path / "out", dtype="float32"))
+    assert lines[0].startswith("merged onto original weights, hf, float32")
+    assert "same likeliest token 100.0%" in lines[1]
+    expected = np.arange(20)[None]
+    merged = load_model(str(tmp_path / "out"), dtype="float32", quant=DENSE)
+    source = load_model(str(adapter), dtype="float32", quant=DENSE)
+    np.testing.assert_allclose(
+        merged.logits(expected), source.logits(expected), atol=1e-5
+    )
+
+
+def test_the_merge_streams(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No decoder is built: weights go from file to file."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("fastjax.api.export.load_model", fail)
+    monkeypatch.setattr("fastjax.models.build.build_decoder", fail)
+    for output_format in ("hf", "bnb-4bit", "gguf", "gguf-lora"):
+        target = tmp_path / output_format
+        list(
+            run_export(
+                str(adapter),
+                target,
+                output_format=output_format,
+                compare_logits=False,
+            )
+        )
+        assert target.is_dir()
+    assert sorted(p.name for p in (tmp_path / "gguf").iterdir()) == [
+        "Modelfile",
+        "model.gguf",
+    ]
+    assert "<|start_header_id|>" in (tmp_path / "gguf" / "Modelfile").read_text()
+    names = Checkpoint(tmp_path / "bnb-4bit").tensors
+    assert sum(".quant_state." in name for name in names) == 14
+
+
+def test_a_model_in_memory_is_written_in_4_bits_and_as_gguf(
+    adapter: Path, tmp_path: Path
+) -> None:
+    model, _ = FastLanguageModel.from_pretrained(str(adapter), 64, "float32")
+    folder = model.save_pretrained_merged(tmp_path / "a", save_method="merged_4bit")
+    reloaded = load_model(str(folder), dtype="float32")
+    assert len(reloaded.spec.packed) == 14
+    file = model.save_pretrained_gguf(tmp_path / "b", quantization_method="f16")
+    assert (file / "model.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_exports_refuse_what_cannot_be(
+    small_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="needs an adapter"):
+        list(run_export(str(small_model), tmp_path / "a", output_format="gguf-lora"))
+    (tmp_path / "b").mkdir()
+    for output_format in ("hf", "gguf", "gguf-lora"):
+        with pytest.raises(StorageError, match="exists"):
+            list(run_export(str(adapter), tmp_path / "b", output_format=output_format))
+    bare = tmp_path / "bare"
+    shutil.copytree(small_model, bare)
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        list(run_export(str(bare), tmp_path / "c", output_format="gguf"))
+    assert not (tmp_path / "c").exists()
