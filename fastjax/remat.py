@@ -13,9 +13,9 @@ and 8 key heads of 128):
 `x @ lora_a`, 2 R bytes a token and linear, is kept by the first two as well. No
 policy ever keeps a dequantised weight: the matmul's own VJP keeps the packed one.
 
-"offload" also holds the attention's output, its statistics and the residual after it
-in host memory, 25 KB a token and layer: the copies run beside the kernels, and neither
-the attention nor its output projection is computed again.
+"offload" also holds the residual after the attention in host memory, and, where the
+implementation names them ("xla"), the attention's output and statistics: 25 KB a token
+and layer. cuDNN's attention has no names for what it saves and is computed again.
 """
 
 import dataclasses
