@@ -8,6 +8,8 @@ from typing import Any
 from fastjax import runtime
 from fastjax.api.benchmark_report import device_bytes, environment, gib, write_json
 from fastjax.api.random_step import RandomStep, StepArgs
+from fastjax.api.roofline import roofline_share
+from fastjax.models.registry import preset
 
 _WARM_UP_STEPS = 3
 
@@ -43,6 +45,9 @@ def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         **dataclasses.asdict(args),
         "tokens_per_second": args.batch * args.seq / median,
         "step_milliseconds": median * 1e3,
+        "share_of_h200_roofline": roofline_share(
+            preset(args.model).config, batch=args.batch, seq=args.seq, seconds=median
+        ),
         "peak_gib": gib(device_bytes("peak_bytes_in_use")),
         "resident_gib": gib(resident),
         "temp_gib": None if memory is None else gib(memory.temp_bytes),
