@@ -5,11 +5,13 @@ With g = dout * (offset + weight) and r = 1 / sqrt(mean(x²) + eps),
     dx = r g - x r³ mean(g x) + dtotal,    dweight = sum over rows of dout x r.
 
 The two means do not wait for one another. Without dweight a block takes one row. With
-it, `_BLOCKS` blocks take every `_BLOCKS`-th row each, add up in shared memory (each
-thread its own features, so no barrier) and write a float32 partial sum; XLA adds those.
+it, as many blocks as run at a time take turns with the rows, add up in shared memory
+(each thread its own features, so no barrier) and write a float32 partial sum; XLA adds
+those. One more block than fits would wait for the others and double the time.
 
 Bytes a token: 6 D, 8 D with dtotal (bf16). Budget at D 4096: 2 KiB shared memory, 18
-with dweight; no pipeline; 80 registers a thread, 103 with dtotal, 126 with dweight.
+with dweight; no pipeline; 80 registers a thread, 103 with dtotal, with dweight 126 and
+156.
 """
 
 from typing import Any
@@ -25,7 +27,8 @@ from . import rows
 KERNEL_NAME = "rms_norm_dx"
 WEIGHT_KERNEL_NAME = "rms_norm_dx_dweight"
 
-_BLOCKS = 528  # four on each of the H200's 132 processors fit at D 4096
+_PROCESSORS = 132  # of an H200
+_REGISTERS = 512  # of a processor for each thread of a block
 
 
 def gradients(
@@ -69,7 +72,7 @@ def _with_dweight(
     weight: Array, flat: list[Array], like_x: Any, *, eps: float, offset: float
 ) -> tuple[Array, Array]:
     count, features = like_x.shape
-    blocks = min(count, _BLOCKS)
+    blocks = min(count, _PROCESSORS * _blocks_of_processor(features, len(flat)))
 
     def body(weight_gmem, *refs):
         *arrays_gmem, partial_gmem, sum_smem = refs
@@ -96,6 +99,16 @@ def _with_dweight(
         compiler_params=plgpu.CompilerParams(),
     )(weight, *flat)
     return dx, partial_sums.sum(axis=0)
+
+
+def _blocks_of_processor(features: int, inputs: int) -> int:
+    """Returns how many blocks with dweight the registers of a processor hold.
+
+    The compiler takes about 30 registers, 3 for each feature of a thread and half a
+    one more with dtotal.
+    """
+    registers = 30 + (3.5 if inputs == 3 else 3) * (features / 128)
+    return min(8, int(_REGISTERS / registers))
 
 
 def _one_row(row, weight_gmem, arrays_gmem, *, eps: float, offset: float):

@@ -96,13 +96,22 @@ def test_kernels_match_in_the_interpreter(function, case, dtype):
 
 
 def test_blocks_that_take_several_rows_add_them_up(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu_vjp, "_BLOCKS", 2)
+    monkeypatch.setattr(mosaic_gpu_vjp, "_PROCESSORS", 2)
+    monkeypatch.setattr(mosaic_gpu_vjp, "_blocks_of_processor", lambda *_: 1)
     case = RMSNormCase(name="", leading=(5,), features=256)
     with interpreted():
         actual = norm_and_gradients(case, case.arrays(jnp.float32), "mosaic_gpu")
     expected = norm_and_gradients(case, case.arrays(jnp.float32), "reference")
     for got, want in zip(actual, expected, strict=True):
         assert relative_error(got, want) < tolerance(jnp.float32, terms=2)
+
+
+@pytest.mark.parametrize(
+    ("features", "inputs", "expected"),
+    [(896, 2, 8), (2048, 3, 5), (4096, 2, 4), (4096, 3, 3), (8192, 2, 2), (8192, 3, 2)],
+)
+def test_the_blocks_that_were_the_fastest_on_an_h200(features, inputs, expected):
+    assert mosaic_gpu_vjp._blocks_of_processor(features, inputs) == expected
 
 
 @pytest.mark.gpu
