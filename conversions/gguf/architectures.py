@@ -7,9 +7,9 @@ import numpy as np
 
 from conversions.gguf.file import Value
 from fastjax.errors import ModelError
-from fastjax.models.build import DecoderSpec, abstract_decoder
 from fastjax.models.transformer_config import TransformerConfig
 
+_ROPES = ("default", "linear", "llama3")
 _NAMES = {
     "embed_tokens": "token_embd",
     "norm": "output_norm",
@@ -80,6 +80,12 @@ def architecture_of(config: TransformerConfig) -> Architecture:
             f"llama.cpp computes {config.family} with {found.hidden_act}, this model "
             f"has hidden_act={config.hidden_act}"
         )
+    if config.rope.kind not in _ROPES:
+        raise ModelError(
+            f"rope_type={config.rope.kind} is not written as GGUF",
+            fix=f"these are: {', '.join(_ROPES)}; for others write a merged folder and "
+            "use llama.cpp's own converter",
+        )
     return found
 
 
@@ -132,15 +138,15 @@ def model_metadata(config: TransformerConfig) -> dict[str, Value]:
 
 def rope_tensors(config: TransformerConfig) -> dict[str, np.ndarray]:
     """Returns what the wavelengths of single features are stretched by, if they are."""
-    if config.rope.kind != "llama3":
+    rope = config.rope
+    if rope.kind != "llama3":
         return {}
-    default = dataclasses.replace(config.rope, kind="default")
-    plain = _frequencies(dataclasses.replace(config, rope=default))
-    return {"rope_freqs.weight": plain / _frequencies(config)}
-
-
-def _frequencies(config: TransformerConfig) -> np.ndarray:
-    return abstract_decoder(DecoderSpec(config=config)).rotary.inverse_frequencies()
+    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+    turns = rope.original_max_position_embeddings / (2 * np.pi * rope.theta**exponents)
+    span = rope.high_freq_factor - rope.low_freq_factor
+    kept = np.clip((turns - rope.low_freq_factor) / span, 0, 1)
+    stretch = 1 / ((1 - kept) / rope.factor + kept)
+    return {"rope_freqs.weight": stretch.astype(np.float32)}
 
 
 def differences(config: TransformerConfig) -> list[str]:
