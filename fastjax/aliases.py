@@ -139,7 +139,6 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "logging_strategy": (("steps", None), "logging_steps counts steps"),
     "packing_strategy": (("bfd", None), "documents are packed by best fit"),
     "loss_type": (("nll", None), "the loss is cross-entropy"),
-    "neftune_noise_alpha": (_OFF, "noise on embeddings is not supported"),
     "label_smoothing_factor": (_OFF, "the loss is plain cross-entropy"),
     "lr_scheduler_kwargs": (_OFF, "the schedules take no options"),
     "optim_args": (_OFF, "the optimisers are set by the adam_* fields"),

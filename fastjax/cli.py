@@ -25,6 +25,7 @@ from fastjax.errors import (
 # Each is a module of fastjax.commands; `-` becomes `_`.
 _COMMANDS = {
     "train": "train adapters, or every weight, on a data file",
+    "check-data": "show what a data file holds and which of its tokens are trained",
     "eval": "measure the loss of a model or adapter on a data file",
     "generate": "answer prompts",
     "chat": "talk with a model or adapter, turn by turn",

@@ -17,7 +17,18 @@ Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr"
 ]
 Optimizer = Literal["adamw", "adafactor", "lion", "sgd"]
-DataFormat = Literal["auto", "text", "prompt_completion", "messages", "alpaca"]
+DataFormat = Literal[
+    "auto",
+    "text",
+    "prompt_completion",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "tokens",
+    "segments",
+]
+Overlong = Literal["truncate", "split", "drop", "error"]
+SpecialTokens = Literal["keep", "error"]
 TrainOn = Literal["auto", "assistant", "last", "completion", "all"]
 When = Literal["no", "steps", "epoch"]
 BasePrecision = Literal["original", "dequantised"]
@@ -118,7 +129,10 @@ class DataConfig:
     """Where rows come from and which of their tokens are trained.
 
     Attributes:
-      dataset_name: File, folder or hub name; None takes the embedded set.
+      dataset_name: File, glob, folder or hub name, or several with commas between;
+        None takes the embedded set.
+      dataset_weights: How often an epoch sees each row of each of several sources:
+        2 twice, 0.5 a half of them; none is once.
       eval_dataset_name: The same for evaluation; None evaluates on `val_set_size`.
       val_set_size: Rows held out: a count, or a share below 1; 0 holds out none.
       dataset_text_field: Column of the format "text".
@@ -129,11 +143,18 @@ class DataConfig:
       train_on: Tokens that carry loss; "auto" takes assistant turns, completions, or
         all of a plain text.
       chat_template_path: Jinja file or tokenizer folder; None takes the tokenizer's.
-      overlong: What happens to a row longer than `max_length`.
+      overlong: What happens to a row longer than `max_length`; None splits the format
+        "text" and truncates the others.
       skip_bad_rows: Broken rows that are tolerated and counted.
+      special_tokens_in_text: Control tokens inside messages are read as such, or their
+        rows are broken ones.
+      neftune_noise_alpha: Size of the noise on embeddings while training (2310.05914);
+        0 is none.
+      use_dataset_cache: Keep tokenised files of some size for the next run.
     """
 
     dataset_name: str | None = None
+    dataset_weights: tuple[Number, ...] = ()
     eval_dataset_name: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
@@ -145,8 +166,11 @@ class DataConfig:
     packing: bool | None = None
     train_on: TrainOn = "auto"
     chat_template_path: str | None = None
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    overlong: Overlong | None = None
     skip_bad_rows: int = 0
+    special_tokens_in_text: SpecialTokens = "keep"
+    neftune_noise_alpha: Number = 0.0
+    use_dataset_cache: bool = True
 
     def __post_init__(self) -> None:
         _keep_floats(self)
@@ -160,6 +184,15 @@ class DataConfig:
                 "a count of rows, or a share below 1",
             ),
             skip_bad_rows=(self.skip_bad_rows >= 0, "0 or more"),
+            dataset_weights=(
+                all(_is_positive(weight) for weight in self.dataset_weights),
+                "positive numbers",
+            ),
+            neftune_noise_alpha=(
+                math.isfinite(self.neftune_noise_alpha)
+                and self.neftune_noise_alpha >= 0,
+                "0 or more",
+            ),
         )
 
 

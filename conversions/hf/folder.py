@@ -26,11 +26,16 @@ ALLOWED = (
     "tokenizer.model",
     "merges.txt",
 )
+WEIGHTS = ("*.safetensors",)
 IGNORED = ("original/*", "onnx/*", "checkpoint-*/*")
 
 
 def resolve(
-    name_or_path: str, *, revision: str = "main", known_names: Iterable[str] = ()
+    name_or_path: str,
+    *,
+    revision: str = "main",
+    known_names: Iterable[str] = (),
+    with_weights: bool = True,
 ) -> Path:
     """Returns the local folder of a model, downloading it if it is a hub name.
 
@@ -40,6 +45,7 @@ def resolve(
       name_or_path: Folder, or hub name such as "Qwen/Qwen2.5-0.5B".
       revision: Branch, tag or commit on the hub.
       known_names: Names to suggest when there is no such model.
+      with_weights: False downloads configuration and tokenizer alone.
 
     Raises:
       ModelError: There is no such folder, model or revision.
@@ -61,7 +67,7 @@ def resolve(
                 name_or_path,
                 revision=revision,
                 allow_patterns=list(ALLOWED),
-                ignore_patterns=list(IGNORED),
+                ignore_patterns=[*IGNORED, *([] if with_weights else WEIGHTS)],
             )
         )
     except HFValidationError as error:

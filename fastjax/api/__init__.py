@@ -3,6 +3,8 @@
 from fastjax.api.arguments import SFTConfig as SFTConfig
 from fastjax.api.arguments import TrainingArguments as TrainingArguments
 from fastjax.api.chat import Conversation as Conversation
+from fastjax.api.data_check import DataCheck as DataCheck
+from fastjax.api.data_check import check_data as check_data
 from fastjax.api.export import run_export as run_export
 from fastjax.api.fast_language_model import FastLanguageModel as FastLanguageModel
 from fastjax.api.fast_language_model import (

@@ -39,16 +39,20 @@ class FoundModel:
         return (self.folder,) if self.adapter is None else (self.adapter, self.folder)
 
 
-def find_model(name: str, *, revision: str = "main") -> FoundModel:
+def find_model(
+    name: str, *, revision: str = "main", with_weights: bool = True
+) -> FoundModel:
     """Returns where the model of a preset, folder or hub name lies.
+
+    Without weights only configuration and tokenizer of a hub model are downloaded.
 
     Raises:
       FastJaxError: It cannot be found; says why.
     """
-    folder, source_name = _folder(name, revision)
+    folder, source_name = _folder(name, revision, with_weights=with_weights)
     adapter = folder if (folder / _ADAPTER_CONFIG).is_file() else None
     if adapter is not None:
-        folder, source_name = _base_of(adapter)
+        folder, source_name = _base_of(adapter, with_weights=with_weights)
     return FoundModel(name=source_name, folder=folder, adapter=adapter)
 
 
@@ -76,7 +80,7 @@ def load_tokenizer(*folders: Path) -> "PreTrainedTokenizerBase | None":
     return None
 
 
-def _folder(name: str, revision: str) -> tuple[Path, str]:
+def _folder(name: str, revision: str, *, with_weights: bool) -> tuple[Path, str]:
     """Returns the local folder of a name, and the name that adapters record."""
     found = PRESETS.get(name.lower())
     if found is None and "/" not in name and not Path(name).exists():
@@ -88,15 +92,18 @@ def _folder(name: str, revision: str) -> tuple[Path, str]:
             "owner, as in Qwen/Qwen2.5-0.5B",
         )
     if found is None or Path(name).is_dir():
-        folder = resolve(name, revision=revision, known_names=PRESETS)
+        folder = resolve(
+            name, revision=revision, known_names=PRESETS, with_weights=with_weights
+        )
         return folder, str(folder.resolve()) if Path(name).is_dir() else name
     if found.hub_id is None:
         folder = random_checkpoint_of(name.lower())
         return folder, str(folder)
-    return resolve(found.hub_id, revision=revision), found.hub_id
+    folder = resolve(found.hub_id, revision=revision, with_weights=with_weights)
+    return folder, found.hub_id
 
 
-def _base_of(adapter: Path) -> tuple[Path, str]:
+def _base_of(adapter: Path, *, with_weights: bool) -> tuple[Path, str]:
     """Returns folder and recorded name of the base model of an adapter folder."""
     recorded = read_adapter_config(adapter)
     name = recorded.base_model_name_or_path
@@ -106,4 +113,5 @@ def _base_of(adapter: Path) -> tuple[Path, str]:
             where=str(adapter / _ADAPTER_CONFIG),
             fix="add base_model_name_or_path to that file",
         )
-    return _folder(name, recorded.revision or "main")[0], name
+    revision = recorded.revision or "main"
+    return _folder(name, revision, with_weights=with_weights)[0], name

@@ -1,6 +1,7 @@
 """From a name to a `LanguageModel`: presets, folders, hub names and adapter folders."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -11,8 +12,13 @@ from fastjax import runtime
 from fastjax.api.finding import find_model, load_tokenizer
 from fastjax.api.language_model import LanguageModel, ModelSource
 from fastjax.config import DType, Implementations, LoRAConfig, QuantConfig
+from fastjax.errors import ModelError
 from fastjax.models.build import DecoderSpec, build_decoder
+from fastjax.models.transformer_config import TransformerConfig
 from fastjax.quantize import packed_formats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def load_model(
@@ -65,6 +71,30 @@ def load_model(
     if adapter is not None:
         _put_adapter(model, adapter)
     return model
+
+
+def load_text_side(
+    name: str, *, revision: str = "main"
+) -> tuple["PreTrainedTokenizerBase", TransformerConfig]:
+    """Returns the tokenizer and the sizes of a model; no weight is read.
+
+    Args:
+      name: Preset name, folder or hub name.
+      revision: Branch, tag or commit of a hub model.
+
+    Raises:
+      FastJaxError: The model cannot be found or read, or has no tokenizer; says why.
+    """
+    runtime.configure()
+    found = find_model(name, revision=revision, with_weights=False)
+    tokenizer = load_tokenizer(*found.tokenizer_folders)
+    if tokenizer is None:
+        raise ModelError(
+            "the model folder has no tokenizer",
+            where=str(found.folder),
+            fix="copy tokenizer.json and tokenizer_config.json of the model there",
+        )
+    return tokenizer, read_config(found.folder)
 
 
 def add_adapter(model: LanguageModel, lora: LoRAConfig, *, seed: int) -> None:

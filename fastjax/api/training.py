@@ -17,10 +17,17 @@ from conversions.hf import folder_fingerprint
 from fastjax import runtime
 from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import LanguageModel
-from fastjax.api.loading import add_adapter, load_model
+from fastjax.api.loading import add_adapter, load_model, load_text_side
 from fastjax.config import LoRAConfig, TrainConfig
 from fastjax.config_file import config_yaml
-from fastjax.data import Loader, ResponseMarkers, Source, TrainingData, load_data
+from fastjax.data import (
+    Documents,
+    Loader,
+    ResponseMarkers,
+    Source,
+    TrainingData,
+    load_data,
+)
 from fastjax.errors import ConfigError, ModelError
 from fastjax.flat_config import flat_values
 from fastjax.train import Job, TrainResult, evaluate, files, make_eval_step, run
@@ -56,10 +63,19 @@ def run_training(
     folder = Path(config.output_dir or default_output_dir(config))
     config = dataclasses.replace(config, output_dir=str(folder))
     _require_writable(folder, console)
+    # Before any weight is read, so that a broken file shows in seconds.
+    tokenizer, sizes = load_text_side(config.model, revision=config.model_revision)
+    _say(console, "reading the data")
+    data = load_data(
+        config.data,
+        tokenizer,
+        seed=_data_seed(config),
+        vocab_size=sizes.vocab_size,
+    )
     _say(console, f"loading {config.model}")
     model = load_for_training(config)
+    model.tokenizer = tokenizer
     config = _with_adapter_of(model, config, console)
-    data = prepare_data(config, model)
     result = train(model, config, data, console=console, resume_command=resume_command)
     if not (result.was_finished and (folder / "config.yaml").exists()):
         with files.storage_errors("write config.yaml", folder):
@@ -208,20 +224,20 @@ def evaluate_model(
 
 def train_loader(config: TrainConfig, data: TrainingData) -> Loader:
     """Returns the shuffled batches of the training documents."""
-    return _loader(config, data, data.train, for_training=True)
+    return data_loader(config, data, data.train, for_training=True)
 
 
 def eval_loader(config: TrainConfig, data: TrainingData) -> Loader | None:
     """Returns the ordered batches of the evaluation documents, None without any."""
     if not data.evaluation or config.eval_strategy == "no":
         return None
-    return _loader(config, data, data.evaluation, for_training=False)
+    return data_loader(config, data, data.evaluation, for_training=False)
 
 
 def evaluation_loader(config: TrainConfig, data: TrainingData) -> Loader:
     """Returns ordered batches of the evaluation documents, or of all when none are."""
     documents = data.evaluation or data.train
-    return _loader(config, data, documents, for_training=False)
+    return data_loader(config, data, documents, for_training=False)
 
 
 def default_output_dir(config: TrainConfig) -> str:
@@ -283,9 +299,10 @@ def _in_steps(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
     return dataclasses.replace(config, **changes) if changes else config
 
 
-def _loader(
-    config: TrainConfig, data: TrainingData, documents: list, *, for_training: bool
+def data_loader(
+    config: TrainConfig, data: TrainingData, documents: Documents, *, for_training: bool
 ) -> Loader:
+    """Returns batches of documents: shuffled for training, in order for evaluation."""
     batch_size = config.per_device_eval_batch_size
     if for_training:
         batch_size = config.per_device_train_batch_size

@@ -22,7 +22,23 @@ class BadRows:
         Raises:
           DataError: The budget is spent.
         """
-        error = DataError(what, where=where, fix=fix, code="FJ-DATA-ROW")
+        self.take(DataError(what, where=where, fix=fix, code="FJ-DATA-ROW"))
+
+    def take(self, error: DataError) -> None:
+        """Counts one broken row by its error.
+
+        Raises:
+          DataError: The budget is spent.
+        """
         if len(self.errors) >= self.allowed:
             raise error
         self.errors.append(error)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One sentence that counts the tolerated rows, or none."""
+        if not self.errors:
+            return ()
+        first, count = self.errors[0], len(self.errors)
+        place = f" ({first.where})" if first.where else ""
+        return (f"{count} broken rows left out, first: {first.what}{place}",)

@@ -1,6 +1,7 @@
 """Renders conversations with a Jinja chat template and finds the assistant's words."""
 
 import dataclasses
+import datetime
 import json
 import re
 from pathlib import Path
@@ -25,7 +26,24 @@ LAST_TURN_NOTE = (
 _GENERATION_TAG = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
 # Templates that print today's date would change the data from one day to the next;
 # this is the date that Llama 3 templates print where there is no clock.
-_FIXED_DATE = "26 Jul 2024"
+_FIXED_TIME = datetime.datetime(2024, 7, 26)
+_FIXED_DATE = _FIXED_TIME.strftime("%d %b %Y")
+_CLOCK = "strftime_now"
+_DIRECTIVES = (
+    "%A",
+    "%a",
+    "%B",
+    "%b",
+    "%d",
+    "%-d",
+    "%H",
+    "%j",
+    "%M",
+    "%m",
+    "%S",
+    "%Y",
+    "%y",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +86,13 @@ class ChatTemplate:
     ) -> None:
         source = template_source(path) if path else _own_source(tokenizer)
         self.source: str = source
+        self._rendered_source = _without_clock(source)
         self.is_marked = bool(_GENERATION_TAG.search(source))
         names = tokenizer.special_tokens_map.items()
         self._special_tokens = {k: v for k, v in names if isinstance(v, str)}
         self._control_tokens = tuple(control_tokens(tokenizer).values())
         where = path or printable(tokenizer.name_or_path)
-        check_template(source, self._special_tokens, where=where)
+        check_template(self._rendered_source, self._special_tokens, where=where)
 
     def render(
         self, conversation: Conversation, *, add_generation_prompt: bool = False
@@ -124,7 +143,10 @@ class ChatTemplate:
         messages = conversation.messages
         try:
             before, _ = self._text(conversation, messages[:turn], waits=True)
-            after, _ = self._text(conversation, messages[: turn + 1])
+            is_last = turn + 1 == len(messages)
+            after = (
+                text if is_last else self._text(conversation, messages[: turn + 1])[0]
+            )
         except DataError:  # Some templates refuse a part of what they take whole.
             return None
         if not (after.startswith(before) and text.startswith(after)):
@@ -150,7 +172,7 @@ class ChatTemplate:
             texts, marks = render_jinja_template(
                 [list(messages)],
                 tools=list(conversation.tools) or None,
-                chat_template=self.source,
+                chat_template=self._rendered_source,
                 return_assistant_tokens_mask=marked and self.is_marked,
                 add_generation_prompt=waits,
                 **variables,
@@ -167,6 +189,22 @@ class ChatTemplate:
             raise DataError(what, where=conversation.where)
         spans = marks[0] if marks else []
         return texts[0], [(int(start), int(end)) for start, end in spans]
+
+
+def _without_clock(source: str) -> str:
+    """Returns a template whose `strftime_now` always prints the same day.
+
+    A macro of that name hides the function.
+    """
+    if _CLOCK not in source:
+        return source
+    prints = "".join(
+        f"|replace('{directive}', '{_FIXED_TIME.strftime(directive)}')"
+        for directive in _DIRECTIVES
+    )
+    macro = f"{{%- macro {_CLOCK}(format) -%}}{{{{ format{prints} }}}}"
+    # The newline after a block is dropped: the template still begins a line.
+    return f"{macro}{{%- endmacro %}}\n{source}"
 
 
 def template_source(path: str) -> str:

@@ -60,6 +60,34 @@ def conversation(
     )
 
 
+def sharegpt_messages(turns: object, system: object = None) -> list[dict[str, object]]:
+    """Returns the messages of a "conversations" column of from and value.
+
+    Turns that hold role and content already stay as they are. A function call is an
+    assistant turn whose value is the JSON of name and arguments.
+
+    Raises:
+      RowFault: A turn is not of this form.
+    """
+    messages: list[dict[str, object]] = []
+    if system:
+        messages.append({"role": "system", "content": system})
+    for i, turn in enumerate(_message_list(turns, "conversations")):
+        if "from" not in turn:
+            messages.append({str(key): value for key, value in turn.items()})
+            continue
+        speaker, value = turn["from"], turn.get("value")
+        kept = {key: turn[key] for key in ("train", "weight") if key in turn}
+        if speaker == "function_call":
+            call = _json_object(value, f"conversations[{i}].value")
+            message = {"role": "assistant", "tool_calls": [{"function": call}]}
+        else:
+            role = _OTHER_NAMES.get(str(speaker), speaker)
+            message = {"role": role, "content": value}
+        messages.append({**message, **kept})
+    return messages
+
+
 def says_nothing(example: Conversation) -> bool:
     """Tells whether every trained assistant turn is empty."""
     turns = [

@@ -11,10 +11,14 @@ class Text:
 
     Attributes:
       where: File and line, or row number, for messages.
+      is_start: Nothing of the same text comes before it.
+      is_end: Nothing of the same text comes after it.
     """
 
     text: str
     where: str = ""
+    is_start: bool = True
+    is_end: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,4 +49,21 @@ class Conversation:
     where: str = ""
 
 
-Example = Text | Completion | Conversation
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Segments:
+    """Pieces of a text that are trained or only read; nothing is added to them."""
+
+    pieces: tuple[tuple[str, bool], ...]
+    where: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """Tokens as they are, and which of them are trained."""
+
+    input_ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    where: str = ""
+
+
+Example = Text | Completion | Conversation | Segments | Tokens

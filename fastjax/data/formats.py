@@ -1,14 +1,20 @@
-"""Turns rows of columns into examples, in one of four formats."""
+"""Turns rows of columns into examples, in one of seven formats."""
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from fastjax.config import DataFormat
 from fastjax.data.bad_rows import BadRows
-from fastjax.data.conversation import RowFault, conversation, says_nothing, string
-from fastjax.data.examples import Completion, Example, Text
-from fastjax.data.json_rows import Row
+from fastjax.data.conversation import (
+    RowFault,
+    conversation,
+    says_nothing,
+    sharegpt_messages,
+    string,
+)
+from fastjax.data.examples import Completion, Example, Segments, Text, Tokens
+from fastjax.data.rows import Row
 from fastjax.errors import ConfigError, DataError, printable
 
 _ALPACA_WITH_INPUT = (
@@ -22,10 +28,8 @@ _ALPACA = (
 )
 # Columns of formats that other tools read and this one does not.
 _FOREIGN = {
-    "conversations": "sharegpt; write messages of role and content instead",
     "chosen": "preference pairs, which supervised fine-tuning does not use",
     "rejected": "preference pairs, which supervised fine-tuning does not use",
-    "input_ids": "tokens; give the text itself",
 }
 
 
@@ -74,7 +78,7 @@ class ExampleReader:
           DataError: The format is unknown, or a row breaks it and `bad_rows` is spent.
         """
         for row in rows:
-            renamed = Row(self._renamed(row), row.where)
+            renamed = row._replace(columns=self._renamed(row))
             if self._is_first:
                 self._start(renamed)
             try:
@@ -152,6 +156,19 @@ def formats(text_field: str = "text") -> dict[str, Format]:
             read=_read_completion,
         ),
         Format(
+            name="sharegpt",
+            required=("conversations",),
+            optional=("system", "tools"),
+            read=_read_sharegpt,
+        ),
+        Format(
+            name="tokens",
+            required=("input_ids",),
+            optional=("labels", "attention_mask"),
+            read=_read_tokens,
+        ),
+        Format(name="segments", required=("segments",), read=_read_segments),
+        Format(
             name="text",
             required=(text_field,),
             read=lambda row: _read_text(row, text_field),
@@ -159,7 +176,7 @@ def formats(text_field: str = "text") -> dict[str, Format]:
         Format(
             name="alpaca",
             required=("instruction", "output"),
-            optional=("input", "system"),
+            optional=("input", "system", "history"),
             read=_read_alpaca,
         ),
     )
@@ -177,16 +194,36 @@ def parsed_column_map(entries: tuple[str, ...]) -> dict[str, str]:
     return renames
 
 
-def alpaca_prompt(instruction: str, context: str = "", system: str = "") -> str:
-    """Returns the prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca)."""
+def alpaca_prompt(
+    instruction: str,
+    context: str = "",
+    system: str = "",
+    *,
+    history: Sequence[tuple[str, str]] = (),
+) -> str:
+    """Returns the prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca).
+
+    Args:
+      instruction: What is asked.
+      context: The input that comes with it.
+      system: Replaces the preamble.
+      history: Earlier questions and answers, which come between.
+    """
     preamble = system or (_ALPACA_WITH_INPUT if context else _ALPACA)
+    turns = [
+        f"### Instruction:\n{question}\n\n### Response:\n{answer}"
+        for question, answer in history
+    ]
     middle = f"\n\n### Input:\n{context}" if context else ""
-    return f"{preamble}\n\n### Instruction:\n{instruction}{middle}\n\n### Response:\n"
+    last = f"### Instruction:\n{instruction}{middle}\n\n### Response:\n"
+    return "\n\n".join([preamble, *turns, last])
 
 
 def _read_text(row: Row, field: str) -> Text | None:
     text = _optional_string(row.columns, field)
-    return Text(text=text, where=row.where) if text.strip() else None
+    if not text.strip():
+        return None
+    return Text(text=text, where=row.where, is_start=row.is_start, is_end=row.is_end)
 
 
 def _read_completion(row: Row) -> Example | None:
@@ -212,13 +249,83 @@ def _read_messages(row: Row) -> Example | None:
     return None if says_nothing(chat) else chat
 
 
+def _read_sharegpt(row: Row) -> Example | None:
+    turns = row.columns["conversations"]
+    if turns is None:
+        return None
+    messages = sharegpt_messages(turns, row.columns.get("system"))
+    chat = conversation(messages, row.columns.get("tools"), where=row.where)
+    return None if says_nothing(chat) else chat
+
+
 def _read_alpaca(row: Row) -> Completion | None:
     names = ("instruction", "input", "output", "system")
     columns = {name: _optional_string(row.columns, name) for name in names}
     if not columns["output"].strip() or not columns["instruction"].strip():
         return None
-    prompt = alpaca_prompt(columns["instruction"], columns["input"], columns["system"])
+    prompt = alpaca_prompt(
+        columns["instruction"],
+        columns["input"],
+        columns["system"],
+        history=_history(row.columns.get("history")),
+    )
     return Completion(prompt=prompt, completion=columns["output"], where=row.where)
+
+
+def _history(value: object) -> list[tuple[str, str]]:
+    pairs = [] if value is None else _list(value, "history")
+    turns = []
+    for i, pair in enumerate(pairs):
+        texts = _list(pair, f"history[{i}]")
+        if len(texts) != 2:
+            raise RowFault(f"history[{i}] must be a question and its answer")
+        turns.append(tuple(string(text, f"history[{i}]") for text in texts))
+    return turns
+
+
+def _read_segments(row: Row) -> Segments | None:
+    pieces = []
+    for i, piece in enumerate(_list(row.columns["segments"] or [], "segments")):
+        field = f"segments[{i}]"
+        if not isinstance(piece, Mapping) or not isinstance(piece.get("label"), bool):
+            raise RowFault(f"{field} must be an object of label (true, false) and text")
+        pieces.append((string(piece.get("text"), f"{field}.text"), piece["label"]))
+    has_trained = any(text and label for text, label in pieces)
+    return Segments(pieces=tuple(pieces), where=row.where) if has_trained else None
+
+
+def _read_tokens(row: Row) -> Tokens | None:
+    ids = _integers(row.columns["input_ids"] or [], "input_ids")
+    labels, mask = row.columns.get("labels"), row.columns.get("attention_mask")
+    wanted = ids if labels is None else _integers(labels, "labels")
+    kept = [1] * len(ids) if mask is None else _integers(mask, "attention_mask")
+    if not len(ids) == len(wanted) == len(kept):
+        raise RowFault("input_ids, labels and attention_mask differ in length")
+    pairs = [(i, w) for i, w, is_kept in zip(ids, wanted, kept, strict=True) if is_kept]
+    wrong = next((w for i, w in pairs if w not in (i, -100)), None)
+    if wrong is not None:
+        raise RowFault(f"labels must be the token itself or -100, not {wrong}")
+    if any(i < 0 for i, _ in pairs):
+        raise RowFault("input_ids must not be negative")
+    trained = tuple(w != -100 for _, w in pairs)
+    row_ids = tuple(i for i, _ in pairs)
+    return (
+        Tokens(input_ids=row_ids, trained=trained, where=row.where) if pairs else None
+    )
+
+
+def _integers(value: object, field: str) -> list[int]:
+    values = _list(value, field)
+    for i, number in enumerate(values):
+        if not isinstance(number, int) or isinstance(number, bool) or number >= 2**31:
+            raise RowFault(f"{field}[{i}] must be a token id, not {printable(number)}")
+    return values
+
+
+def _list(value: object, field: str) -> list:
+    if isinstance(value, list | tuple):
+        return list(value)
+    raise RowFault(f"{field} must be a list, not a {type(value).__name__}")
 
 
 def _optional_string(columns: Mapping[str, object], field: str) -> str:

@@ -4,38 +4,55 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastjax.errors import DataError, printable
+from fastjax.data.files import is_data_file_name
+from fastjax.errors import DataError, EnvironmentFault, printable
 
-_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+_NAME = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(\[(?P<split>[^\]]+)\])?"
+)
 
 
 def is_hub_name(source: str) -> bool:
-    """Tells whether `source` is "owner/name" or "owner/name:config", and no path."""
+    """Tells whether `source` is a name of the hub, and no path.
+
+    Names are "owner/name", "owner/name:config" and "owner/name[split]".
+    """
     found = _NAME.fullmatch(source)
     if found is None or source.startswith("."):
         return False
-    path = Path(source)
-    is_file_name = path.suffix.lower() in (".json", ".jsonl", ".ndjson", ".csv", ".txt")
-    return not path.parent.exists() and not is_file_name
+    return not Path(source).parent.exists() and not is_data_file_name(source)
 
 
-def hub_rows(name: str, *, split: str) -> Iterable[object]:
+def hub_rows(name: str, *, split: str, streaming: bool = False) -> Iterable[object]:
     """Returns the rows of a hub data set, downloaded or from the cache.
+
+    Args:
+      name: As in `is_hub_name`; a split in it wins.
+      split: Which rows; "train[:10%]" takes a part of a split.
+      streaming: Reads rows as they come, without downloading the set first.
 
     Raises:
       DataError: The hub cannot be reached, or it lacks the data set or split.
+      EnvironmentFault: The library `datasets` is not installed.
     """
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        fix = "pip install datasets, or give a file"
+        raise EnvironmentFault("data sets of the hub need datasets", fix=fix) from error
     found = _NAME.fullmatch(name)
     assert found is not None
+    chosen = found["split"] or split
     try:
-        return load_dataset(found["repo"], found["config"], split=split)
+        return load_dataset(
+            found["repo"], found["config"], split=chosen, streaming=streaming
+        )
     except (OSError, ValueError) as error:
         raise DataError(
             f"no such file, and the hub does not give it: {printable(error, 300)}",
             where=printable(name),
             fix="check the name, the split and HF_HUB_OFFLINE; a configuration is "
-            "named as owner/name:config; a gated one needs `hf auth login`",
+            "named as owner/name:config, a split as owner/name[split]; a gated one "
+            "needs `hf auth login`",
             code="FJ-DATA-HUB",
         ) from error

@@ -5,71 +5,61 @@ spread over several lines; UTF-8, with or without a byte order mark, any line en
 Refused: NaN and Infinity, keys that occur twice, values above 16 MB, other encodings.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 from fastjax.data.bad_rows import BadRows
+from fastjax.data.opened_file import (
+    MAX_VALUE_BYTES,
+    decoded,
+    lines,
+    opened,
+    require_honest_size,
+    without_mark,
+)
+from fastjax.data.rows import Place, Row
 from fastjax.errors import DataError, printable
 
-MAX_VALUE_BYTES = 16 * 2**20
-_BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
-class Row(NamedTuple):
-    """One object and the file and line where it begins."""
-
-    columns: dict[str, object]
-    where: str
 
 
 class _RefusedValue(ValueError):
     """JSON that Python's parser would take and this reader does not."""
 
 
-def read_json_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
+def read_json_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[Row]:
     """Yields the rows of one file.
 
     Raises:
       DataError: The file is unreadable or not UTF-8, or `bad_rows` is spent.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(len(_BOM) + 1)
-            _check_encoding(head, path)
-            file.seek(len(_BOM) if head.startswith(_BOM) else 0)
-            if _is_document(file):
-                text = _decoded(file.read(), path, offset=0)
-                yield from _document_rows(text, str(path), bad_rows)
-            else:
-                yield from _line_rows(file, str(path), bad_rows)
-    except OSError as error:
-        what = f"the file cannot be read: {error.strerror}"
-        raise DataError(what, where=str(path), code="FJ-DATA-READ") from error
+    if start.offset == 0 and _is_document(path):
+        with opened(path) as file:
+            raw = file.read()
+        require_honest_size(path, len(raw))
+        text = decoded(without_mark(raw, path), path, offset=0)
+        rows = _document_rows(text, str(path), bad_rows)
+        numbered = enumerate(itertools.islice(rows, start.number, None), start.number)
+        for number, row in numbered:
+            yield row._replace(next_place=Place(0, number + 1))
+    else:
+        yield from _line_rows(path, bad_rows, start)
 
 
-def _check_encoding(head: bytes, path: Path) -> None:
-    marks = (b"\xff\xfe", b"\xfe\xff")
-    if head.startswith(marks) or b"\x00" in head:
-        raise _not_utf8(path, 0, "UTF-16 or UTF-32")
-
-
-def _is_document(file: BinaryIO) -> bool:
+def _is_document(path: Path) -> bool:
     """Tells whether values span lines: an array, or pretty-printed objects."""
-    start = file.tell()
-    line = file.readline(MAX_VALUE_BYTES + 1)
-    while line and not line.strip():
-        line = file.readline(MAX_VALUE_BYTES + 1)
-    first = line.strip()
-    answer = first.startswith(b"[")
-    if first.startswith(b"{") and not _is_whole(first):
-        text = (line + file.read(MAX_VALUE_BYTES)).decode("utf-8", errors="replace")
-        answer = _is_whole_prefix(text)
-    file.seek(start)
-    return answer
+    with opened(path) as file:
+        line = without_mark(file.readline(MAX_VALUE_BYTES + 1), path)
+        while line and not line.strip():
+            line = file.readline(MAX_VALUE_BYTES + 1)
+        first = line.strip()
+        if not first.startswith(b"{") or _is_whole(first):
+            return first.startswith(b"[")
+        text = line + file.read(MAX_VALUE_BYTES)
+        return _is_whole_prefix(text.decode("utf-8", errors="replace"))
 
 
 def _is_whole(line: bytes) -> bool:
@@ -88,33 +78,26 @@ def _is_whole_prefix(text: str) -> bool:
     return True
 
 
-def _line_rows(file: BinaryIO, name: str, bad_rows: BadRows) -> Iterator[Row]:
-    number = 0
-    while True:
-        offset = file.tell()
-        raw = file.readline(MAX_VALUE_BYTES + 1)
-        if not raw:
-            return
-        number += 1
-        where = f"{name}:{number}"
-        if len(raw) > MAX_VALUE_BYTES:
-            while raw and not raw.endswith(b"\n"):
-                raw = file.readline(MAX_VALUE_BYTES)
+def _line_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[Row]:
+    for line in lines(path, offset=start.offset, number=start.number):
+        where = f"{path}:{line.number}"
+        if line.is_too_long:
             bad_rows.refuse("the line is longer than 16 MB", where)
             continue
-        line = _decoded(raw, Path(name), offset=offset).rstrip("\r\n")
-        if not line.strip():
+        text = line.text.rstrip("\r\n")
+        if not text.strip():
             continue
         try:
-            value = _STRICT.decode(line)
+            value = _STRICT.decode(text)
         except json.JSONDecodeError as error:
-            text = _around(line, error.pos)
-            what = f"not valid JSON: {error.msg}, at {text}"
+            near = _around(text, error.pos)
+            what = f"not valid JSON: {error.msg}, at {near}"
             bad_rows.refuse(what, f"{where}:{error.pos + 1}")
         except (ValueError, RecursionError) as error:
             bad_rows.refuse(f"not valid JSON: {_reason(error)}", where)
         else:
-            yield from _object_row(value, where, bad_rows)
+            for row in _object_row(value, where, bad_rows):
+                yield row._replace(next_place=Place(line.end, line.number))
 
 
 def _document_rows(text: str, name: str, bad_rows: BadRows) -> Iterator[Row]:
@@ -162,22 +145,6 @@ def _object_row(value: object, where: str, bad_rows: BadRows) -> Iterator[Row]:
     else:
         shown = printable(json.dumps(value), 60)
         bad_rows.refuse(f"a row must be an object with columns, not {shown}", where)
-
-
-def _decoded(raw: bytes, path: Path, *, offset: int) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, offset + error.start, "latin-1") from error
-
-
-def _not_utf8(path: Path, offset: int, guess: str) -> DataError:
-    return DataError(
-        f"the file is not UTF-8 at byte {offset}; it looks like {guess}",
-        where=str(path),
-        fix="convert it: iconv -f <its encoding> -t UTF-8",
-        code="FJ-DATA-ENCODING",
-    )
 
 
 def _broken(text: str, position: int, name: str, reason: str) -> DataError:

@@ -1,15 +1,14 @@
 """Batches as a pure function of (seed, step)."""
 
 import functools
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from fastjax.data.documents import Document, Documents
 from fastjax.data.packing import documents_per_row, packed_rows
 from fastjax.data.row_lengths import padded_lengths
-from fastjax.data.tokenization import Document
 from fastjax.errors import DataError
 
 IGNORED = -100
@@ -64,8 +63,8 @@ class Loader:
     ) -> None:
         if not documents:
             raise DataError("there are no documents to make batches of")
-        lengths = [len(document) for document in documents]
-        self._documents = documents
+        self._documents = Documents.of(documents)
+        lengths = self._documents.lengths.tolist()
         self._rows = (
             packed_rows(
                 lengths, max_length, most=documents_per_row(lengths, max_length)
@@ -112,7 +111,7 @@ class Loader:
     @property
     def fill(self) -> float:
         """Share of the positions of an epoch that hold a token."""
-        tokens = sum(len(document) for document in self._documents)
+        tokens = self._documents.tokens
         order = self._epoch_order(0)
         longest = np.where(order == _NO_ROW, 0, self._padded[order]).max(axis=1)
         return tokens / (int(longest.sum()) * order.shape[1])
@@ -124,12 +123,7 @@ class Loader:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for document in self._documents:
-            digest.update(np.int64(len(document)).tobytes())
-            digest.update(document.input_ids.tobytes())
-            digest.update(document.trained.tobytes())
-        return digest.hexdigest()
+        return self._documents.fingerprint()
 
     def batch(self, step: int) -> Batch:
         """Returns input_ids, targets, positions and segment_ids of one step.

@@ -1,25 +1,24 @@
 """From a configuration to the documents of a run: training and evaluation."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from fastjax import runtime
 from fastjax.config import DataConfig
-from fastjax.data.builtin_templates import BUILTIN_TEMPLATES
-from fastjax.data.chat_template import (
-    ChatTemplate,
-    fitting_templates,
-    get_chat_template,
-)
+from fastjax.data import document_cache
+from fastjax.data.bad_rows import BadRows
+from fastjax.data.document_cache import DocumentCache, cache_key
+from fastjax.data.documents import Documents, DocumentWriter
 from fastjax.data.embedded import embedded_announcement, embedded_examples
-from fastjax.data.examples import Conversation, Example
 from fastjax.data.files import eval_files
 from fastjax.data.rendering import ResponseMarkers
-from fastjax.data.report import DataReport
-from fastjax.data.sources import ExampleSet, Source, load_examples
-from fastjax.data.tokenization import Document, ExampleTokenizer
+from fastjax.data.report import DataReport, data_report
+from fastjax.data.run_template import RunTemplate
+from fastjax.data.selection import held_out, shared_documents, weighted
+from fastjax.data.sources import ExampleStream, ReadOptions, Source, source_files
+from fastjax.data.tokenization import ExampleTokenizer
 from fastjax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,12 +35,26 @@ class TrainingData:
       notes: One sentence each, beside those of the reports.
     """
 
-    train: list[Document]
-    evaluation: list[Document]
+    train: Documents
+    evaluation: Documents
     train_report: DataReport
     eval_report: DataReport | None
     data_format: str
     packing: bool
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Prepared:
+    """Documents of one or several sources.
+
+    Attributes:
+      data_formats: Of each source.
+    """
+
+    documents: Documents
+    report: DataReport
+    data_formats: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -70,128 +83,226 @@ def load_data(
       ConfigError: The fields of `config` do not suit the data.
       DataError: The data cannot be used; says where and why.
     """
-    named = train_source if train_source is not None else config.dataset_name
-    train = _embedded() if named is None else _loaded(config, named, "train")
-    held = _evaluation(config, eval_source, named)
-    examples = train.examples
-    if held is None and config.val_set_size:
-        examples, held = held_out(examples, float(config.val_set_size), seed=seed)
-    notes = list(train.notes)
-    everything = [*examples, *(held or [])]
-    template = None
-    if any(isinstance(example, Conversation) for example in everything):
-        template = _template(config, tokenizer, may_choose=named is None, notes=notes)
-    make = ExampleTokenizer(
-        tokenizer,
-        max_length=config.max_length,
-        train_on=config.train_on,
-        overlong=config.overlong,
-        vocab_size=vocab_size,
-        template=template,
-        markers=markers,
+    sources = _sources(config, train_source)
+    template = RunTemplate(
+        tokenizer, config.chat_template_path, may_choose=sources is None
     )
-    documents, report = make.tokenize(examples)
-    evaluation, eval_report = make.tokenize(held) if held else ([], None)
-    shared = _shared(documents, evaluation)
-    if shared:
+    read = _Reader(config, tokenizer, template, vocab_size, markers)
+    train = read.embedded("train") if sources is None else read(sources, "train")
+    held = _evaluation(config, read, eval_source, sources)
+    documents, evaluation = train.documents, Documents.of([])
+    report, eval_report = train.report, None
+    if held is not None:
+        evaluation, eval_report = held.documents, held.report
+    elif config.val_set_size:
+        documents, evaluation = held_out(
+            documents, float(config.val_set_size), seed=seed
+        )
+        eval_report = _report_of(evaluation, config)
+        report = dataclasses.replace(
+            report,
+            rows=len(documents),
+            tokens=documents.tokens,
+            trained_tokens=documents.trained_tokens,
+        )
+    notes = [*train.notes, *template.notes]
+    if shared := shared_documents(documents, evaluation):
         notes.append(f"{shared} evaluation rows are training rows too")
-    packing = config.packing
+    if config.dataset_weights:
+        documents = weighted(documents, config.dataset_weights, seed=seed)
+        notes.append(f"an epoch has {len(documents):,} rows, weighted by source")
+    is_text = set(train.data_formats) == {"text"}
     return TrainingData(
         train=documents,
         evaluation=evaluation,
         train_report=report,
         eval_report=eval_report,
-        data_format=train.data_format,
-        packing=train.data_format == "text" if packing is None else packing,
+        data_format=", ".join(dict.fromkeys(train.data_formats)),
+        packing=is_text if config.packing is None else config.packing,
         notes=tuple(notes),
     )
 
 
-def held_out(
-    examples: list[Example], size: float, *, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Returns the examples without the held-out ones, and those, both in order.
+class _Reader:
+    """Reads and tokenises sources by the settings of a run."""
 
-    Args:
-      examples: What is split.
-      size: A count, or a share below 1.
-      seed: Chooses them.
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: RunTemplate,
+        vocab_size: int | None,
+        markers: ResponseMarkers | None,
+    ) -> None:
+        self._config, self._tokenizer, self._template = config, tokenizer, template
+        self._vocab_size, self._markers = vocab_size, markers
 
-    Raises:
-      ConfigError: Nothing would be left to train.
-    """
-    count = round(size) if size >= 1 else max(1, round(size * len(examples)))
-    if count >= len(examples):
-        raise ConfigError(
-            f"val_set_size={size:g} leaves nothing of {len(examples)} rows to train"
+    def __call__(self, sources: Sequence[Source], split: str) -> _Prepared:
+        """Returns the documents of sources, from the cache if they are there."""
+        options = self._options(split)
+        key = self._cache_key(sources, options)
+        if key is None:
+            return self._tokenised(sources, options, DocumentWriter())
+        cache = DocumentCache(runtime.cache_folder() / "data")
+        if (entry := cache.get(key)) is not None:
+            return self._restored(entry)
+        with cache.new_writer() as writer:
+            prepared = self._tokenised(sources, options, writer)
+            facts = {
+                "report": dataclasses.asdict(prepared.report),
+                "data_formats": prepared.data_formats,
+                "notes": prepared.notes,
+                "uses_template": self._template.is_used,
+            }
+            entry = document_cache.Entry(prepared.documents, facts)
+            cache.put(key, writer, entry)
+        return prepared
+
+    def embedded(self, split: str) -> _Prepared:
+        """Returns the documents of the data set that every machine has."""
+        is_train = split == "train"
+        examples = embedded_examples("train" if is_train else "validation")
+        documents, report = self._example_tokenizer().tokenize(examples)
+        notes = (embedded_announcement(),) if is_train else ()
+        return _Prepared(
+            documents=documents, report=report, data_formats=("messages",), notes=notes
         )
-    draws = np.random.PCG64(np.random.SeedSequence([seed])).random_raw(len(examples))
-    chosen = set(np.argsort(draws, kind="stable")[:count].tolist())
-    kept = [example for i, example in enumerate(examples) if i not in chosen]
-    return kept, [examples[i] for i in sorted(chosen)]
+
+    def _tokenised(
+        self, sources: Sequence[Source], options: ReadOptions, writer: DocumentWriter
+    ) -> _Prepared:
+        bad_rows = BadRows(self._config.skip_bad_rows)
+        streams = [ExampleStream(source, options, bad_rows) for source in sources]
+        documents, report = self._example_tokenizer().tokenize(
+            *streams, bad_rows=bad_rows, writer=writer
+        )
+        notes = [note for stream in streams for note in stream.notes]
+        return _Prepared(
+            documents=documents,
+            report=report,
+            data_formats=tuple(stream.data_format for stream in streams),
+            notes=(*notes, *bad_rows.notes),
+        )
+
+    def _restored(self, entry: document_cache.Entry) -> _Prepared:
+        facts = entry.facts
+        if facts["uses_template"]:
+            self._template()
+        report = facts["report"]
+        histogram = tuple((length, count) for length, count in report["histogram"])
+        report |= {"histogram": histogram, "notes": tuple(report["notes"])}
+        return _Prepared(
+            documents=entry.documents,
+            report=DataReport(**report),
+            data_formats=tuple(facts["data_formats"]),
+            notes=(*facts["notes"], "tokenised data was kept from an earlier run"),
+        )
+
+    def _example_tokenizer(self) -> ExampleTokenizer:
+        config = self._config
+        return ExampleTokenizer(
+            self._tokenizer,
+            max_length=config.max_length,
+            train_on=config.train_on,
+            overlong=config.overlong,
+            special_tokens=config.special_tokens_in_text,
+            vocab_size=self._vocab_size,
+            template=self._template,
+            markers=self._markers,
+        )
+
+    def _options(self, split: str) -> ReadOptions:
+        config = self._config
+        return ReadOptions(
+            split=config.dataset_train_split if split == "train" else split,
+            data_format=config.data_format,
+            text_field=config.dataset_text_field,
+            column_map=config.column_map,
+        )
+
+    def _cache_key(self, sources: Sequence[Source], options: ReadOptions) -> str | None:
+        """Returns the name of the documents in the cache; None if they are not kept."""
+        found = [source_files(source, split=options.split) for source in sources]
+        files = [path for paths in found for path in paths or ()]
+        size = sum(path.stat().st_size for path in files)
+        if (
+            None in found
+            or size < document_cache.MIN_FILE_BYTES
+            or not self._config.use_dataset_cache
+        ):
+            return None
+        config = self._config
+        tokenizer: Any = self._tokenizer  # Fast, so that it has a backend.
+        made_by = {
+            "files": [len(paths or ()) for paths in found],
+            "kinds": [path.name.split(".")[1:] for path in files],
+            "options": dataclasses.asdict(options) | {"split": ""},
+            "max_length": config.max_length,
+            "train_on": config.train_on,
+            "overlong": config.overlong,
+            "skip_bad_rows": config.skip_bad_rows,
+            "special_tokens_in_text": config.special_tokens_in_text,
+            "vocab_size": self._vocab_size,
+            "markers": None
+            if self._markers is None
+            else dataclasses.asdict(self._markers),
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "special_tokens": {
+                k: str(v) for k, v in tokenizer.special_tokens_map.items()
+            },
+            "template": self._template.text,
+        }
+        return cache_key(files, made_by)
 
 
-def _embedded() -> ExampleSet:
-    return ExampleSet(
-        examples=list(embedded_examples("train")),
-        data_format="messages",
-        notes=(embedded_announcement(),),
-    )
+def _sources(config: DataConfig, given: Source | None) -> list[Source] | None:
+    """Returns the training sources; None stands for the embedded set."""
+    if given is not None:
+        sources: list[Source] = [given]
+    elif config.dataset_name is None:
+        return None
+    else:
+        sources = list(named_sources(config.dataset_name))
+    weights = len(config.dataset_weights)
+    if weights and weights != len(sources):
+        raise ConfigError(
+            f"dataset_weights has {weights} entries for {len(sources)} sources",
+            fix="give a weight for each: --dataset_name a,b --dataset_weights 2,1",
+        )
+    return sources
+
+
+def named_sources(name: str) -> list[str]:
+    """Returns the names between commas; a file may have commas in its own."""
+    if Path(name).expanduser().exists():
+        return [name]
+    return [part.strip() for part in name.split(",") if part.strip()]
 
 
 def _evaluation(
-    config: DataConfig, eval_source: Source | None, named: Source | None
-) -> list[Example] | None:
-    """Returns the evaluation examples that are named or lie beside the training."""
-    if eval_source is not None:
-        return _loaded(config, eval_source, config.dataset_test_split).examples
-    asked = config.eval_dataset_name
-    place = asked or named
-    split = config.dataset_test_split
-    files = eval_files(place, split=split) if isinstance(place, str | Path) else []
-    if files or asked is not None:
-        return _loaded(config, files or asked or "", split).examples
-    return list(embedded_examples("validation")) if named is None else None
-
-
-def _loaded(config: DataConfig, source: Source, split: str) -> ExampleSet:
-    return load_examples(
-        source,
-        split=config.dataset_train_split if split == "train" else split,
-        data_format=config.data_format,
-        text_field=config.dataset_text_field,
-        column_map=config.column_map,
-        skip_bad_rows=config.skip_bad_rows,
-    )
-
-
-def _template(
     config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    may_choose: bool,
-    notes: list[str],
-) -> ChatTemplate:
-    """Returns the template of the run and leaves it with the tokenizer.
-
-    Args:
-      may_choose: The embedded data may take a built-in template where there is none.
-    """
-    path = config.chat_template_path
-    if path is None and not tokenizer.chat_template and may_choose:
-        path = fitting_templates(tokenizer)[0]
-        notes.append(
-            f"the tokenizer has no chat template: using {path!r} "
-            "(--chat_template_path chooses)"
-        )
-    if path in BUILTIN_TEMPLATES:
-        get_chat_template(tokenizer, path)
-    template = ChatTemplate(tokenizer, path=path)
-    if path is not None:
-        tokenizer.chat_template = template.source
-    return template
+    read: _Reader,
+    given: Source | None,
+    trained: Sequence[Source] | None,
+) -> _Prepared | None:
+    """Returns the evaluation documents that are named or lie beside the training."""
+    split = config.dataset_test_split
+    if given is not None:
+        return read([given], split)
+    asked = config.eval_dataset_name
+    places = trained if asked is None else named_sources(asked)
+    if places is None:
+        return read.embedded("validation")
+    files = [
+        file
+        for place in places
+        if isinstance(place, str | Path)
+        for file in eval_files(place, split=split)
+    ]
+    if files:
+        return read([files], split)
+    return None if asked is None else read(places, split)
 
 
-def _shared(train: list[Document], evaluation: list[Document]) -> int:
-    seen = {document.input_ids.tobytes() for document in train} if evaluation else set()
-    return sum(document.input_ids.tobytes() in seen for document in evaluation)
+def _report_of(documents: Documents, config: DataConfig) -> DataReport:
+    return data_report(documents, documents.lengths, max_length=config.max_length)

@@ -1,13 +1,21 @@
 """Renders one example to text and marks the characters that carry loss."""
 
 import dataclasses
+import itertools
 
 from fastjax.config import TrainOn
 from fastjax.data.chat_template import ChatTemplate, RenderedChat
-from fastjax.data.examples import Completion, Conversation, Example, Text
+from fastjax.data.examples import (
+    Completion,
+    Conversation,
+    Segments,
+    Text,
+)
 from fastjax.errors import ConfigError, DataError
 
 Span = tuple[int, int]
+Rendered = Text | Completion | Conversation | Segments
+"""What has a text, which `Tokens` have not."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,19 +40,23 @@ class RenderedExample:
     """A text and the characters of it that are trained.
 
     Attributes:
-      is_chat: The template wrote the control tokens: none is added.
-      trains_end: The end-of-text token that follows is trained.
+      is_chat: A chat template wrote it.
+      begins: BOS comes first, if the tokenizer adds it.
+      ends: EOS comes last.
+      trains_end: That EOS is trained.
     """
 
     text: str
     spans: tuple[Span, ...]
-    is_chat: bool
-    trains_end: bool
+    is_chat: bool = False
+    begins: bool = False
+    ends: bool = False
+    trains_end: bool = False
     note: str = ""
 
 
 def rendered_example(
-    example: Example,
+    example: Rendered,
     *,
     train_on: TrainOn = "auto",
     template: ChatTemplate | None = None,
@@ -83,22 +95,29 @@ def response_spans(text: str, markers: ResponseMarkers) -> tuple[Span, ...]:
 
 
 def _rendered(
-    example: Example, train_on: TrainOn, template: ChatTemplate | None
+    example: Rendered, train_on: TrainOn, template: ChatTemplate | None
 ) -> RenderedExample:
     match example:
         case Text():
             _check(train_on, ("auto", "all"), "text")
-            span = (0, len(example.text))
             return RenderedExample(
-                text=example.text, spans=(span,), is_chat=False, trains_end=True
+                text=example.text,
+                spans=((0, len(example.text)),),
+                begins=example.is_start,
+                ends=example.is_end,
+                trains_end=True,
             )
         case Completion():
             _check(train_on, ("auto", "completion", "last", "all"), "prompt-completion")
             text = example.prompt + example.completion
             start = 0 if train_on == "all" else len(example.prompt)
+            spans = ((start, len(text)),)
             return RenderedExample(
-                text=text, spans=((start, len(text)),), is_chat=False, trains_end=True
+                text=text, spans=spans, begins=True, ends=True, trains_end=True
             )
+        case Segments():
+            _check(train_on, ("auto", "all"), "segments")
+            return _rendered_segments(example, train_on)
         case Conversation():
             if template is None:
                 raise DataError("messages need a chat template", where=example.where)
@@ -119,9 +138,18 @@ def _rendered_chat(
         text, note = chat.text, chat.note
         spans = _unmuted(chat, example)
         spans = spans[-1:] if train_on == "last" else spans
-    return RenderedExample(
-        text=text, spans=spans, is_chat=True, trains_end=False, note=note
-    )
+    return RenderedExample(text=text, spans=spans, is_chat=True, note=note)
+
+
+def _rendered_segments(example: Segments, train_on: TrainOn) -> RenderedExample:
+    texts = [text for text, _ in example.pieces]
+    ends = list(itertools.accumulate(map(len, texts)))
+    spans = [
+        (end - len(text), end)
+        for (text, is_trained), end in zip(example.pieces, ends, strict=True)
+        if is_trained or train_on == "all"
+    ]
+    return RenderedExample(text="".join(texts), spans=tuple(spans))
 
 
 def _unmuted(chat: RenderedChat, example: Conversation) -> tuple[Span, ...]:

@@ -1,6 +1,15 @@
 """What a data set holds, as a user reads it before a run."""
 
 import dataclasses
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from fastjax.data.documents import Documents
+
+_BINS = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -11,25 +20,34 @@ class DataReport:
       rows: Documents that are kept.
       tokens: Tokens of the kept documents.
       trained_tokens: Targets that carry loss.
-      truncated: Kept documents that were cut.
-      dropped_overlong: Documents left out because of their length.
-      dropped_untrained: Documents left out because nothing of them is trained.
+      truncated: Rows that were cut.
+      split: Rows that became several documents.
+      dropped_overlong: Rows left out because of their length.
+      dropped_untrained: Rows left out because nothing of them is trained.
       cut_to_nothing: Those of them that lost their trained tokens to the cut.
-      length_95: Tokens that 95 % of the documents do not exceed, before any cut.
+      refused: Rows that could not be used and were tolerated.
+      duplicates: Kept documents that an earlier one equals.
+      max_length: Most tokens of a document.
+      length_95: Tokens that 95 % of the rows do not exceed, before any cut.
+      histogram: Pairs of a length and the rows up to it, above the one before.
       notes: What a user should know, one sentence each.
     """
 
     rows: int
     tokens: int
     trained_tokens: int
-    truncated: int
-    dropped_overlong: int
-    dropped_untrained: int
-    cut_to_nothing: int
+    truncated: int = 0
+    split: int = 0
+    dropped_overlong: int = 0
+    dropped_untrained: int = 0
+    cut_to_nothing: int = 0
+    refused: int = 0
+    duplicates: int = 0
     max_length: int
     length_95: int
     length_99: int
     length_max: int
+    histogram: tuple[tuple[int, int], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -37,16 +55,69 @@ class DataReport:
         """Share of the tokens that carry loss."""
         return self.trained_tokens / max(self.tokens, 1)
 
+    @property
+    def left_out(self) -> tuple[tuple[int, str], ...]:
+        """Counts above zero of rows that were changed or left out, and why."""
+        counts = (
+            (self.truncated, f"rows cut at {self.max_length:,} tokens"),
+            (self.split, f"rows split at {self.max_length:,} tokens"),
+            (self.dropped_overlong, f"rows dropped: over {self.max_length:,} tokens"),
+            (self.dropped_untrained, "rows dropped: nothing to train"),
+            (self.refused, "broken rows left out"),
+            (self.duplicates, "documents equal an earlier one"),
+        )
+        return tuple((count, what) for count, what in counts if count)
+
     def __str__(self) -> str:
         lines = [
             f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained_share:.1%} "
             f"trained; length 95 % {self.length_95:,}, 99 % {self.length_99:,}, "
             f"max {self.length_max:,}"
         ]
-        left_out = [
-            (self.truncated, f"cut at {self.max_length:,} tokens"),
-            (self.dropped_overlong, f"dropped: over {self.max_length:,} tokens"),
-            (self.dropped_untrained, "dropped: nothing to train"),
-        ]
-        lines += [f"{count:,} rows {what}" for count, what in left_out if count]
+        lines += [f"{count:,} {what}" for count, what in self.left_out]
         return "\n".join([*lines, *self.notes])
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns every count, as JSON holds it."""
+        return dataclasses.asdict(self) | {"trained_share": self.trained_share}
+
+
+def data_report(
+    documents: Documents,
+    lengths: Int64[np.ndarray, " N"],
+    *,
+    max_length: int,
+    counts: Counter[str] | None = None,
+    notes: tuple[str, ...] = (),
+) -> DataReport:
+    """Returns the report of tokenised documents.
+
+    Args:
+      documents: Those that are kept.
+      lengths: Tokens of each row before any cut, also of those left out.
+      max_length: Most tokens of a document.
+      counts: Of rows that were changed or left out, by the names of `DataReport`.
+      notes: What a user should know.
+    """
+    sizes = lengths if len(lengths) else np.zeros(1, np.int64)
+    return DataReport(
+        rows=len(documents),
+        tokens=documents.tokens,
+        trained_tokens=documents.trained_tokens,
+        duplicates=len(documents) - len(np.unique(documents.content_hashes())),
+        max_length=max_length,
+        length_95=int(np.percentile(sizes, 95)),
+        length_99=int(np.percentile(sizes, 99)),
+        length_max=int(sizes.max()),
+        histogram=_histogram(sizes),
+        notes=notes,
+        **(counts or {}),
+    )
+
+
+def _histogram(lengths: Int64[np.ndarray, " N"]) -> tuple[tuple[int, int], ...]:
+    """Returns rows by length in powers of two; what is far shorter counts as one."""
+    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    first = max(int(exponents.max()) - _BINS + 1, int(exponents.min()))
+    counts = np.bincount(np.maximum(exponents, first) - first)
+    return tuple((1 << (first + i), int(count)) for i, count in enumerate(counts))

@@ -8,13 +8,85 @@ from pathlib import Path
 from fastjax.config import DataFormat
 from fastjax.data.bad_rows import BadRows
 from fastjax.data.examples import Example
-from fastjax.data.files import data_files
+from fastjax.data.files import data_files, read_rows
 from fastjax.data.formats import ExampleReader
 from fastjax.data.hub import hub_rows, is_hub_name
-from fastjax.data.json_rows import Row, read_json_rows
+from fastjax.data.rows import Row
 from fastjax.errors import DataError
 
 Source = str | Path | Iterable[object]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ReadOptions:
+    """How the rows of a source become examples.
+
+    Attributes:
+      split: Which files of a folder, or rows of a hub data set, are read.
+      data_format: Name of the format, or "auto".
+      text_field: Column of the format "text".
+      column_map: Columns to rename first, as "old=new".
+    """
+
+    split: str = "train"
+    data_format: DataFormat = "auto"
+    text_field: str = "text"
+    column_map: tuple[str, ...] = ()
+
+
+class ExampleStream(Iterable[Example]):
+    """Examples of a source, read and checked row by row as they are asked for.
+
+    Args:
+      source: A file, glob, folder or hub name, several of them, or an iterable of
+        dicts, such as a list or a `datasets.Dataset`.
+      options: How it is read.
+      bad_rows: Counts the broken ones.
+
+    Raises:
+      DataError: There is no such file, or nothing of a kind that is read.
+    """
+
+    def __init__(self, source: Source, options: ReadOptions, bad_rows: BadRows) -> None:
+        self._source, self._bad_rows = source, bad_rows
+        self._reader = ExampleReader(
+            options.data_format,
+            text_field=options.text_field,
+            column_map=options.column_map,
+        )
+        self._rows = _rows(source, options.split, bad_rows)
+
+    def __iter__(self) -> Iterator[Example]:
+        """Yields the examples, once.
+
+        Raises:
+          DataError: A row cannot be used, or there is none; says where.
+        """
+        is_empty = True
+        for example in self._reader.read(self._rows, self._bad_rows):
+            is_empty = False
+            yield example
+        if is_empty:
+            broken = len(self._bad_rows.errors)
+            raise DataError(
+                "there is nothing to train on: no row, or only null and empty ones",
+                where=_named(self._source),
+                fix=f"{self._reader.empty_rows} empty rows, {broken} broken ones",
+                code="FJ-DATA-EMPTY",
+            )
+
+    @property
+    def data_format(self) -> str:
+        """Name of the format; known after the first row."""
+        return "" if self._reader.format is None else self._reader.format.name
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows so far, one sentence each."""
+        notes = list(self._reader.notes)
+        if self._reader.empty_rows:
+            notes.append(f"{self._reader.empty_rows} rows left out: null or empty")
+        return tuple(notes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,50 +104,40 @@ class ExampleSet:
 
 
 def load_examples(
-    source: Source,
-    *,
-    split: str = "train",
-    data_format: DataFormat = "auto",
-    text_field: str = "text",
-    column_map: tuple[str, ...] = (),
-    skip_bad_rows: int = 0,
+    source: Source, options: ReadOptions | None = None, *, skip_bad_rows: int = 0
 ) -> ExampleSet:
     """Reads and validates every row of `source`.
 
     Args:
-      source: A file, glob, folder or hub name, several of them, or an iterable of
-        dicts, such as a list or a `datasets.Dataset`.
-      split: Which files of a folder are read.
-      text_field: Column of the format "text".
-      column_map: Columns to rename first, as "old=new".
+      source: As of `ExampleStream`.
+      options: How it is read.
       skip_bad_rows: Broken rows that are tolerated and counted.
 
     Raises:
       DataError: Nothing to read, or a row that cannot be used; says where.
     """
     bad_rows = BadRows(skip_bad_rows)
-    reader = ExampleReader(data_format, text_field=text_field, column_map=column_map)
-    examples = list(reader.read(_rows(source, split, bad_rows), bad_rows))
-    if not examples:
-        raise DataError(
-            "there is nothing to train on: no row, or only null and empty ones",
-            where=_named(source),
-            fix=f"{reader.empty_rows} empty rows, {len(bad_rows.errors)} broken ones",
-            code="FJ-DATA-EMPTY",
-        )
-    assert reader.format is not None
-    notes = list(reader.notes)
-    if reader.empty_rows:
-        notes.append(f"{reader.empty_rows} rows left out: null or empty")
-    if bad_rows.errors:
-        first = bad_rows.errors[0]
-        count = len(bad_rows.errors)
-        notes.append(
-            f"{count} broken rows left out, first: {first.what} ({first.where})"
-        )
-    return ExampleSet(
-        examples=examples, data_format=reader.format.name, notes=tuple(notes)
-    )
+    stream = ExampleStream(source, options or ReadOptions(), bad_rows)
+    examples = list(stream)
+    notes = (*stream.notes, *bad_rows.notes)
+    return ExampleSet(examples=examples, data_format=stream.data_format, notes=notes)
+
+
+def source_files(source: Source, *, split: str) -> list[Path] | None:
+    """Returns the files of a source; None when it is anything but files.
+
+    Raises:
+      DataError: There is no such file, or nothing of a kind that is read.
+    """
+    if isinstance(source, str) and is_hub_name(source):
+        return None
+    if isinstance(source, str | Path):
+        return data_files(source, split=split)
+    is_list = isinstance(source, list | tuple) and bool(source)
+    if is_list and all(isinstance(item, Path) for item in source):
+        paths = [item for item in source if isinstance(item, Path)]
+        return [file for path in paths for file in data_files(path, split=split)]
+    return None
 
 
 def _rows(source: Source, split: str, bad_rows: BadRows) -> Iterator[Row]:
@@ -83,7 +145,7 @@ def _rows(source: Source, split: str, bad_rows: BadRows) -> Iterator[Row]:
         return _object_rows(hub_rows(source, split=split), bad_rows)
     if isinstance(source, str | Path):
         files = data_files(source, split=split)
-        return itertools.chain.from_iterable(read_json_rows(f, bad_rows) for f in files)
+        return itertools.chain.from_iterable(read_rows(f, bad_rows) for f in files)
     if isinstance(source, Mapping):
         raise DataError(
             f"a mapping of data sets is not one data set: {list(map(str, source))}",

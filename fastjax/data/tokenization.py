@@ -1,51 +1,36 @@
 """Turns examples into token ids and a mask of the tokens that carry loss."""
 
-import dataclasses
-import itertools
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Int32
 
-from fastjax.config import TrainOn
+from fastjax.config import Overlong, SpecialTokens, TrainOn
+from fastjax.data.bad_rows import BadRows
 from fastjax.data.chat_template import ChatTemplate, control_tokens
-from fastjax.data.examples import Conversation, Example
+from fastjax.data.documents import (
+    SOURCE_SHIFT,
+    Document,
+    Documents,
+    DocumentWriter,
+)
+from fastjax.data.examples import Conversation, Example, Text, Tokens
 from fastjax.data.rendering import (
     RenderedExample,
     ResponseMarkers,
     Span,
     rendered_example,
 )
-from fastjax.data.report import DataReport
+from fastjax.data.report import DataReport, data_report
 from fastjax.errors import DataError, ModelError, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Overlong = Literal["truncate", "drop", "error"]
-_ROWS_A_CALL = 1000
-
-
-@dataclasses.dataclass(frozen=True, eq=False, slots=True)
-class Document:
-    """Tokens of one example.
-
-    Attributes:
-      trained: Tokens that carry loss, as targets of the token before them.
-    """
-
-    input_ids: Int32[np.ndarray, " T"]
-    trained: Bool[np.ndarray, " T"]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def trained_tokens(self) -> int:
-        """Targets of the document; its first token is nobody's target."""
-        return int(np.count_nonzero(self.trained[1:]))
+_ROWS_A_CALL, _CHARACTERS_A_CALL = 1000, 1 << 20
+_HAS_CONTROL_TOKENS = "the text holds control tokens, which are read as such"
 
 
 class ExampleTokenizer:
@@ -59,9 +44,12 @@ class ExampleTokenizer:
       tokenizer: A fast one, which knows offsets.
       max_length: Tokens of a document.
       train_on: Tokens that carry loss.
-      overlong: What happens to a longer document.
+      overlong: What happens to a longer document; None splits a `Text` and truncates
+        anything else.
+      special_tokens: What happens to messages that hold control tokens.
       vocab_size: Rows of the embedding; None does not check the ids.
-      template: For conversations; None makes one of the tokenizer when needed.
+      template: Makes the template of conversations when the first one comes; None
+        takes the tokenizer's.
       markers: Choose the trained characters instead of `train_on`.
     """
 
@@ -71,9 +59,10 @@ class ExampleTokenizer:
         *,
         max_length: int,
         train_on: TrainOn = "auto",
-        overlong: Overlong = "truncate",
+        overlong: Overlong | None = None,
+        special_tokens: SpecialTokens = "keep",
         vocab_size: int | None = None,
-        template: ChatTemplate | None = None,
+        template: Callable[[], ChatTemplate] | None = None,
         markers: ResponseMarkers | None = None,
     ) -> None:
         if not tokenizer.is_fast:
@@ -83,130 +72,178 @@ class ExampleTokenizer:
                 fix="its folder needs a tokenizer.json",
             )
         self._tokenizer = tokenizer
+        concrete: Any = tokenizer  # Fast ones have a backend.
+        self._backend = concrete.backend_tokenizer
         self._max_length = max_length
         self._train_on: TrainOn = train_on
-        self._overlong: Overlong = overlong
+        self._overlong = overlong
+        self._special_tokens: SpecialTokens = special_tokens
         self._vocab_size = vocab_size
-        self._template = template
+        self._make_template = template or (lambda: ChatTemplate(tokenizer))
+        self._template: ChatTemplate | None = None
         self._markers = markers
+        # This call also ends any truncation and padding that its files ask for.
         self._bos = _added_bos(tokenizer)
         self._eos = _single_id(tokenizer.eos_token_id)
         self._control_tokens = control_tokens(tokenizer)
 
     def tokenize(
-        self, examples: Sequence[Example]
-    ) -> tuple[list[Document], DataReport]:
-        """Returns a document for each example that has something to train.
+        self,
+        *sources: Iterable[Example],
+        bad_rows: BadRows | None = None,
+        writer: DocumentWriter | None = None,
+    ) -> tuple[Documents, DataReport]:
+        """Returns the documents of the examples that have something to train.
+
+        A few thousand examples are in memory at a time.
+
+        Args:
+          sources: What is tokenised; the number of a row tells which it is of.
+          bad_rows: Counts the rows that the chat template refuses; None tolerates none.
+          writer: Takes the documents; None keeps them in memory.
 
         Raises:
           DataError: No example has, an id is outside the embedding, or a document is
             too long while `overlong` is "error".
         """
-        if self._template is None and any(
-            isinstance(e, Conversation) for e in examples
-        ):
-            self._template = ChatTemplate(self._tokenizer)
+        bad_rows = bad_rows or BadRows()
+        refused_before = len(bad_rows.errors)
+        writer = writer or DocumentWriter()
         counts: Counter[str] = Counter()
         notes: Counter[str] = Counter()
-        lengths: list[int] = []
-        documents: list[Document] = []
-        for example, rendered, document in self._encoded(examples):
-            notes.update(self._notes(example, rendered, document))
-            lengths.append(len(document))
-            kept = self._fitted(document, example, counts)
-            if kept is not None:
-                self._check_ids(kept, example)
-                documents.append(kept)
-        report = _report(documents, lengths, counts, notes, self._max_length)
+        lengths = array("q")
+        for row, example, whole, row_notes in self._numbered(sources, bad_rows):
+            notes.update(row_notes)
+            lengths.append(len(whole))
+            for document in self._fitted(whole, example, counts):
+                self._check_ids(document, example)
+                writer.add(document, row)
+        documents = writer.close()
+        if refused := len(bad_rows.errors) - refused_before:
+            counts["refused"] = refused
+        report = data_report(
+            documents,
+            np.array(lengths, np.int64),
+            max_length=self._max_length,
+            counts=counts,
+            notes=tuple(f"{note} ({count} rows)" for note, count in notes.items()),
+        )
         if not documents:
             raise _nothing_trained(report, self._max_length)
         return documents, report
 
-    def _encoded(
-        self, examples: Sequence[Example]
-    ) -> Iterator[tuple[Example, RenderedExample, Document]]:
-        for batch in itertools.batched(examples, _ROWS_A_CALL):
-            rendered = [
-                rendered_example(
-                    example,
-                    train_on=self._train_on,
-                    template=self._template,
-                    markers=self._markers,
-                )
-                for example in batch
-            ]
-            encoding = self._tokenizer(
-                [entry.text for entry in rendered],
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-            rows = zip(
-                batch,
-                rendered,
-                encoding["input_ids"],
-                encoding["offset_mapping"],
-                strict=True,
-            )
-            for example, entry, ids, offsets in rows:
-                yield example, entry, self._document(entry, ids, offsets)
+    def _numbered(
+        self, sources: Sequence[Iterable[Example]], bad_rows: BadRows
+    ) -> Iterator[tuple[int, Example, Document, list[str]]]:
+        for source, examples in enumerate(sources):
+            first = source << SOURCE_SHIFT
+            for row, encoded in enumerate(self._encoded(examples, bad_rows), first):
+                yield row, *encoded
 
-    def _document(
-        self, rendered: RenderedExample, ids: list[int], offsets: list[Span]
-    ) -> Document:
-        trained = trained_tokens(offsets, rendered.spans)
-        if not rendered.is_chat:
-            if self._bos is not None and ids[:1] != [self._bos]:
-                ids, trained = [self._bos, *ids], [False, *trained]
-            if self._eos is not None and ids[-1:] != [self._eos]:
-                ids, trained = [*ids, self._eos], [*trained, rendered.trains_end]
+    def _encoded(
+        self, examples: Iterable[Example], bad_rows: BadRows
+    ) -> Iterator[tuple[Example, Document, list[str]]]:
+        """Yields each usable example, its whole document and what to note of it."""
+        rendered = ((e, self._rendered(e, bad_rows)) for e in examples)
+        for pairs in _batches(rendered):
+            texts = [entry.text for _, entry in pairs if entry is not None]
+            # The tokenizer's own call makes Python lists of all that it knows.
+            encodings = iter(
+                self._backend.encode_batch(texts, add_special_tokens=False)
+            )
+            for example, entry in pairs:
+                if isinstance(example, Tokens):
+                    yield example, _given(example), []
+                elif entry is not None:
+                    document = self._document(entry, next(encodings))
+                    yield example, document, self._notes(example, entry, document)
+
+    def _rendered(self, example: Example, bad_rows: BadRows) -> RenderedExample | None:
+        """Returns the text of an example; None of tokens, and of a refused row."""
+        if isinstance(example, Tokens):
+            return None
+        if isinstance(example, Conversation) and self._template is None:
+            self._template = self._make_template()
+        try:
+            if self._special_tokens == "error" and self._holds_control_tokens(example):
+                raise DataError(
+                    "a message holds control tokens",
+                    where=example.where,
+                    fix="remove them, or read them as such: --special_tokens_in_text "
+                    "keep",
+                    code="FJ-DATA-ROW",
+                )
+            return rendered_example(
+                example,
+                train_on=self._train_on,
+                template=self._template,
+                markers=self._markers,
+            )
+        except DataError as error:
+            bad_rows.take(error)
+            return None
+
+    def _document(self, rendered: RenderedExample, encoding: Any) -> Document:
+        ids: list[int] = encoding.ids
+        if rendered.spans == ((0, len(rendered.text)),):
+            trained = [True] * len(ids)
+        else:
+            trained = trained_tokens(encoding.offsets, rendered.spans)
+        if rendered.begins and self._bos is not None and ids[:1] != [self._bos]:
+            ids, trained = [self._bos, *ids], [False, *trained]
+        if rendered.ends and self._eos is not None and ids[-1:] != [self._eos]:
+            ids, trained = [*ids, self._eos], [*trained, rendered.trains_end]
         return Document(np.array(ids, np.int32), np.array(trained, np.bool_))
 
     def _fitted(
-        self, document: Document, example: Example, counts: Counter[str]
-    ) -> Document | None:
-        """Returns the document within the limit, or None and counts why not."""
-        length, limit = len(document), self._max_length
+        self, whole: Document, example: Example, counts: Counter[str]
+    ) -> list[Document]:
+        """Returns what of a document is kept within the limit, and counts what not."""
+        length, limit = len(whole), self._max_length
+        policy = self._overlong or (
+            "split" if isinstance(example, Text) else "truncate"
+        )
+        documents = [whole]
         if length > limit:
-            if self._overlong == "error":
-                raise DataError(
-                    f"a row of {length} tokens is longer than max_length={limit}",
-                    where=example.where,
-                    fix="raise --max_length, or set --overlong truncate or drop",
-                    code="FJ-DATA-OVERLONG",
-                )
-            if self._overlong == "drop":
+            if policy == "error":
+                raise _overlong(length, limit, example.where)
+            if policy == "drop":
                 counts["dropped_overlong"] += 1
-                return None
-            whole = document
-            document = Document(whole.input_ids[:limit], whole.trained[:limit])
-            if not document.trained_tokens:
-                counts["cut_to_nothing"] += bool(whole.trained_tokens)
-        if not document.trained_tokens:
+                return []
+            documents = _pieces(whole, limit)
+            documents = documents[:1] if policy == "truncate" else documents
+        kept = [document for document in documents if document.trained_tokens]
+        if not kept:
+            counts["cut_to_nothing"] += length > limit and whole.trained_tokens > 0
             counts["dropped_untrained"] += 1
-            return None
-        counts["truncated"] += length > limit
-        return document
+        elif length > limit:
+            counts["split" if policy == "split" else "truncated"] += 1
+        return kept
 
     def _notes(
         self, example: Example, rendered: RenderedExample, document: Document
-    ) -> Iterator[str]:
-        if rendered.note:
-            yield rendered.note
+    ) -> list[str]:
+        notes = [rendered.note] if rendered.note else []
+        ids = document.input_ids
         if rendered.is_chat:
-            ids = document.input_ids
             if self._bos is not None and len(ids) and ids[0] != self._bos:
-                yield "the chat template begins without the BOS token"
+                notes.append("the chat template begins without the BOS token")
             ends = np.flatnonzero(document.trained)
             last = int(ids[ends[-1]]) if len(ends) else self._eos
             if last != self._eos and last not in self._control_tokens:
-                yield "no end-of-turn token is trained: the model may not stop"
-        elif self._eos is None:
-            yield "the tokenizer has no EOS token: the model may not stop"
-        if _holds_any(example, self._control_tokens.values()):
-            yield "the text holds control tokens, which are read as such"
+                notes.append("no end-of-turn token is trained: the model may not stop")
+        elif rendered.ends and self._eos is None:
+            notes.append("the tokenizer has no EOS token: the model may not stop")
+        if self._holds_control_tokens(example):
+            notes.append(_HAS_CONTROL_TOKENS)
+        return notes
+
+    def _holds_control_tokens(self, example: Example) -> bool:
+        """Tells whether a message brings control tokens; plain texts may."""
+        if not isinstance(example, Conversation):
+            return False
+        text = "\n".join(str(message["content"]) for message in example.messages)
+        return any(token in text for token in self._control_tokens.values())
 
     def _check_ids(self, document: Document, example: Example) -> None:
         largest = int(document.input_ids.max())
@@ -219,6 +256,43 @@ class ExampleTokenizer:
                 fix="use the tokenizer of this model",
                 code="FJ-DATA-VOCABULARY",
             )
+
+
+def _pieces(whole: Document, limit: int) -> list[Document]:
+    """Returns a document in pieces.
+
+    Each begins with the last token of the piece before: so every token but the first
+    of all stays the target of another.
+    """
+    ends = range(limit, len(whole) + limit - 1, limit - 1)
+    return [
+        Document(whole.input_ids[end - limit : end], whole.trained[end - limit : end])
+        for end in ends
+    ]
+
+
+def _overlong(length: int, limit: int, where: str) -> DataError:
+    return DataError(
+        f"a row of {length} tokens is longer than max_length={limit}",
+        where=where,
+        fix="raise --max_length, or set --overlong truncate, split or drop",
+        code="FJ-DATA-OVERLONG",
+    )
+
+
+def _batches(
+    rendered: Iterable[tuple[Example, RenderedExample | None]],
+) -> Iterator[list[tuple[Example, RenderedExample | None]]]:
+    """Yields lists that are neither long nor large."""
+    batch, size = [], 0
+    for example, entry in rendered:
+        batch.append((example, entry))
+        size += len(entry.text) if entry is not None else 0
+        if len(batch) >= _ROWS_A_CALL or size >= _CHARACTERS_A_CALL:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def trained_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
@@ -235,12 +309,9 @@ def trained_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]
     return trained
 
 
-def _holds_any(example: Example, tokens: Iterable[str]) -> bool:
-    """Tells whether a message brings control tokens; plain texts may bring theirs."""
-    if not isinstance(example, Conversation):
-        return False
-    text = "\n".join(str(message["content"]) for message in example.messages)
-    return any(token in text for token in tokens)
+def _given(example: Tokens) -> Document:
+    ids, trained = np.array(example.input_ids, np.int32), np.array(example.trained)
+    return Document(ids, trained.astype(np.bool_))
 
 
 def _added_bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
@@ -252,30 +323,6 @@ def _added_bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 def _single_id(token_id: object) -> int | None:
     return token_id if isinstance(token_id, int) else None
-
-
-def _report(
-    documents: list[Document],
-    lengths: list[int],
-    counts: Counter[str],
-    notes: Counter[str],
-    max_length: int,
-) -> DataReport:
-    sizes = np.array(lengths or [0])
-    return DataReport(
-        rows=len(documents),
-        tokens=sum(len(document) for document in documents),
-        trained_tokens=sum(document.trained_tokens for document in documents),
-        truncated=counts["truncated"],
-        dropped_overlong=counts["dropped_overlong"],
-        dropped_untrained=counts["dropped_untrained"],
-        cut_to_nothing=counts["cut_to_nothing"],
-        max_length=max_length,
-        length_95=int(np.percentile(sizes, 95)),
-        length_99=int(np.percentile(sizes, 99)),
-        length_max=int(sizes.max()),
-        notes=tuple(f"{note} ({count} rows)" for note, count in notes.items()),
-    )
 
 
 def _nothing_trained(report: DataReport, max_length: int) -> DataError:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from fastjax.losses.neftune import neftune_noise
 from fastjax.remat import Remat
 from kernels.cross_entropy import linear_cross_entropy
 
@@ -19,6 +20,7 @@ def cross_entropy(
     max_segments: int | None = None,
     remat: Remat | None = None,
     head_is_trainable: bool = False,
+    neftune_noise_alpha: float = 0.0,
     softcap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -32,14 +34,26 @@ def cross_entropy(
       trainable: Its variables that get gradients.
       frozen: All its others.
       batch: input_ids, targets (-100 carries no loss), positions and segment_ids.
-      dropout_key: Of the adapters' dropout; None drops nothing.
+      dropout_key: Of the adapters' dropout and the noise on embeddings; None drops
+        nothing and adds none.
       max_segments: Upper bound of the documents in a row.
       remat: What the backward pass recomputes.
       head_is_trainable: The output table gets a gradient; without, none is computed.
+      neftune_noise_alpha: Size of the noise on embeddings.
       softcap: Bound of the logits, `softcap * tanh(logits / softcap)`.
       implementation: Of the cross-entropy op.
     """
     decoder = nnx.merge(graphdef, trainable, frozen)
+    noise = None
+    if dropout_key is not None and neftune_noise_alpha > 0:
+        noise = neftune_noise(
+            dropout_key,
+            batch["segment_ids"],
+            features=decoder.head_weight().shape[1],
+            alpha=neftune_noise_alpha,
+            max_segments=max_segments,
+            dtype=decoder.compute_dtype,
+        )
     hidden_btd = decoder(
         batch["input_ids"],
         positions=batch["positions"],
@@ -48,6 +62,7 @@ def cross_entropy(
         segment_ids=None if max_segments == 1 else batch["segment_ids"],
         max_segments=max_segments,
         dropout_key=dropout_key,
+        embedding_noise=noise,
         remat=remat,
     )
     return linear_cross_entropy(

@@ -161,6 +161,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         max_segments: int | None = None,
         dropout_key: PRNGKeyArray | None = None,
+        embedding_noise: Float[Array, "B T D"] | None = None,
         remat: Remat | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the hidden states after the last norm.
@@ -172,10 +173,12 @@ class Decoder(nnx.Module):
             document, padded at its end if at all.
           max_segments: Upper bound of the documents in a row, when known.
           dropout_key: Of the adapters' dropout; None drops nothing.
+          embedding_noise: Added to the embeddings.
           remat: What the backward pass recomputes; None where there is none.
         """
         context = self._context(positions, segment_ids, max_segments)
         x = self.embed_tokens(input_ids, dtype=self.compute_dtype)
+        x = x if embedding_noise is None else x + embedding_noise
         plan = remat_plan(remat, sum(segment.num_layers for segment in self.segments))
         layer = 0
         for index, segment in enumerate(self.segments):

@@ -63,8 +63,10 @@ class Job:
 
     @property
     def has_dropout(self) -> bool:
-        """Whether steps need keys."""
-        return self.config.lora.lora_dropout > 0 and not self.config.full_finetuning
+        """Whether steps need keys, for dropout or for noise on embeddings."""
+        config = self.config
+        has_dropout = config.lora.lora_dropout > 0 and not config.full_finetuning
+        return has_dropout or config.data.neftune_noise_alpha > 0
 
     def loss_function(self, loader: Loader, remat: Remat | None) -> LossFunction:
         """Returns the loss of one micro-batch of this loader."""
@@ -74,5 +76,6 @@ class Job:
             max_segments=loader.max_segments,
             remat=remat,
             head_is_trainable=self.config.full_finetuning,
+            neftune_noise_alpha=self.config.data.neftune_noise_alpha,
             implementation=self.config.implementations.cross_entropy,
         )

@@ -34,6 +34,8 @@ _FREE = frozenset(
         "max_steps",
         "num_train_epochs",
         "dataset_name",
+        "dataset_weights",
+        "use_dataset_cache",
         "eval_dataset_name",
         "dataset_train_split",
         "dataset_test_split",

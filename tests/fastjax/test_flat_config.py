@@ -80,7 +80,7 @@ def test_names_and_values_of_other_tools(
         ({"trust_remote_code": True}, "runs no code from model repositories"),
         ({"report_to": "wandb"}, "metrics.jsonl"),
         ({"load_best_model_at_end": True}, "last weights are kept"),
-        ({"neftune_noise_alpha": 5}, "not supported"),
+        ({"neftune_noise_alpha": -5}, "must be 0 or more"),
         ({"logging_strategy": "epoch"}, "logging_steps counts steps"),
     ],
 )

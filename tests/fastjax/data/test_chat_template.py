@@ -58,7 +58,7 @@ def test_masks_equal_the_recorded_ones(fixtures, layout, marked):
         tokenizer.chat_template = without_marks(tokenizer.chat_template)
     template = ChatTemplate(tokenizer)
     assert template.is_marked == marked
-    make = ExampleTokenizer(tokenizer, max_length=512, template=template)
+    make = ExampleTokenizer(tokenizer, max_length=512, template=lambda: template)
     for sample in json.loads((fixtures / "chat_samples.json").read_text()):
         chat = conversation(sample["messages"], where="")
         assert template.render(chat) == sample["text"]
@@ -119,7 +119,7 @@ def test_rewritten_turns_train_the_last_one_and_say_so(tokenizer, tmp_path):
     template = ChatTemplate(tokenizer, path=str(path))
     assert said(template, CHAT) == ["a"]
     assert template.render_spans(CHAT).note == LAST_TURN_NOTE
-    make = ExampleTokenizer(tokenizer, max_length=512, template=template)
+    make = ExampleTokenizer(tokenizer, max_length=512, template=lambda: template)
     _, report = make.tokenize([CHAT, CHAT])
     assert f"{LAST_TURN_NOTE} (2 rows)" in report.notes
     assert any("no end-of-turn token" in note for note in report.notes)
@@ -170,6 +170,18 @@ def test_templates_that_make_too_much_are_stopped(tokenizer, tmp_path, source, w
     path.write_text(source)
     with pytest.raises(ModelError, match=what):
         ChatTemplate(tokenizer, path=str(path))
+
+
+def test_todays_date_is_the_same_every_day(tokenizer, tmp_path):
+    path = tmp_path / "dated.jinja"
+    path.write_text(
+        "{%- set date = strftime_now('%d %b %Y') if strftime_now is defined %}\n"
+        "{% for m in messages %}{{ date }}|{{ m.content }}{% endfor %}"
+    )
+    template = ChatTemplate(tokenizer, path=str(path))
+    assert template.render(CHAT).startswith("26 Jul 2024|sys26 Jul 2024|hi")
+    assert template.source == path.read_text()
+    assert said(template, CHAT) == ["26 Jul 2024|yo", "26 Jul 2024|a"]
 
 
 def test_a_template_without_marks_is_fine(tokenizer, fixtures):

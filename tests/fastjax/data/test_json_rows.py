@@ -6,9 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastjax.data import json_rows
+from fastjax.data import json_rows, opened_file
 from fastjax.data.bad_rows import BadRows
 from fastjax.data.json_rows import read_json_rows
+from fastjax.data.rows import START
 from fastjax.errors import DataError
 
 
@@ -16,7 +17,7 @@ def rows_of(tmp_path, raw: bytes, allowed: int = 0):
     path = tmp_path / "data.jsonl"
     path.write_bytes(raw)
     bad_rows = BadRows(allowed)
-    return list(read_json_rows(path, bad_rows)), bad_rows
+    return list(read_json_rows(path, bad_rows, START)), bad_rows
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,8 @@ def test_tolerates_refused_values_inside_an_array(tmp_path):
 
 @pytest.mark.parametrize("wrap", [b'{"a": "%s"}\n{"a": 1}', b'[{"a": "%s"}, {"a": 1}]'])
 def test_limits_the_size_of_a_row(tmp_path, monkeypatch, wrap):
-    monkeypatch.setattr(json_rows, "MAX_VALUE_BYTES", 100)
+    for module in (json_rows, opened_file):
+        monkeypatch.setattr(module, "MAX_VALUE_BYTES", 100)
     rows, bad_rows = rows_of(tmp_path, wrap % (b"x" * 200), allowed=1)
     assert [row.columns for row in rows] == [{"a": 1}]
     assert "16 MB" in bad_rows.errors[0].what
@@ -90,7 +92,7 @@ def test_limits_the_size_of_a_row(tmp_path, monkeypatch, wrap):
 
 def test_reports_an_unreadable_file(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
-        list(read_json_rows(tmp_path / "missing.jsonl", BadRows()))
+        list(read_json_rows(tmp_path / "missing.jsonl", BadRows(), START))
 
 
 @settings(

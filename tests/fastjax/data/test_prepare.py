@@ -1,12 +1,16 @@
 """From a configuration to documents: sources, held-out rows, templates."""
 
+import dataclasses
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from fastjax.config import DataConfig
-from fastjax.data import Text, held_out, load_data
+from fastjax.data import Document, document_cache, held_out, load_data
+from fastjax.data.documents import DocumentWriter
 from fastjax.errors import ConfigError, DataError
 
 
@@ -81,12 +85,89 @@ def test_evaluation_rows_can_be_named_or_held_out(tokenizer, tmp_path):
 
 
 def test_held_out_rows_depend_on_the_seed_alone():
-    rows = [Text(text=str(i)) for i in range(100)]
-    kept, held = held_out(rows, 0.1, seed=3)
-    assert (len(kept), len(held)) == (90, 10)
-    assert held_out(rows, 10.0, seed=3) == (kept, held)
-    assert held_out(rows, 10.0, seed=4)[1] != held
-    assert [row for row in rows if row in kept] == kept
-    assert len(held_out(rows, 0.001, seed=3)[1]) == 1
+    writer = DocumentWriter()
+    for i in range(200):  # Two pieces a row.
+        ids = np.array([i, i, i], np.int32)
+        writer.add(Document(ids, np.ones(3, np.bool_)), i // 2)
+    documents = writer.close()
+    kept, held = held_out(documents, 0.1, seed=3)
+    assert (len(kept), len(held)) == (180, 20)
+    assert not set(kept.rows) & set(held.rows)
+    assert held_out(documents, 10.0, seed=3)[1].rows.tolist() == held.rows.tolist()
+    assert held_out(documents, 10.0, seed=4)[1].rows.tolist() != held.rows.tolist()
+    assert (np.diff(kept.rows) >= 0).all()
+    assert len(held_out(documents, 0.001, seed=3)[1]) == 2
     with pytest.raises(ConfigError, match="leaves nothing"):
-        held_out(rows, 100.0, seed=3)
+        held_out(documents, 100.0, seed=3)
+
+
+def test_sources_are_mixed_by_their_weights(tokenizer, tmp_path):
+    write(tmp_path / "a.jsonl", [f"alpha {i}" for i in range(10)])
+    rows = [{"prompt": f"q{i}", "completion": " a"} for i in range(6)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    name = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}"
+    data = load_data(DataConfig(dataset_name=name), tokenizer, seed=0)
+    assert (len(data.train), data.data_format) == (16, "text, prompt_completion")
+    assert not data.packing
+    config = DataConfig(dataset_name=name, dataset_weights=(0.5, 2.0))
+    data = load_data(config, tokenizer, seed=0)
+    counts = Counter(document.input_ids.tobytes() for document in data.train)
+    assert sorted(counts.values()) == [1] * 5 + [2] * 6
+    again = load_data(config, tokenizer, seed=0).train
+    assert again.fingerprint() == data.train.fingerprint()
+    assert (
+        load_data(config, tokenizer, seed=1).train.fingerprint() != again.fingerprint()
+    )
+    config = DataConfig(dataset_name=name, dataset_weights=(1.0,))
+    with pytest.raises(ConfigError, match="1 entries for 2 sources"):
+        load_data(config, tokenizer, seed=0)
+
+
+def test_the_cache_gives_back_equal_documents(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(document_cache, "MIN_FILE_BYTES", 10)
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps({'messages': turns})}\n" * 3 + "broken\n")
+    config = DataConfig(
+        dataset_name=str(path), skip_bad_rows=1, chat_template_path="llama-3"
+    )
+    entries = lambda: sorted((tmp_path / "cache" / "data").iterdir())  # noqa: E731
+
+    def load(config=config):
+        fresh = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+        return load_data(config, fresh, seed=0), fresh
+
+    first, before = load()
+    expected = first.train.fingerprint()
+    [entry] = entries()
+    again, after = load()
+    assert "kept from an earlier run" in again.notes[-1]
+    assert again.train.fingerprint() == expected
+    assert again.train_report == first.train_report
+    assert again.notes[:-1] == first.notes
+    assert after.chat_template == before.chat_template
+    plain = dataclasses.replace(config, use_dataset_cache=False)
+    assert load(plain)[0].train.fingerprint() == expected
+    # A flipped bit, a lost file and a changed source are noticed.
+    raw = bytearray((entry / "tokens.bin").read_bytes())
+    raw[5] ^= 1
+    (entry / "tokens.bin").unlink()
+    (entry / "tokens.bin").write_bytes(raw)
+    assert load()[0].train.fingerprint() == expected
+    (entry / "places.npy").unlink()
+    assert load()[0].notes == first.notes
+    path.write_text(path.read_text().replace("broken\n", ""))
+    assert load()[0].notes == first.notes[:-1]
+    load(dataclasses.replace(config, max_length=16))
+    assert len(entries()) == 3
+    assert all(len(folder.name) == 64 for folder in entries())
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTJAX_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(document_cache, "MIN_FILE_BYTES", 10)
+    write(tmp_path / "a.jsonl", ["one", "two"])
+    config = DataConfig(dataset_name=str(tmp_path / "a.jsonl"))
+    assert len(load_data(config, tokenizer, seed=0).train) == 2

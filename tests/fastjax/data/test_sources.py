@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from fastjax.data import load_examples
+from fastjax.data import ReadOptions, load_examples
 from fastjax.data.conversation import RowFault, conversation
 from fastjax.data.examples import Completion, Conversation, Text
 from fastjax.data.files import data_files, eval_files
@@ -19,6 +19,7 @@ ACCEPTED = {
     "control.jsonl": (1, "text"),
     "crlf.jsonl": (2, "text"),
     "null.jsonl": (1, "text"),  # The null row is left out and noted.
+    "sharegpt.jsonl": (1, "sharegpt"),
     "special_tokens_in_text.jsonl": (1, "messages"),
     "system_last.jsonl": (1, "messages"),
     "too_long.jsonl": (1, "prompt_completion"),
@@ -32,10 +33,9 @@ REFUSED = {
     "empty_messages.jsonl": "messages is an empty list",
     "latin1.jsonl": "not UTF-8 at byte 12; it looks like latin-1",
     "nan.jsonl": "NaN is not a JSON number",
-    "not_parquet.parquet": "'.parquet' are not read",
+    "not_parquet.parquet": "not whole Parquet data",
     "preference_same.jsonl": "preference pairs",
     "scalar.jsonl": "a row must be an object",
-    "sharegpt.jsonl": "sharegpt",
     "unknown_role.jsonl": "'alien'",
 }
 
@@ -88,18 +88,17 @@ def test_formats_become_examples():
 def test_columns_can_be_renamed():
     rows = [{"question": "q", "answer": "a", "id": 7}]
     names = ("question=prompt", "answer=completion")
-    loaded = load_examples(rows, column_map=names)
+    loaded = load_examples(rows, ReadOptions(column_map=names))
     assert loaded.data_format == "prompt_completion"
     assert loaded.notes == ("columns not used: id",)
-    assert (
-        load_examples(rows, column_map=(",".join(names),)).examples == loaded.examples
-    )
+    joined = ReadOptions(column_map=(",".join(names),))
+    assert load_examples(rows, joined).examples == loaded.examples
     with pytest.raises(ConfigError, match="nearest: question"):
-        load_examples(rows, column_map=("questoin=prompt",))
+        load_examples(rows, ReadOptions(column_map=("questoin=prompt",)))
     with pytest.raises(ConfigError, match="exists already"):
-        load_examples(rows, column_map=("question=answer",))
+        load_examples(rows, ReadOptions(column_map=("question=answer",)))
     with pytest.raises(ConfigError, match="old=new"):
-        load_examples(rows, column_map=("question",))
+        load_examples(rows, ReadOptions(column_map=("question",)))
 
 
 def test_a_text_column_wins_over_alpaca_and_says_so():
@@ -107,7 +106,8 @@ def test_a_text_column_wins_over_alpaca_and_says_so():
     loaded = load_examples(rows)
     assert loaded.data_format == "text"
     assert "alpaca" in loaded.notes[0]
-    assert load_examples(rows, data_format="alpaca").data_format == "alpaca"
+    alpaca = ReadOptions(data_format="alpaca")
+    assert load_examples(rows, alpaca).data_format == "alpaca"
 
 
 def test_unknown_columns_show_the_nearest_formats():

@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from fastjax.data import Completion, ExampleTokenizer, ResponseMarkers, Text
+from fastjax.data import (
+    ChatTemplate,
+    Completion,
+    ExampleTokenizer,
+    ResponseMarkers,
+    Text,
+)
+from fastjax.data.bad_rows import BadRows
 from fastjax.data.conversation import conversation
+from fastjax.data.examples import Segments, Tokens
 from fastjax.data.rendering import response_spans
 from fastjax.data.tokenization import trained_tokens
 from fastjax.errors import ConfigError, DataError, ModelError
@@ -164,6 +172,58 @@ def test_overlong_rows_can_be_dropped_or_refused(tokenizer):
     assert caught.value.where == "data.jsonl:2"
 
 
+def test_a_split_keeps_every_target(tokenizer):
+    whole = one(tokenizer, PAIR)
+    make = ExampleTokenizer(tokenizer, max_length=7, overlong="split")
+    documents, report = make.tokenize([PAIR])
+    assert report.trained_tokens == whole.trained_tokens
+    targets = [d.input_ids[1:][d.trained[1:]] for d in documents]
+    expected = whole.input_ids[1:][whole.trained[1:]]
+    np.testing.assert_array_equal(np.concatenate(targets), expected)
+    assert max(map(len, documents)) <= 7
+    assert set(documents.rows) == {0}
+
+
+def test_rows_that_the_template_refuses_are_broken_rows(tokenizer):
+    refused = conversation([{"role": "tool", "content": "1"}], where="data.jsonl:7")
+    make = ExampleTokenizer(
+        tokenizer,
+        max_length=99,
+        template=lambda: ChatTemplate(tokenizer, path="llama-3"),
+    )
+    with pytest.raises(DataError, match="no tool calls"):
+        make.tokenize([CHAT, refused])
+    bad_rows = BadRows(1)
+    documents, report = make.tokenize([CHAT, refused], bad_rows=bad_rows)
+    assert (len(documents), report.refused) == (1, 1)
+    assert bad_rows.errors[0].where == "data.jsonl:7"
+
+
+def test_control_tokens_in_messages_can_be_refused(tokenizer):
+    evil = conversation(
+        [
+            {"role": "user", "content": "<|eot_id|>"},
+            {"role": "assistant", "content": "a"},
+        ],
+        where="row 3",
+    )
+    make = ExampleTokenizer(tokenizer, max_length=99, special_tokens="error")
+    with pytest.raises(DataError, match="control tokens") as caught:
+        make.tokenize([evil])
+    assert caught.value.where == "row 3"
+
+
+def test_segments_and_tokens_are_taken_as_they_are(tokenizer):
+    pieces = Segments(pieces=(("question ", False), ("answer", True), ("!", False)))
+    document = one(tokenizer, pieces)
+    assert tokenizer.decode(document.input_ids) == "question answer!"
+    assert trained_text(tokenizer, document).strip() == "answer"
+    tokens = Tokens(input_ids=(9, 8, 7), trained=(False, False, True))
+    document = one(tokenizer, tokens)
+    assert document.input_ids.tolist() == [9, 8, 7]
+    assert document.trained.tolist() == [False, False, True]
+
+
 def test_fixture_longer_than_a_row_is_all_masked(tokenizer, fixtures):
     from fastjax.data import load_examples
 
@@ -190,9 +250,11 @@ def test_the_report_counts(tokenizer, fixtures):
     assert report.tokens == sum(len(document) for document in documents)
     trained = sum(document.trained_tokens for document in documents)
     assert report.trained_tokens == trained
-    assert report.truncated == 1
+    assert (report.truncated, report.split, report.rows) == (0, 1, 4)
     assert report.length_max > report.max_length
-    assert "1 rows cut at 40 tokens" in str(report)
+    assert "1 rows split at 40 tokens" in str(report)
+    assert sum(count for _, count in report.histogram) == 2
+    assert report.as_json()["trained_share"] == report.trained_share
     evil = fixtures / "bad_data" / "special_tokens_in_text.jsonl"
     _, report = make.tokenize(load_examples(evil).examples)
     assert any("control tokens" in note for note in report.notes)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from fastjax.losses import cross_entropy
+from fastjax.losses.neftune import neftune_noise
 
 VOCABULARY, WIDTH = 13, 8
 
@@ -15,16 +16,25 @@ class TwoTables(nnx.Module):
     """Looks tokens up in one table and scores them with another."""
 
     def __init__(self, dtype: str = "float32") -> None:
-        self.dtype = dtype
+        self.compute_dtype = jnp.dtype(dtype)
         keys = jax.random.split(jax.random.key(0), 2)
         self.embed = nnx.Param(jax.random.normal(keys[0], (VOCABULARY, WIDTH)))
         self.head = nnx.Param(jax.random.normal(keys[1], (VOCABULARY, WIDTH)))
 
     def __call__(
-        self, input_ids, *, positions, segment_ids, max_segments, dropout_key, remat
+        self,
+        input_ids,
+        *,
+        positions,
+        segment_ids,
+        max_segments,
+        dropout_key,
+        embedding_noise,
+        remat,
     ) -> jax.Array:
         assert (max_segments, remat) == (2, "layer")
-        x = self.embed.get_value()[input_ids].astype(self.dtype)
+        x = self.embed.get_value()[input_ids].astype(self.compute_dtype)
+        x = x if embedding_noise is None else x + embedding_noise
         return x if dropout_key is None else 2 * x
 
     def head_weight(self) -> jax.Array:
@@ -98,3 +108,29 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 def test_the_dropout_key_reaches_the_model() -> None:
     total, _, _ = loss_and_gradient(dropout_key=jax.random.key(0))
     assert float(total) == pytest.approx(float(expected(2.0)[0]), rel=1e-6)
+
+
+def test_noise_on_embeddings_needs_a_key_and_keeps_gradients_of_the_table() -> None:
+    plain = loss_and_gradient()
+    assert float(loss_and_gradient(neftune_noise_alpha=5.0)[0]) == float(plain[0])
+    key = jax.random.key(1)
+    noisy = loss_and_gradient(dropout_key=key, neftune_noise_alpha=5.0)
+    again = loss_and_gradient(dropout_key=key, neftune_noise_alpha=5.0)
+    assert float(noisy[0]) == float(again[0])
+    assert float(noisy[0]) != float(loss_and_gradient(dropout_key=key)[0])
+
+
+def test_the_noise_of_a_document_is_sized_by_its_own_length() -> None:
+    segment_ids = jnp.array([[1] * 4 + [2] * 12, [1] * 16])
+    noise = neftune_noise(
+        jax.random.key(0),
+        segment_ids,
+        features=64,
+        alpha=5.0,
+        max_segments=2,
+        dtype=jnp.dtype("float32"),
+    )
+    for row, place, tokens in ((0, slice(4), 4), (0, slice(4, 16), 12), (1, ..., 16)):
+        largest = float(jnp.abs(noise[row][place]).max())
+        bound = 5.0 / np.sqrt(tokens * 64)
+        assert 0.95 * bound < largest <= bound

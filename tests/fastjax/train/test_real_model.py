@@ -135,6 +135,7 @@ def command(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
         "dataset_name": data,
         "dtype": "float32",
         "lora_dropout": 0.1,
+        "neftune_noise_alpha": 5,
         "learning_rate": 1e-2,
         "max_length": 64,
         "max_steps": 8,

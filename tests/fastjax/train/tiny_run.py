@@ -41,6 +41,7 @@ class TinyModel(nnx.Module):
         segment_ids: jax.Array | None = None,
         max_segments: int | None = None,
         dropout_key: jax.Array | None = None,
+        embedding_noise: jax.Array | None = None,
         remat: str | None = None,
     ) -> jax.Array:
         """Returns hidden states (B, S, WIDTH)."""

@@ -1,0 +1,27 @@
+"""`fastjax check-data`: what a data file holds, before anything is trained on it."""
+
+import json
+import sys
+
+from fastjax.cli_flags import Call, read_settings, shows_settings_help
+
+_JSON = "--json"
+
+
+def run(call: Call) -> None:
+    """Prints counts, lengths and one row with its trained text in colour.
+
+    `--json` prints the counts alone, as one object.
+    """
+    if shows_settings_help(call):
+        return
+    settings = read_settings([word for word in call.words if word != _JSON])
+    from fastjax.api import check_data
+
+    check = check_data(settings.config)
+    if _JSON in call.words:
+        sys.stdout.write(json.dumps(check.as_json()) + "\n")
+        return
+    from rich.console import Console
+
+    Console().print(check)

@@ -1,0 +1,222 @@
+"""Tokenised documents: flat arrays in memory or in mapped files, and their views."""
+
+import dataclasses
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+from fastjax.errors import StorageError, printable
+
+TOKENS_NAME, TRAINED_NAME = "tokens.bin", "trained.bin"
+SOURCE_SHIFT = 40
+"""Bits of a row's number; those above tell which of several sources it is of."""
+
+_HASHED_TOKENS = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Document:
+    """Tokens of one example, or of a piece of it.
+
+    Attributes:
+      trained: Tokens that carry loss, as targets of the token before them.
+    """
+
+    input_ids: Int32[np.ndarray, " T"]
+    trained: Bool[np.ndarray, " T"]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Targets of the document; its first token is nobody's target."""
+        return int(np.count_nonzero(self.trained[1:]))
+
+
+class Documents(Sequence[Document]):
+    """Documents of a data set, or a choice of them.
+
+    Only their places are held for each; tokens and masks lie end to end, so that a set
+    larger than memory can be mapped from files.
+
+    Args:
+      tokens: Of all documents.
+      trained: Mask of `tokens`.
+      starts: Place of the first token of each document.
+      lengths: Tokens of each document.
+      rows: Number of the row that each document comes from, and of its source above
+        `SOURCE_SHIFT`.
+    """
+
+    def __init__(
+        self,
+        tokens: Int32[np.ndarray, " N"],
+        trained: Bool[np.ndarray, " N"],
+        *,
+        starts: Int64[np.ndarray, " D"],
+        lengths: Int64[np.ndarray, " D"],
+        rows: Int64[np.ndarray, " D"],
+    ) -> None:
+        self._tokens, self._trained = tokens, trained
+        self._starts, self.lengths, self.rows = starts, lengths, rows
+
+    @classmethod
+    def of(cls, documents: Sequence[Document]) -> "Documents":
+        """Returns documents as one set; each is a row."""
+        if isinstance(documents, Documents):
+            return documents
+        writer = DocumentWriter()
+        for row, document in enumerate(documents):
+            writer.add(document, row)
+        return writer.close()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Documents": ...
+
+    def __getitem__(self, index: int | slice) -> "Document | Documents":
+        """Returns a view of one document, or a choice of documents."""
+        if isinstance(index, slice):
+            return self.chosen(np.arange(len(self))[index])
+        start = int(self._starts[index])
+        end = start + int(self.lengths[index])
+        return Document(self._tokens[start:end], self._trained[start:end])
+
+    def chosen(self, indices: Int64[np.ndarray, " C"]) -> "Documents":
+        """Returns the documents of these places, which may repeat."""
+        return Documents(
+            self._tokens,
+            self._trained,
+            starts=self._starts[indices],
+            lengths=self.lengths[indices],
+            rows=self.rows[indices],
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.lengths.sum())
+
+    @property
+    def trained_tokens(self) -> int:
+        """Targets of all documents that carry loss."""
+        runs = (self._trained[start:end] for start, end in self._runs())
+        firsts = np.count_nonzero(self._trained[self._starts])
+        return sum(int(np.count_nonzero(run)) for run in runs) - int(firsts)
+
+    def content_hashes(self) -> Int64[np.ndarray, " D"]:
+        """Returns a hash of the tokens of each document, true in this process alone."""
+        places = zip(self._starts.tolist(), self.lengths.tolist(), strict=True)
+        tokens = self._tokens
+        hashes = (hash(tokens[start : start + n].tobytes()) for start, n in places)
+        return np.fromiter(hashes, np.int64, len(self))
+
+    def fingerprint(self) -> str:
+        """Returns a hash of all lengths, tokens and masks, in order."""
+        digest = hashlib.sha256(self.lengths.tobytes())
+        for start, end in self._runs():
+            digest.update(self._tokens[start:end].tobytes())
+            digest.update(self._trained[start:end].tobytes())
+        return digest.hexdigest()
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Yields the borders of tokens that lie end to end, a few million at most."""
+        if not len(self):
+            return
+        ends = self._starts + self.lengths
+        breaks = np.flatnonzero(self._starts[1:] != ends[:-1]) + 1
+        firsts = np.concatenate([[0], breaks])
+        lasts = np.concatenate([breaks, [len(self)]]) - 1
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+            for start in range(
+                int(self._starts[first]), int(ends[last]), _HASHED_TOKENS
+            ):
+                yield start, min(start + _HASHED_TOKENS, int(ends[last]))
+
+
+class DocumentWriter:
+    """Gathers documents, in memory or in two files of a folder.
+
+    Args:
+      folder: Takes the tokens and masks; None keeps them in memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._tokens, self._trained = (
+            self._opened(TOKENS_NAME),
+            self._opened(TRAINED_NAME),
+        )
+        self._lengths: list[int] = []
+        self._rows: list[int] = []
+
+    def add(self, document: Document, row: int) -> None:
+        """Appends a document that comes from a row.
+
+        Raises:
+          StorageError: The disk is full.
+        """
+        try:
+            self._tokens.write(document.input_ids.tobytes())
+            self._trained.write(document.trained.tobytes())
+        except OSError as error:
+            raise StorageError(
+                f"tokenised data cannot be written: {printable(error)}",
+                where=str(self.folder),
+                fix="free disk space, or hold the tokens in memory: "
+                "--no-use_dataset_cache",
+            ) from error
+        self._lengths.append(len(document))
+        self._rows.append(row)
+
+    def close(self) -> Documents:
+        """Returns what was added."""
+        lengths, rows = (
+            np.array(self._lengths, np.int64),
+            np.array(self._rows, np.int64),
+        )
+        if self.folder is not None:
+            self._tokens.close()
+            self._trained.close()
+            return mapped(self.folder, lengths, rows)
+        assert isinstance(self._tokens, io.BytesIO)
+        assert isinstance(self._trained, io.BytesIO)
+        tokens = np.frombuffer(self._tokens.getvalue(), np.int32)
+        trained = np.frombuffer(self._trained.getvalue(), np.bool_)
+        return _placed(tokens, trained, lengths, rows)
+
+    def _opened(self, name: str) -> io.BufferedIOBase:
+        return io.BytesIO() if self.folder is None else (self.folder / name).open("wb")
+
+
+def mapped(
+    folder: Path, lengths: Int64[np.ndarray, " D"], rows: Int64[np.ndarray, " D"]
+) -> Documents:
+    """Returns the documents whose tokens a `DocumentWriter` left in a folder."""
+    if not lengths.sum():
+        return Documents.of([])
+    tokens = np.memmap(folder / TOKENS_NAME, np.int32, mode="r")
+    trained = np.memmap(folder / TRAINED_NAME, np.bool_, mode="r")
+    return _placed(tokens, trained, lengths, rows)
+
+
+def _placed(
+    tokens: Int32[np.ndarray, " N"],
+    trained: Bool[np.ndarray, " N"],
+    lengths: Int64[np.ndarray, " D"],
+    rows: Int64[np.ndarray, " D"],
+) -> Documents:
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    starts = starts[: len(lengths)]
+    return Documents(tokens, trained, starts=starts, lengths=lengths, rows=rows)
