@@ -60,6 +60,8 @@ ALIASES = {
     "steps_per_report": "logging_steps",
     "save_every": "save_steps",
     "resume": "resume_from_checkpoint",
+    "wandb_project": "project",
+    "upload_repo": "hub_model_id",
     "random_state": "seed",
     "random_seed": "seed",
     "implementations": "implementation",
@@ -88,6 +90,11 @@ _VALUES = {
         "adamw_torch_fused": "adamw",
         "adamw_hf": "adamw",
         "lion_32bit": "lion",
+    },
+    "metric_for_best_model": {
+        "loss": "eval_loss",
+        "perplexity": "eval_perplexity",
+        "None": "eval_loss",
     },
     "resume_from_checkpoint": {
         "True": "auto",
@@ -126,23 +133,14 @@ _OFF = (None, False, 0, "", "no", "none", "None", "False", "false", "0", [], {})
 # Name -> (values that change nothing, what to know of the others).
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "trust_remote_code": (_OFF, "fastjax runs no code from model repositories"),
-    "push_to_hub": (_OFF, "run `hf upload` on the output folder instead"),
     "load_in_8bit": (_OFF, "use load_in_4bit, or 16-bit weights"),
-    "load_best_model_at_end": (
-        _OFF,
-        "the last weights are kept; metrics.jsonl has the eval_loss of each step",
-    ),
-    "report_to": (
-        (*_OFF, ["none"]),
-        "use none: metrics.jsonl in the output folder holds every number",
-    ),
+    "greater_is_better": (_OFF, "the evaluation's loss is better when smaller"),
     "logging_strategy": (("steps", None), "logging_steps counts steps"),
     "packing_strategy": (("bfd", None), "documents are packed by best fit"),
     "loss_type": (("nll", None), "the loss is cross-entropy"),
     "label_smoothing_factor": (_OFF, "the loss is plain cross-entropy"),
     "lr_scheduler_kwargs": (_OFF, "the schedules take no options"),
     "optim_args": (_OFF, "the optimisers are set by the adam_* fields"),
-    "eval_on_start": (_OFF, "call trainer.evaluate() first"),
     "eval_packing": (_OFF, "evaluation rows are packed as training rows are"),
     "save_only_model": (_OFF, "checkpoints hold all that resuming needs"),
     "auto_find_batch_size": (_OFF, "set per_device_train_batch_size"),
@@ -158,6 +156,8 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "deepspeed": (_OFF, "runs use one device"),
     "fsdp": (_OFF, "runs use one device"),
 }
+
+_SECRETS = frozenset(["hub_token", "token", "hf_token", "push_to_hub_token"])
 
 _WITHOUT_EFFECT = frozenset(
     [
@@ -179,11 +179,8 @@ _WITHOUT_EFFECT = frozenset(
         "eval_accumulation_steps",
         "fp16_full_eval",
         "gradient_checkpointing_kwargs",
-        "greater_is_better",
         "group_by_length",
         "half_precision_backend",
-        "hub_model_id",
-        "hub_private_repo",
         "hub_strategy",
         "include_num_input_tokens_seen",
         "include_tokens_per_second",
@@ -192,15 +189,12 @@ _WITHOUT_EFFECT = frozenset(
         "log_level",
         "logging_dir",
         "logging_nan_inf_filter",
-        "metric_for_best_model",
         "num_proc",
         "overwrite_output_dir",
         "pad_to_multiple_of",
         "padding_free",
         "prediction_loss_only",
-        "project",
         "remove_unused_columns",
-        "run_name",
         "save_safetensors",
         "skip_memory_metrics",
         "tf32",
@@ -237,7 +231,12 @@ def translation(name: str, value: Any) -> Translation:
       ConfigError: The name is known, and its value asks for what does not exist.
     """
     name = ALIASES.get(name, name)
-    if name in _WITHOUT_EFFECT:
+    if name in _SECRETS and value is not None:
+        raise ConfigError(
+            f"{name} is not taken, so that it is written nowhere: set HF_TOKEN in the "
+            "environment, or run `hf auth login`"
+        )
+    if name in _WITHOUT_EFFECT or name in _SECRETS:
         return Translation(has_no_effect=True)
     if name in _ONLY:
         harmless, reason = _ONLY[name]
@@ -247,6 +246,8 @@ def translation(name: str, value: Any) -> Translation:
     if name in _SWITCHES:
         found = _SWITCHES[name].get(boolean(name, value), ("", None))
         return Translation(name=found[0], value=found[1])
+    if name == "report_to" and value in (None, "", "no", "none", "None", ["none"]):
+        return Translation(name=name, value=())
     if name == "resume_from_checkpoint" and value is None:
         return Translation()
     if name == "optim" and str(value) in _WIDER_OPTIMIZERS:

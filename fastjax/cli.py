@@ -30,6 +30,7 @@ _COMMANDS = {
     "generate": "answer prompts",
     "chat": "talk with a model or adapter, turn by turn",
     "export": "write a model or merged adapter: Hugging Face, 4-bit, GGUF",
+    "push": "upload an adapter or model to the Hugging Face hub",
     "models": "list the presets",
     "make-random-checkpoint": "write random weights of a preset's shapes",
     "bench-train": "time the training step on random weights",

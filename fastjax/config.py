@@ -6,9 +6,12 @@ are flat. `TrainConfig` is all that training reads.
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from fastjax.config_rules import Number as Number
+from fastjax.config_rules import is_positive, keep_floats, require
 from fastjax.errors import ConfigError
+from fastjax.report_config import ReportConfig as ReportConfig
 
 DType = Literal["bfloat16", "float16", "float32"]
 RematPolicy = Literal["none", "attention", "layer", "offload"]
@@ -54,8 +57,6 @@ GGUFKind = Literal[
     "iq4_nl",
     "iq4_xs",
 ]
-Number = float | int
-"""Written either way, kept as a float."""
 
 ALL_LINEAR = "all-linear"
 
@@ -96,11 +97,11 @@ class LoRAConfig:
     use_dora: bool = False
 
     def __post_init__(self) -> None:
-        _keep_floats(self)
-        _require(
+        keep_floats(self)
+        require(
             self,
             lora_r=(self.lora_r >= 1, "at least 1"),
-            lora_alpha=(_is_positive(self.lora_alpha), "a positive number"),
+            lora_alpha=(is_positive(self.lora_alpha), "a positive number"),
             lora_dropout=(0.0 <= self.lora_dropout < 1.0, "in [0, 1)"),
             lora_target_modules=(
                 bool(self.lora_target_modules),
@@ -173,10 +174,10 @@ class DataConfig:
     use_dataset_cache: bool = True
 
     def __post_init__(self) -> None:
-        _keep_floats(self)
+        keep_floats(self)
         size = self.val_set_size
         is_share_or_count = 0 <= size < 1 or size.is_integer()
-        _require(
+        require(
             self,
             max_length=(self.max_length >= 2, "at least 2"),
             val_set_size=(
@@ -185,7 +186,7 @@ class DataConfig:
             ),
             skip_bad_rows=(self.skip_bad_rows >= 0, "0 or more"),
             dataset_weights=(
-                all(_is_positive(weight) for weight in self.dataset_weights),
+                all(is_positive(weight) for weight in self.dataset_weights),
                 "positive numbers",
             ),
             neftune_noise_alpha=(
@@ -215,7 +216,7 @@ class OptimizerConfig:
     max_grad_norm: Number = 1.0
 
     def __post_init__(self) -> None:
-        _keep_floats(self)
+        keep_floats(self)
         shares = {
             name: (0 <= getattr(self, name) < 1, "in [0, 1)")
             for name in ("adam_beta1", "adam_beta2")
@@ -225,10 +226,10 @@ class OptimizerConfig:
             for name in ("warmup_steps", "weight_decay", "max_grad_norm")
             for value in [getattr(self, name)]
         }
-        _require(
+        require(
             self,
-            learning_rate=(_is_positive(self.learning_rate), "a positive number"),
-            adam_epsilon=(_is_positive(self.adam_epsilon), "a positive number"),
+            learning_rate=(is_positive(self.learning_rate), "a positive number"),
+            adam_epsilon=(is_positive(self.adam_epsilon), "a positive number"),
             **shares,
             **amounts,
         )
@@ -260,6 +261,8 @@ class TrainConfig:
         `output_dir`, "no" starts anew, a path continues that one or fails.
       data_seed: Of the order of the data; None takes `seed`.
       full_determinism: Bit-equal results run after run on one device.
+      memory_gib: Most of the GPU's memory that this process takes, so that others
+        can share the card; 0 leaves it to JAX, which takes three quarters.
       implementations: Implementation of each op, for comparisons.
     """
 
@@ -286,16 +289,18 @@ class TrainConfig:
     seed: int = 42
     data_seed: int | None = None
     full_determinism: bool = False
+    memory_gib: Number = 0.0
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     implementations: Implementations = dataclasses.field(
         default_factory=Implementations
     )
 
     def __post_init__(self) -> None:
-        _keep_floats(self)
+        keep_floats(self)
         conflicts = [text for broken, text in self._conflicts() if broken]
         if conflicts:
             raise ConfigError.of(conflicts)
@@ -316,6 +321,15 @@ class TrainConfig:
                 "learning rate would never reach its peak",
             ),
             (
+                self.eval_strategy == "no" and self._needs_evaluation(),
+                "eval_strategy=no leaves nothing to choose the best weights by, to "
+                "stop early by, or to show samples at; set it to steps or epoch",
+            ),
+            (
+                not 0 <= self.memory_gib < math.inf,
+                f"memory_gib={self.memory_gib} must be 0 or more",
+            ),
+            (
                 self.full_finetuning and self.quant.load_in_4bit,
                 "full_finetuning trains every weight, load_in_4bit freezes them; "
                 "add --no-load_in_4bit or drop --full_finetuning",
@@ -326,6 +340,15 @@ class TrainConfig:
                 "has nothing to choose",
             ),
         ]
+
+    def _needs_evaluation(self) -> bool:
+        report = self.report
+        return bool(
+            report.load_best_model_at_end
+            or report.early_stopping_patience
+            or report.eval_on_start
+            or report.sample_prompts
+        )
 
     def _out_of_range(self) -> list[tuple[bool, str]]:
         at_least = {
@@ -351,26 +374,3 @@ class TrainConfig:
 def choices(alias: object) -> tuple[str, ...]:
     """Returns the allowed values of a Literal."""
     return get_args(alias)
-
-
-def _keep_floats(part: Any) -> None:
-    """Turns whole numbers in fields of the type `Number` into floats."""
-    for field in dataclasses.fields(part):
-        if field.type is Number:
-            # Frozen, but not yet seen by anyone.
-            object.__setattr__(part, field.name, float(getattr(part, field.name)))
-
-
-def _require(part: object, **rules: tuple[bool, str]) -> None:
-    """Raises one error for all fields whose values break their rule."""
-    broken = [
-        f"{name}={getattr(part, name)!r} must be {rule}"
-        for name, (is_good, rule) in rules.items()
-        if not is_good
-    ]
-    if broken:
-        raise ConfigError.of(broken)
-
-
-def _is_positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0

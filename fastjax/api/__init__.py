@@ -12,6 +12,7 @@ from fastjax.api.fast_language_model import (
 )
 from fastjax.api.generation import answer as answer
 from fastjax.api.generation import run_generation as run_generation
+from fastjax.api.hub import push_folder as push_folder
 from fastjax.api.language_model import LanguageModel as LanguageModel
 from fastjax.api.loading import load_model as load_model
 from fastjax.api.random_checkpoint import (

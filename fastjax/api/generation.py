@@ -63,7 +63,7 @@ def answer(
     """
     tokenizer = require_tokenizer(model)
     is_chat = uses_chat_template and bool(tokenizer.chat_template)
-    ids = [_prompt_ids(tokenizer, prompt, is_chat=is_chat) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt, is_chat=is_chat) for prompt in prompts]
     return answer_ids(
         model,
         ids,
@@ -136,7 +136,8 @@ class _Printer:
             self._shown = text
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:
+    """Returns the tokens of a prompt, as a user's turn when it is a chat."""
     if not is_chat:
         return tokenizer(prompt)["input_ids"]
     return chat_ids(tokenizer, [{"role": "user", "content": prompt}])

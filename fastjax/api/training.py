@@ -16,8 +16,11 @@ from rich.console import Console
 from conversions.hf import folder_fingerprint
 from fastjax import runtime
 from fastjax.api.device_faults import device_faults
+from fastjax.api.hub import push_folder
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter, load_model, load_text_side
+from fastjax.api.model_card import write_model_card
+from fastjax.api.samples import make_sampler
 from fastjax.config import LoRAConfig, TrainConfig
 from fastjax.config_file import config_yaml
 from fastjax.data import (
@@ -30,9 +33,11 @@ from fastjax.data import (
 )
 from fastjax.errors import ConfigError, ModelError
 from fastjax.flat_config import flat_values
+from fastjax.terminal import open_console
 from fastjax.train import Job, TrainResult, evaluate, files, make_eval_step, run
 from fastjax.train.compiled import MEMORY_FIX
 from fastjax.train.lock import output_lock
+from fastjax.train.trackers import require_packages
 
 _HASH_DIGITS = 8
 _SAME = "the same command"
@@ -57,12 +62,13 @@ def run_training(
       FastJaxError: The run cannot start, go on or finish; says why.
     """
     runtime.configure(full_determinism=config.full_determinism)
-    console = Console(stderr=True)
+    console = open_console()
     for note in notes:
         _say(console, note)
     folder = Path(config.output_dir or default_output_dir(config))
     config = dataclasses.replace(config, output_dir=str(folder))
     _require_writable(folder, console)
+    require_packages(config.report.report_to)
     # Before any weight is read, so that a broken file shows in seconds.
     tokenizer, sizes = load_text_side(config.model, revision=config.model_revision)
     _say(console, "reading the data")
@@ -76,10 +82,17 @@ def run_training(
     model = load_for_training(config)
     model.tokenizer = tokenizer
     config = _with_adapter_of(model, config, console)
+    settings = folder / "config.yaml"
+    if not settings.exists():
+        _write_settings(settings, config)
     result = train(model, config, data, console=console, resume_command=resume_command)
-    if not (result.was_finished and (folder / "config.yaml").exists()):
-        with files.storage_errors("write config.yaml", folder):
-            files.write_atomic(folder / "config.yaml", config_yaml(config))
+    if not result.was_finished:
+        _write_settings(settings, config)
+    if config.report.push_to_hub and config.report.hub_model_id:
+        address = push_folder(
+            folder, config.report.hub_model_id, private=config.report.hub_private_repo
+        )
+        _say(console, f"uploaded to {address}")
     _say_next(config, console)
     return result
 
@@ -155,7 +168,7 @@ def train(
         full determinism is asked for too late.
     """
     _require_possible(config, data)
-    console = console or Console(stderr=True)
+    console = console or open_console()
     for line in (*data.notes, f"training data: {data.train_report}"):
         _say(console, line)
     if data.eval_report is not None:
@@ -179,11 +192,16 @@ def train(
         on_exit=model.update,
         resume_command=resume_command,
         base=folder_fingerprint(model.source.folder),
+        sampler=make_sampler(model, config.report),
+        flops_per_token=_flops_per_token(model),
     )
     with device_faults("train", memory_fix=MEMORY_FIX):
         result = run(job, console)
     if model.spec.trains_weights:
         model.save_pretrained_merged(folder / "model", overwrite=True)
+    if not result.was_finished:
+        place = folder / "model" if model.spec.trains_weights else folder
+        write_model_card(place, model, config, result, data=loader.fingerprint)
     return result
 
 
@@ -249,6 +267,12 @@ def default_output_dir(config: TrainConfig) -> str:
     return f"outputs/{Path(config.model).name}-{digest}"
 
 
+def _write_settings(path: Path, config: TrainConfig) -> None:
+    with files.storage_errors(f"write {path.name}", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(path, config_yaml(config))
+
+
 def _with_adapter_of(
     model: LanguageModel, config: TrainConfig, console: Console
 ) -> TrainConfig:
@@ -275,9 +299,15 @@ def _require_writable(folder: Path, console: Console) -> None:
 
 def _require_possible(config: TrainConfig, data: TrainingData) -> None:
     wants_evaluation = config.eval_strategy == "epoch" or config.eval_steps > 0
-    if wants_evaluation and config.eval_strategy != "no" and not data.evaluation:
+    report = config.report
+    wants_best = report.load_best_model_at_end or report.early_stopping_patience > 0
+    wants_evaluation = wants_evaluation and config.eval_strategy != "no"
+    if (wants_evaluation or wants_best) and not data.evaluation:
+        what = "load_best_model_at_end or early_stopping_patience"
+        if wants_evaluation:
+            what = f"eval_strategy={config.eval_strategy}"
         raise ConfigError(
-            f"eval_strategy={config.eval_strategy} needs evaluation data",
+            f"{what} needs evaluation data",
             fix="give eval_dataset_name (SFTTrainer: eval_dataset) or val_set_size, "
             "or set eval_strategy to no",
         )
@@ -319,6 +349,18 @@ def data_loader(
 
 def _data_seed(config: TrainConfig) -> int:
     return config.seed if config.data_seed is None else config.data_seed
+
+
+def _flops_per_token(model: LanguageModel) -> float:
+    """Returns the products of a training step a token, without attention's scores.
+
+    Two a weight forward, two for the gradient of its input, and two more for its own
+    where it trains. The embedding is a look-up, unless it is the head as well.
+    """
+    config, count = model.config, model.num_parameters()
+    if not config.tie_word_embeddings:
+        count -= config.vocab_size * config.hidden_size
+    return (6.0 if model.spec.trains_weights else 4.0) * count
 
 
 def _adapter_writer(model: LanguageModel) -> Any:

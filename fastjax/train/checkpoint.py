@@ -40,6 +40,11 @@ def step_of(folder: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
+def name_of(step: int) -> str:
+    """Returns the name of the checkpoint of a step."""
+    return f"checkpoint-{step:06d}"
+
+
 def save(
     output_dir: Path,
     state: TrainState,
@@ -48,6 +53,7 @@ def save(
     step: int,
     write_adapter: WriteAdapter | None,
     keep: int,
+    also_keep: int | None = None,
 ) -> Path:
     """Returns the new checkpoint's folder, which is on the disk and verified.
 
@@ -61,11 +67,12 @@ def save(
       step: Steps done.
       write_adapter: Writes the adapter into a folder; None leaves it out.
       keep: Newest checkpoints that stay.
+      also_keep: Step of one that stays beside them.
 
     Raises:
       StorageError: Nothing of the new checkpoint is left, the old ones are intact.
     """
-    folder = output_dir / f"checkpoint-{step:06d}"
+    folder = output_dir / name_of(step)
     aside = output_dir / f".tmp-{folder.name}-{os.getpid()}"
     arrays = named_arrays(state)
     with files.storage_errors(f"save {folder.name}", output_dir):
@@ -81,20 +88,54 @@ def save(
             (aside / RECORD_NAME).write_text(files.dump_json(full), encoding="utf-8")
             files.settle(aside)
             manifest.write_manifest(aside)
-            faults.hit("save:after_manifest", step)
+            faults.hit("save:after_manifest", step, aside)
             files.rename(aside, folder)
-        faults.hit("save:after_rename", step)
-        rotate(output_dir, keep, step)
+        faults.hit("save:after_rename", step, folder)
+        rotate(output_dir, keep, step, also_keep)
     return folder
 
 
-def rotate(output_dir: Path, keep: int, step: int) -> None:
-    """Deletes all checkpoints but the newest `keep`; half a deletion leaves no name."""
+def rotate(output_dir: Path, keep: int, step: int, also_keep: int | None) -> None:
+    """Deletes all checkpoints but the newest `keep` and the one of `also_keep`.
+
+    Half a deletion leaves no name.
+    """
     for folder in checkpoints(output_dir)[:-keep]:
+        if step_of(folder) == also_keep:
+            continue
         doomed = output_dir / f".tmp-{folder.name}-{os.getpid()}-old"
         files.rename(folder, doomed)
         faults.hit("save:before_delete", step)
         shutil.rmtree(doomed)
+
+
+def affordable(
+    output_dir: Path, state: TrainState, keep: int, note: Callable[[str], None]
+) -> int:
+    """Returns how many checkpoints the disk has room for, at most `keep`.
+
+    One more than are kept exists while a new one is written.
+
+    Raises:
+      StorageError: There is room for none.
+    """
+    arrays = named_arrays(state)
+    _require_space(output_dir, arrays)
+    # Two copies of what trains: the adapter, and the state.
+    need = _bytes_of(arrays) + _bytes_of(named_arrays(state.trainable))
+    there = sum(
+        path.stat().st_size
+        for folder in checkpoints(output_dir)
+        for path in files.files_below(folder)
+    )
+    room = int((files.free_bytes(output_dir) + there) // max(need, 1)) - 1
+    if room >= keep:
+        return keep
+    note(
+        f"the disk has room for {max(room, 1)} checkpoints of {files.mebibytes(need)}: "
+        f"so many are kept, not save_total_limit={keep}"
+    )
+    return max(room, 1)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -185,10 +226,14 @@ def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
 
 
 def _require_space(output_dir: Path, arrays: Mapping[str, Any]) -> None:
-    need = sum(array.nbytes for array in arrays.values())
+    need = _bytes_of(arrays)
     if files.free_bytes(output_dir) < need:
         reason = f"it needs {files.mebibytes(need)}"
         raise files.storage_error("save a checkpoint", output_dir, reason)
+
+
+def _bytes_of(arrays: Mapping[str, Any]) -> int:
+    return sum(array.nbytes for array in arrays.values())
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ class CompiledSteps:
 
     Attributes:
       compile_seconds: Sum over shapes.
-      memory: Of the last shape compiled; None where the backend does not tell.
+      memory: Of the shape that needs most; None where the backend does not tell.
       implementations: Op to the implementations that its calls took.
     """
 
@@ -102,7 +102,8 @@ class CompiledSteps:
             step = lowered.compile(compiler_options=self._compiler_options)
         self._steps[batch.shape] = step
         self.compile_seconds += time.perf_counter() - start
-        self.memory = step_memory(step)
+        needs = [plan for plan in (self.memory, step_memory(step)) if plan]
+        self.memory = max(needs, key=lambda plan: plan.total_bytes, default=None)
         for op, names in chosen.items():
             known = set(self.implementations.get(op, ()))
             self.implementations[op] = sorted(known | names)

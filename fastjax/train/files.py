@@ -86,22 +86,32 @@ def rename(old: Path, new: Path) -> None:
 
 
 def set_aside(path: Path, suffix: str) -> Path:
-    """Renames to `NAME.suffix`, or `NAME.suffix-2` and so on; nothing is lost."""
-    target, number = path.with_name(f"{path.name}.{suffix}"), 1
-    while target.exists():
-        number += 1
-        target = path.with_name(f"{path.name}.{suffix}-{number}")
+    """Renames to `NAME.suffix`; what had that name is deleted afterwards.
+
+    So one generation stays, and no folder grows with each new start.
+    """
+    target = path.with_name(f"{path.name}.{suffix}")
+    doomed = path.with_name(f".tmp-{target.name}-{os.getpid()}")
+    has_older = target.exists()
+    if has_older:
+        rename(target, doomed)
     rename(path, target)
+    if has_older:
+        _remove(doomed)
     return target
 
 
 def remove_leftovers(folder: Path) -> None:
     """Deletes what a crashed run left behind under temporary names."""
     for path in folder.glob(".tmp-*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def dump_json(value: Any) -> str:

@@ -47,5 +47,6 @@ def diverged(
         f"loss or gradient was not finite in {BAD_STEPS_TO_STOP} steps in a row",
         where=f"step {step}: loss {loss}, grad_norm {norm}; "
         f"newest checkpoint, untouched: {newest_checkpoint}",
-        fix="lower learning_rate or max_grad_norm, or look at the data of these steps",
+        fix="lower learning_rate or max_grad_norm, or look at the rows of this step in "
+        "nan_batch.jsonl",
     )

@@ -37,6 +37,9 @@ class Job:
       loss: Takes what `fastjax.losses.cross_entropy` takes.
       on_exit: Receives the newest weights however the run ends, since the ones it
         was given are gone; unless a failing step took the newest ones with it.
+      sampler: Answers the sample prompts with the trainable tree's weights; None has
+        none.
+      flops_per_token: Of forward and backward pass; 0 when not known.
       resume_command: Continues the run; shown when it is interrupted.
     """
 
@@ -51,6 +54,8 @@ class Job:
     write_adapter: WriteAdapter | None = None
     loss: Callable[..., Any] = cross_entropy
     on_exit: Callable[[PyTree], None] | None = None
+    sampler: Callable[[PyTree], list[tuple[str, str]]] | None = None
+    flops_per_token: float = 0.0
     resume_command: str = "the same command"
 
     @property

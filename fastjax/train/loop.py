@@ -4,38 +4,42 @@ The host stays one step ahead of the device: while a step runs, the next batch i
 and sent, then the metrics of the step before are read. Nothing else waits.
 """
 
-import contextlib
 import dataclasses
-import functools
-import math
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
 from rich.console import Console
 
 from fastjax import runtime
-from fastjax.errors import Interrupted
-from fastjax.train import checkpoint, faults, files, health, publish, record, resume
-from fastjax.train.batches import DeviceBatch, Loader, put_batch
+from fastjax.errors import Interrupted, StorageError
+from fastjax.terminal import open_console
+from fastjax.train import (
+    checkpoint,
+    control_files,
+    faults,
+    files,
+    health,
+    publish,
+    record,
+    resume,
+    start,
+)
+from fastjax.train.batches import DeviceBatch, put_batch
 from fastjax.train.compiled import CompiledSteps, device_peak_bytes
 from fastjax.train.evaluate import evaluate, make_eval_step
 from fastjax.train.job import Job
 from fastjax.train.lock import output_lock
-from fastjax.train.metrics import MetricsLog, finite, stamped
+from fastjax.train.metrics import finite
 from fastjax.train.optimizer import make_optimizer
 from fastjax.train.progress import COMPILING, Progress
+from fastjax.train.reporter import Reporter
 from fastjax.train.result import TrainResult
+from fastjax.train.selection import Selection
 from fastjax.train.signals import StopRequest
-from fastjax.train.state import TrainState, init_state, is_alive
 from fastjax.train.step import Metrics, make_train_step
-
-_LOST = (
-    "the weights in memory were lost in the failure: load the model again before you "
-    "use it; the newest checkpoint is {}"
-)
 
 
 def run(job: Job, console: Console | None = None) -> TrainResult:
@@ -54,16 +58,21 @@ def run(job: Job, console: Console | None = None) -> TrainResult:
     """
     with files.storage_errors("use the output folder", job.output_dir):
         job.output_dir.mkdir(parents=True, exist_ok=True)
-    progress = Progress(console or Console(stderr=True), job.total_steps)
+    progress = Progress(console or open_console(), job.total_steps)
     with (
         output_lock(job.output_dir, progress.note),
         StopRequest() as stop,
         progress,
     ):
-        loop = _Loop(job, _find(job, progress), progress, stop)
+        loop = _Loop(job, start.find(job, progress.note), progress, stop)
         try:
             loop.train()
             return loop.finish()
+        except OSError:  # of the disk, told or not
+            publish.rescue_adapter(
+                job, loop.state.trainable, loop.step, note=progress.note
+            )
+            raise
         except KeyboardInterrupt:
             raise Interrupted(
                 "stopped at once; the steps since the newest checkpoint are lost",
@@ -71,61 +80,9 @@ def run(job: Job, console: Console | None = None) -> TrainResult:
                 fix=f"to continue, run {job.resume_command}",
             ) from None
         finally:
+            loop.reporter.close()
             newest = loop.newest_checkpoint
-            _hand_back(job, loop.state.trainable, newest, progress.note)
-
-
-def _find(job: Job, progress: Progress) -> resume.Found | None:
-    with files.storage_errors("look for checkpoints", job.output_dir):
-        files.remove_leftovers(job.output_dir)
-        mode = job.config.resume_from_checkpoint
-        found = resume.find(job.output_dir, mode, progress.note)
-    if found is not None:
-        resume.require_same_run(found, job.config, _identity(job), progress.note)
-        checkpoint.require_fitting(found.folder, _shapes(job), found.record)
-        progress.note(f"continuing from {found.folder}")
-    return found
-
-
-def _identity(job: Job) -> dict[str, Any]:
-    data = job.train_loader.fingerprint
-    return record.identity(job.config, job.total_steps, data=data, base=job.base)
-
-
-def _first_state(job: Job, trainable: PyTree) -> TrainState:
-    optimizer = make_optimizer(job.config.optimizer, job.total_steps)
-    return init_state(trainable, optimizer, job.config.dtype)
-
-
-def _shapes(job: Job) -> TrainState:
-    """Returns what a checkpoint must hold: shapes, dtypes and places."""
-    shapes = jax.eval_shape(functools.partial(_first_state, job), job.trainable)
-    places = jax.tree.map(checkpoint.described, job.trainable)
-    return dataclasses.replace(shapes, trainable=places)
-
-
-def _start_state(job: Job, found: resume.Found | None, note: resume.Note) -> TrainState:
-    """Returns the state to go on from; weights of a checkpoint replace the job's."""
-    if found is None:
-        return _first_state(job, job.trainable)
-    like = _shapes(job)
-    # Else full fine-tuning would hold its weights twice.
-    jax.tree.map(lambda leaf: leaf.delete(), job.trainable)
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(note, _LOST.format(found.folder))
-        state = checkpoint.read_state(found.folder, like, found.record)
-        on_failure.pop_all()
-    return state
-
-
-def _hand_back(job: Job, trainable: PyTree, newest: str, note: resume.Note) -> None:
-    """Gives the weights to the caller, unless a failing step has consumed them."""
-    if job.on_exit is None:
-        return
-    if is_alive(trainable):
-        job.on_exit(trainable)
-    else:
-        note(_LOST.format(newest))
+            start.hand_back(job, loop.state.trainable, newest, progress.note)
 
 
 class _Loop:
@@ -156,28 +113,25 @@ class _Loop:
         )
         if job.eval_loader is not None:
             self.eval_step = make_eval_step(job.loss_function(job.eval_loader, None))
-        self.log = MetricsLog(
-            job.output_dir,
-            logging_steps=config.logging_steps,
-            total_steps=total,
-            logging_first_step=config.logging_first_step,
-        )
+        self.selection = Selection(config=config.report)
         self.step_seconds: list[float] = []
+        self.keep = config.save_total_limit
         self._in_flight: deque[tuple[int, Metrics, DeviceBatch]] = deque()
         self._mark = self._started = time.perf_counter()
         self._restore({} if found is None else found.record)
         # Last, since it frees the caller's weights.
-        self.state = _start_state(job, found, progress.note)
+        self.state = start.start_state(job, found, progress.note)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.step = self.saved_step = saved.get("step", 0)
         self.bad_steps: int = saved.get("bad_steps", 0)
-        self.best: dict[str, float | int] | None = saved.get("best_metric")
+        self.selection.restore(saved.get("selection", {}))
         self.last_eval: dict[str, float | None] = saved.get("last_eval", {})
         self._seconds_before: float = saved.get("seconds", 0.0)
+        self.reporter = Reporter(self.job, self.progress, step=self.step)
+        self.log = self.reporter.log
         if saved:
             self.log.restore(saved["log"])
-        self.log.truncate(self.step)
 
     @property
     def newest_checkpoint(self) -> str:
@@ -193,22 +147,37 @@ class _Loop:
     def train(self) -> None:
         """Runs the steps that are left."""
         self.progress.start(self.step)
+        if self.step == 0 and self.config.report.eval_on_start:
+            self._evaluate()
         self._mark = time.perf_counter()
         batch = self._batch_of(self.step)
-        while batch is not None:
+        if batch is not None:
+            self.keep = checkpoint.affordable(
+                self.job.output_dir,
+                self.state,
+                self.config.save_total_limit,
+                self.progress.note,
+            )
+        while batch is not None and not self.selection.should_stop:
+            if control_files.take(self.job.output_dir, control_files.STOP):
+                self.stop.ask("stop file")
             if self.stop.is_requested:
                 self._save_and_stop()
             batch = self._launch(batch)
-            evaluates = self._is_due(self.config.eval_steps)
-            saves = self._is_due(self.config.save_steps)
-            self._read_metrics(ahead=0 if evaluates or saves else 1)
-            if evaluates and self.job.eval_loader is not None:
-                self._evaluate(self.job.eval_loader)
-            if saves:
-                self._save()
-            if evaluates or saves:
-                self._mark = time.perf_counter()
+            self._between_steps()
             self.progress.step(self.step)
+
+    def _between_steps(self) -> None:
+        """Reads the metrics of the step before; evaluates and saves when it is time."""
+        asked = control_files.take(self.job.output_dir, control_files.SAVE)
+        evaluates = self._is_due(self.config.eval_steps)
+        saves = self._is_due(self.config.save_steps) or asked
+        self._read_metrics(ahead=0 if evaluates or saves else 1)
+        is_best = evaluates and self._evaluate()
+        if saves or (is_best and self.selection.is_on) or self.selection.should_stop:
+            self._save()
+        if evaluates or saves:
+            self._mark = time.perf_counter()
 
     def finish(self) -> TrainResult:
         """Publishes the adapter, unless an earlier run did, and returns the outcome."""
@@ -216,14 +185,8 @@ class _Loop:
         was_finished = not self.step_seconds and publish.is_published(job.output_dir)
         if was_finished:
             self.progress.note(f"this run is finished: {job.output_dir}")
-        elif job.write_adapter is not None:
-            faults.hit("finish:before_adapter", self.step)
-            publish.publish_adapter(
-                job.output_dir, self.state.trainable, job.write_adapter
-            )
-            faults.hit("finish:after_adapter", self.step)
-        if not was_finished:
-            self._write_run_file(is_finished=True)
+        else:
+            self._publish()
         return TrainResult(
             trainable=self.state.trainable,
             step=self.step,
@@ -234,6 +197,31 @@ class _Loop:
             step_seconds=tuple(self.step_seconds),
             was_finished=was_finished,
         )
+
+    def _publish(self) -> None:
+        """Puts the result, the last or the best weights, at the top of the folder."""
+        job, config = self.job, self.config.report
+        if self.selection.should_stop:
+            self.progress.note(f"stopped early at step {self.step} of {self.total}")
+        best = self.selection.best_step
+        if config.load_best_model_at_end and best not in (None, self.step):
+            self._take_weights_of(job.output_dir / checkpoint.name_of(best))
+        if job.write_adapter is not None:
+            faults.hit("finish:before_adapter", self.step)
+            publish.publish_adapter(
+                job.output_dir, self.state.trainable, job.write_adapter
+            )
+            faults.hit("finish:after_adapter", self.step)
+        self.reporter.plot()
+        self._write_run_file(is_finished=True)
+
+    def _take_weights_of(self, folder: Path) -> None:
+        if not folder.is_dir():
+            self.progress.note(f"{folder.name} is gone: the last weights are kept")
+            return
+        self.progress.note(f"the best weights are those of {folder.name}")
+        saved = checkpoint.read_record(folder)
+        self.state = checkpoint.read_state(folder, self.state, saved)
 
     def _launch(self, batch: DeviceBatch) -> DeviceBatch | None:
         """Starts a step and returns the batch of the next one, on its way."""
@@ -267,23 +255,22 @@ class _Loop:
             now = time.perf_counter()
             seconds, self._mark = now - self._mark, now
             self.step_seconds.append(seconds)
-            self._check(step, metrics)
+            self._check(step, metrics, batch)
             entry = self.log.add(
                 step, metrics, batch, epoch=self._epoch(step), seconds=seconds
             )
             if entry is not None:
-                entry = stamped(entry, device_peak_bytes())
-                self.log.write(entry)
-                self.progress.record(entry)
+                self.reporter.metrics(entry, device_peak_bytes())
 
     def _epoch(self, step: int) -> float:
         return step / max(1, self.job.train_loader.steps_per_epoch)
 
-    def _check(self, step: int, metrics: dict[str, float]) -> None:
+    def _check(self, step: int, metrics: dict[str, float], batch: DeviceBatch) -> None:
         if step == 1:
             health.require_gradient(metrics)
         self.bad_steps = health.bad_steps_in_row(metrics, self.bad_steps)
         if self.bad_steps >= health.BAD_STEPS_TO_STOP:
+            publish.write_bad_batch(self.job.output_dir, step, batch, metrics)
             raise health.diverged(step, metrics, self.newest_checkpoint)
         if metrics["skipped"]:
             self.progress.note(
@@ -291,40 +278,49 @@ class _Loop:
                 f"{metrics['grad_norm']}: the update was left out"
             )
 
-    def _evaluate(self, loader: Loader) -> None:
-        result = evaluate(
-            self.eval_step, self.state.trainable, self.job.frozen, loader
-        ).metrics()
-        self.log.write(
-            {"step": self.step, "epoch": round(self._epoch(self.step), 6), **result}
-        )
-        self.progress.evaluation(self.step, result)
+    def _evaluate(self) -> bool:
+        """Evaluates and shows samples; returns whether it was the best so far."""
+        loader, sampler = self.job.eval_loader, self.job.sampler
+        if loader is None:
+            return False
+        weights = self.state.trainable
+        result = evaluate(self.eval_step, weights, self.job.frozen, loader).metrics()
+        self.reporter.evaluation(self.step, self._epoch(self.step), result)
         self.last_eval = finite(result)
-        loss = result["eval_loss"]
-        before = math.inf if self.best is None else self.best["eval_loss"]
-        if loss < before:
-            self.best = {"step": self.step, "eval_loss": loss}
+        if sampler is not None:
+            self.reporter.samples(self.step, sampler(weights))
+        return self.selection.observe(self.step, result)
 
     def _save(self) -> None:
         self.log.flush_to_disk()
         content = {
-            "identity": _identity(self.job),
+            "identity": start.identity(self.job),
             "environment": record.environment(self.config),
             "seed": self.config.seed,
             "log": self.log.state(),
             "bad_steps": self.bad_steps,
-            "best_metric": self.best,
+            "selection": self.selection.state(),
             "last_eval": self.last_eval,
             "seconds": self.seconds,
         }
-        folder = checkpoint.save(
-            self.job.output_dir,
-            self.state,
-            content,
-            step=self.step,
-            write_adapter=self.job.write_adapter,
-            keep=self.config.save_total_limit,
-        )
+        kept = self.selection.best_step if self.selection.is_on else None
+        try:
+            folder = checkpoint.save(
+                self.job.output_dir,
+                self.state,
+                content,
+                step=self.step,
+                write_adapter=self.job.write_adapter,
+                keep=self.keep,
+                also_keep=kept,
+            )
+            self.reporter.plot()
+        except StorageError as error:
+            goes_on = self.config.report.on_save_error == "continue"
+            if not goes_on or self.step == self.total or self.stop.is_requested:
+                raise
+            self.progress.note(f"{error}\ngoing on without this checkpoint")
+            return
         self.saved_step = self.step
         self.progress.note(f"saved {folder}")
 
@@ -349,6 +345,9 @@ class _Loop:
             "implementations": self.steps.implementations,
             "memory": None if memory is None else dataclasses.asdict(memory),
             "compile_seconds": self.steps.compile_seconds,
+            "steps_done": self.step,
+            "best": self.selection.best,
+            "metrics": self._summary(),
         }
         publish.write_run_file(self.job.output_dir, content)
 

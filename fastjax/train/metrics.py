@@ -17,7 +17,13 @@ from fastjax.train import files
 from fastjax.train.batches import DeviceBatch
 
 NAME = "metrics.jsonl"
-CLOCK_FIELDS = ("tokens_per_second", "peak_memory_bytes", "time", "eval_runtime")
+CLOCK_FIELDS = (
+    "tokens_per_second",
+    "roofline_share",
+    "peak_memory_bytes",
+    "time",
+    "eval_runtime",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,14 +100,9 @@ class MetricsLog:
         self.totals = Totals(**state["totals"])
         self._window = Totals(**state["window"])
 
-    def truncate(self, step: int) -> None:
-        """Cuts the file after the lines of `step`, and a torn last line."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _is_within(line, step)]
-        with files.storage_errors("write metrics", self.path):
-            files.write_atomic(self.path, "".join(f"{line}\n" for line in kept))
+    def truncate(self, step: int) -> list[dict[str, Any]]:
+        """Cuts the file after the lines of `step`; returns the records that stay."""
+        return [json.loads(line) for line in truncate_lines(self.path, step)]
 
     def add(
         self,
@@ -145,17 +146,37 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line and hands it to the system; NaN and infinity become null."""
-        line = json.dumps(finite(record), allow_nan=False)
-        with (
-            files.storage_errors("write metrics", self.path),
-            self.path.open("a", encoding="utf-8") as file,
-        ):
-            file.write(line + "\n")
+        append_line(self.path, record)
 
     def flush_to_disk(self) -> None:
         """Makes the lines so far survive a power loss."""
         if self.path.exists():
             files.fsync(self.path)
+
+
+def truncate_lines(path: Path, step: int) -> list[str]:
+    """Cuts a file of JSON lines after those of `step`, and a torn last line.
+
+    Returns:
+      The lines that stay; none where there is no file.
+    """
+    if not path.exists():
+        return []
+    with files.storage_errors(f"write {path.name}", path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _is_within(line, step)]
+        files.write_atomic(path, "".join(f"{line}\n" for line in kept))
+    return kept
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends one JSON line and hands it to the system."""
+    line = json.dumps(finite(record), allow_nan=False)
+    with (
+        files.storage_errors(f"write {path.name}", path),
+        path.open("a", encoding="utf-8") as file,
+    ):
+        file.write(line + "\n")
 
 
 def stamped(record: Mapping[str, Any], peak_bytes: int | None) -> dict[str, Any]:

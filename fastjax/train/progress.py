@@ -81,6 +81,12 @@ class Progress:
             f"eval_perplexity {perplexity:.4g}  ({metrics['eval_runtime']:.1f} s)"
         )
 
+    def sample(self, prompt: str, answer: str) -> None:
+        """Shows an answer; control characters of the model reach no terminal."""
+        for mark, text in (("> ", prompt), ("  ", answer)):
+            shown = "".join(c if c.isprintable() else " " for c in text)
+            self.note(mark + (shown if len(shown) <= 300 else f"{shown[:297]}..."))
+
     def _show(self, step: int) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, status=self._status)
@@ -101,6 +107,8 @@ def _parts(record: Mapping[str, Any]) -> list[str]:
         f"lr {record['learning_rate']:.3g}",
         f"{record['tokens_per_second']:,.0f} tokens/s",
     ]
+    if "roofline_share" in record:
+        parts.append(f"{record['roofline_share']:.1%} of roofline")
     if "peak_memory_bytes" in record:
         parts.append(f"peak {record['peak_memory_bytes'] / 2**30:.2f} GiB")
     return parts

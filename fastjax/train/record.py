@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 import fastjax
-from fastjax.config import Implementations, TrainConfig
+from fastjax.config import Implementations, ReportConfig, TrainConfig
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -41,7 +41,9 @@ _FREE = frozenset(
         "dataset_test_split",
         "column_map",
         "skip_bad_rows",
+        "memory_gib",
         *(field.name for field in dataclasses.fields(Implementations)),
+        *(field.name for field in dataclasses.fields(ReportConfig)),
     }
 )
 

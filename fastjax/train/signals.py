@@ -19,8 +19,12 @@ class StopRequest:
 
     @property
     def is_requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal, or a file in its place, has come."""
         return bool(self.signal_name)
+
+    def ask(self, name: str) -> None:
+        """Asks the run to stop, as the first signal does."""
+        self.signal_name = self.signal_name or name
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

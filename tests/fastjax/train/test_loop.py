@@ -84,6 +84,7 @@ def test_a_run_writes_metrics_checkpoints_and_adapter(
         "adapter_model.bytes",
         "checkpoint-000006",
         "checkpoint-000008",
+        "loss.svg",
         "metrics.jsonl",
         "run.json",
     }
@@ -283,6 +284,11 @@ def test_two_bad_steps_in_a_row_stop_the_run(
     names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert names == ["checkpoint-000002", "checkpoint-000004"]
     assert not (tmp_path / "adapter_model.bytes").exists()
+    rows = (tmp_path / "nan_batch.jsonl").read_text().splitlines()
+    assert len(rows) == 4
+    assert json.loads(rows[0])["step"] == 6
+    assert json.loads(rows[0])["loss"] is None
+    assert json.loads(rows[0])["input_ids"]
 
 
 def test_bad_steps_in_a_row_are_counted_across_a_resume(

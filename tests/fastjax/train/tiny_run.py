@@ -11,7 +11,13 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from fastjax.config import LoRAConfig, OptimizerConfig, QuantConfig, TrainConfig
+from fastjax.config import (
+    LoRAConfig,
+    OptimizerConfig,
+    QuantConfig,
+    ReportConfig,
+    TrainConfig,
+)
 from fastjax.train.job import Job
 from fastjax.train.loop import run
 from fastjax.train.result import TrainResult
@@ -119,11 +125,13 @@ def write_adapter(folder: Path, trainable: nnx.State) -> None:
 
 
 def config(**changes: object) -> TrainConfig:
-    """Returns the settings of the tiny run; fields of the optimiser come flat."""
+    """Returns the settings of the tiny run; its parts come flat."""
     names = {field.name for field in dataclasses.fields(OptimizerConfig)}
     optimizer = {"learning_rate": 1e-2, "warmup_steps": 2.0, "weight_decay": 0.01}
     optimizer |= {name: value for name, value in changes.items() if name in names}
-    plain = {name: value for name, value in changes.items() if name not in names}
+    shown = {field.name for field in dataclasses.fields(ReportConfig)}
+    report = {name: value for name, value in changes.items() if name in shown}
+    plain = {n: v for n, v in changes.items() if n not in names | shown}
     return TrainConfig(
         **{
             "dtype": "float32",
@@ -136,6 +144,7 @@ def config(**changes: object) -> TrainConfig:
             "lora": LoRAConfig(lora_dropout=0.2),
             "quant": QuantConfig(load_in_4bit=False),
             "optimizer": OptimizerConfig(**optimizer),
+            "report": ReportConfig(**report),
         }
         | plain
     )
@@ -151,7 +160,7 @@ def train(
     """Runs the tiny job, with some settings and some arguments changed."""
     graphdef, trainable, frozen = split()
     arguments = {
-        "config": config(**changes),
+        "config": config(**{"fallback_dir": f"{output_dir}-rescue"} | changes),
         "graphdef": graphdef,
         "trainable": trainable,
         "frozen": frozen,

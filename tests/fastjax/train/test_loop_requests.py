@@ -1,0 +1,156 @@
+"""What a user may ask of a run: save now, stop, stop early, the best, samples."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fastjax.errors import Interrupted, StorageError
+from fastjax.train import checkpoint, control_files, files
+from fastjax.train.faults import VARIABLE
+
+
+def lines(output_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(s) for s in (output_dir / name).read_text().splitlines()]
+
+
+def names(output_dir: Path) -> list[str]:
+    return [path.name for path in checkpoint.checkpoints(output_dir)]
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def said(console: Console) -> str:
+    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.fixture
+def touching(tiny: SimpleNamespace) -> Any:
+    """Makes a loader that touches files of the run as batches are made."""
+
+    def make(files_by_step: dict[int, Path]) -> Any:
+        class Touching(tiny.TinyLoader):
+            def batch(self, step: int) -> dict[str, np.ndarray]:
+                if step in files_by_step:
+                    files_by_step[step].touch()
+                return super().batch(step)
+
+        return Touching()
+
+    return make
+
+
+def test_files_ask_to_save_and_to_stop(
+    tiny: SimpleNamespace, tmp_path: Path, touching: Any
+) -> None:
+    asked = {3: tmp_path / control_files.SAVE, 5: tmp_path / control_files.STOP}
+    options = {"save_steps": 0, "save_total_limit": 9}
+    with pytest.raises(Interrupted, match="stop file: stopped after step 5") as caught:
+        tiny.train(tmp_path, job={"train_loader": touching(asked)}, **options)
+    assert caught.value.exit_code == 130
+    assert names(tmp_path) == ["checkpoint-000003", "checkpoint-000005"]
+    assert not any(path.exists() for path in asked.values())
+    again = tiny.train(tmp_path, **options)
+    whole = tiny.train(tmp_path / "whole", **options)
+    assert again.metrics["train_loss"] == whole.metrics["train_loss"]
+    adapters = [f / "adapter_model.bytes" for f in (tmp_path, tmp_path / "whole")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_the_best_weights_are_the_result_and_patience_ends_the_run(
+    tiny: SimpleNamespace, tmp_path: Path, console: Console
+) -> None:
+    options = {
+        "eval_steps": 1,
+        "save_steps": 3,
+        "save_total_limit": 1,
+        "learning_rate": 0.5,
+        "warmup_steps": 0.0,
+        "early_stopping_patience": 2,
+        "load_best_model_at_end": True,
+        "eval_on_start": True,
+    }
+    result = tiny.train(tmp_path, console=console, **options)
+    losses = {r["step"]: r["eval_loss"] for r in lines(tmp_path) if "eval_loss" in r}
+    best = min(losses, key=losses.__getitem__)
+    assert min(losses) == 0
+    assert result.step == best + 2 < 8
+    assert f"stopped early at step {result.step} of 8" in said(console)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["best"] == {"step": best, "eval_loss": losses[best]}
+    assert run["steps_done"] == result.step
+    if best:
+        kept = tmp_path / f"checkpoint-{best:06d}" / "adapter_model.bytes"
+        written = (tmp_path / "adapter_model.bytes").read_bytes()
+        assert written == kept.read_bytes()
+    assert tiny.train(tmp_path, **options).was_finished
+
+
+def test_samples_are_answered_at_each_evaluation(
+    tiny: SimpleNamespace, tmp_path: Path, console: Console
+) -> None:
+    job = {"sampler": lambda trainable: [("hi", "\x1b[31mred"), ("b", "c")]}
+    options = {"max_steps": 4, "eval_steps": 2, "save_steps": 0}
+    tiny.train(tmp_path, job=job, console=console, **options)
+    found = lines(tmp_path, "samples.jsonl")
+    assert [entry["step"] for entry in found] == [2, 2, 4, 4]
+    assert found[0] == {"step": 2, "prompt": "hi", "answer": "\x1b[31mred"}
+    assert "\x1b" not in said(console)
+    assert "[31mred" in said(console)
+
+
+def test_a_full_disk_may_cost_one_checkpoint_only(
+    tiny: SimpleNamespace,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(VARIABLE, "enospc@save:after_state@2")
+    options = {"max_steps": 4, "on_save_error": "continue"}
+    result = tiny.train(tmp_path, console=console, **options)
+    assert result.step == 4
+    assert "going on without this checkpoint" in said(console)
+    assert names(tmp_path) == ["checkpoint-000004"]
+
+
+def test_when_the_last_save_fails_the_adapter_goes_to_another_disk(
+    tiny: SimpleNamespace,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(VARIABLE, "eio@save:after_state@2")
+    other = tmp_path / "other"
+    options = {"max_steps": 2, "fallback_dir": str(other)}
+    with pytest.raises(StorageError, match="Input/output error"):
+        tiny.train(tmp_path / "run", console=console, **options)
+    (saved,) = other.iterdir()
+    monkeypatch.delenv(VARIABLE)
+    tiny.train(tmp_path / "run", **options)
+    kept = tmp_path / "run" / "checkpoint-000002" / "adapter_model.bytes"
+    assert (saved / "adapter_model.bytes").read_bytes() == kept.read_bytes()
+    assert f"was saved in {saved}" in said(console)
+
+
+def test_fewer_checkpoints_are_kept_where_the_disk_is_small(
+    tiny: SimpleNamespace,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda path: 5000)
+    tiny.train(tmp_path, console=console, max_steps=6, save_total_limit=3)
+    assert "so many are kept, not save_total_limit=3" in said(console)
+    assert len(names(tmp_path)) < 3
+    monkeypatch.setattr(files, "free_bytes", lambda path: 10)
+    with pytest.raises(StorageError, match="it needs"):
+        tiny.train(tmp_path / "other")
+    assert names(tmp_path / "other") == []
