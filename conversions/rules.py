@@ -16,6 +16,8 @@ _SIZES: dict[str, Callable[[TransformerConfig], int]] = {
     "H": lambda c: c.head_dim,
     "NH": lambda c: c.num_attention_heads * c.head_dim,
     "KH": lambda c: c.num_key_value_heads * c.head_dim,
+    "QKV": lambda c: (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim,
+    "FF": lambda c: 2 * c.intermediate_size,
 }
 
 
@@ -54,7 +56,7 @@ class WeightRule:
       hf: Name pattern in Hugging Face's files.
       name: Name pattern in our weights.
       shape: Shape in Hugging Face's files, in letters: V D F H, NH and KH for all
-        query and all key/value heads.
+        query and all key/value heads, QKV for both and values, FF for gate and up.
       layout: "transpose" turns [out, in] into (I, O) and back.
       when: Says for which models the tensor exists.
     """

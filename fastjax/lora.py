@@ -16,6 +16,7 @@ from fastjax.models.build import (
     Weights,
     abstract_decoder,
     flat_weights,
+    layer_linears,
     linear_names,
     place_weights,
 )
@@ -82,7 +83,7 @@ def with_adapters(
     """
     _require_frozen_biases(spec)
     fresh = _rehoused(decoder, spec, adapted)
-    for index, linear in enumerate(_linears(fresh)):
+    for index, linear in enumerate(_linears(fresh, adapted)):
         _initialise(linear, jax.random.fold_in(key, index))
     return fresh
 
@@ -97,9 +98,9 @@ def without_adapters(decoder: Decoder, spec: DecoderSpec) -> Decoder:
     return _rehoused(decoder, spec, plain_spec(spec))
 
 
-def adapters_act(decoder: Decoder) -> bool:
+def adapters_act(decoder: Decoder, spec: DecoderSpec) -> bool:
     """Whether any adapter changes the model's output: `lora_b` not zero, or DoRA."""
-    for linear in _linears(decoder):
+    for linear in _linears(decoder, spec):
         is_dora = linear.lora_magnitude is not None
         if is_dora or isinstance(linear.bias, nnx.Param):
             return True
@@ -200,11 +201,12 @@ def _require_frozen_biases(spec: DecoderSpec) -> None:
         )
 
 
-def _linears(decoder: Decoder) -> Iterator[Linear]:
+def _linears(decoder: Decoder, spec: DecoderSpec) -> Iterator[Linear]:
+    """Yields the linears of the layers, those of consecutive equal layers at once."""
+    names = [name.split(".") for name in layer_linears(spec.config)]
     for segment in decoder.segments:
-        attention, mlp = segment.block.self_attn, segment.block.mlp
-        yield from (attention.q_proj, attention.k_proj, attention.v_proj)
-        yield from (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        for part, name in names:
+            yield getattr(getattr(segment.block, part), name)
 
 
 def _initialise(linear: Linear, key: PRNGKeyArray) -> None:

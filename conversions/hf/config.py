@@ -10,7 +10,6 @@ from conversions.atomic import new_file
 from conversions.hf.config_fields import ConfigFields
 from conversions.hf.families import find_family
 from conversions.hf.family import Family
-from conversions.hf.rope import parse_rope, rope_keys
 from conversions.strict_json import read_json_object
 from fastjax.config import DType
 from fastjax.errors import ConfigError, ModelError, printable
@@ -30,6 +29,8 @@ _DEFAULTS: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
+    "rope_theta": None,
+    "partial_rotary_factor": None,
 }
 
 
@@ -102,7 +103,8 @@ def _transformer_config(fields: ConfigFields, family: Family) -> TransformerConf
     first = fields.token_ids("bos_token_id")
     pad = fields.token_ids("pad_token_id")
     act = cast(
-        Literal["silu", "gelu_pytorch_tanh"], fields.choice("hidden_act", _ACTIVATIONS)
+        Literal["silu", "gelu_pytorch_tanh"],
+        fields.choice(family.activation_key, _ACTIVATIONS),
     )
     return TransformerConfig(
         family=fields.get("model_type"),
@@ -115,13 +117,13 @@ def _transformer_config(fields: ConfigFields, family: Family) -> TransformerConf
         head_dim=head_dim or hidden // heads,
         max_position_embeddings=fields.integer("max_position_embeddings"),
         rms_norm_eps=fields.number("rms_norm_eps"),
-        rope=parse_rope(fields),
         hidden_act=act,
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         layer_windows=family.windows(fields, layers),
         bos_token_id=first[0] if first else None,
         eos_token_ids=fields.token_ids("eos_token_id"),
         pad_token_id=pad[0] if pad else None,
+        **family.ropes(fields),
         **family.switches(fields),
     )
 
@@ -130,7 +132,7 @@ def _config_keys(config: TransformerConfig, dtype: DType) -> dict[str, Any]:
     family = find_family(config.family, where="TransformerConfig.family")
     ends = list(config.eos_token_ids)
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    same += ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+    same += ("num_attention_heads", "num_key_value_heads", "head_dim")
     same += ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
     same += ("bos_token_id", "pad_token_id")
     return {
@@ -138,7 +140,8 @@ def _config_keys(config: TransformerConfig, dtype: DType) -> dict[str, Any]:
         "model_type": config.family,
         **{key: getattr(config, key) for key in same},
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        **rope_keys(config.rope),
+        family.activation_key: config.hidden_act,
+        **family.rope_keys(config),
         **family.keys(config),
         "dtype": dtype,
         "torch_dtype": dtype,

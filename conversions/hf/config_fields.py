@@ -58,6 +58,20 @@ class ConfigFields:
             raise self.error(key, "a positive number")
         return float(value)
 
+    def optional_number(self, key: str) -> float | None:
+        """Returns a positive finite number, or None where the file says null."""
+        return None if self.get(key) is None else self.number(key)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Returns a list of positive finite numbers."""
+        value = self.get(key)
+        if not isinstance(value, list):
+            raise self.error(key, "a list of positive numbers")
+        items = [
+            ConfigFields({key: item}, where=self.where).number(key) for item in value
+        ]
+        return tuple(items)
+
     def flag(self, key: str) -> bool:
         """Returns true or false."""
         value = self.get(key)

@@ -2,7 +2,6 @@
 
 from conversions.hf.decoder import DECODER_RULES
 from conversions.hf.family import Family
-from conversions.hf.windows import no_window
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
@@ -20,7 +19,6 @@ LLAMA = Family(
         "attention_out_bias": fields.flag("attention_bias"),
         "mlp_bias": fields.flag("mlp_bias"),
     },
-    windows=no_window,
     keys=lambda config: {
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,

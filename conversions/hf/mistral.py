@@ -14,7 +14,6 @@ MISTRAL = Family(
         "eos_token_id": 2,
         "sliding_window": 4096,
     },
-    switches=lambda fields: {},
     windows=one_window,
     keys=one_window_keys,
 )

@@ -12,7 +12,7 @@ QWEN3 = Family(
     switches=lambda fields: {
         "attention_bias": fields.flag("attention_bias"),
         "attention_out_bias": fields.flag("attention_bias"),
-        "qk_norm": True,
+        "qk_norm": "head",
     },
     windows=windows_by_layer,
     keys=lambda config: {

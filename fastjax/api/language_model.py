@@ -137,7 +137,7 @@ class LanguageModel:
 
         Adapters that change nothing are left out, so that they cost nothing.
         """
-        if self.spec.adapters and not adapters.adapters_act(self.decoder):
+        if self.spec.adapters and not adapters.adapters_act(self.decoder, self.spec):
             return adapters.without_adapters(self.decoder, self.spec)
         return self.decoder
 

@@ -302,6 +302,7 @@ def _label_scores(
         hidden.reshape(-1, hidden.shape[-1]),
         decoder.head_weight().astype(hidden.dtype),
         batch["targets"].reshape(-1),
+        softcap=decoder.logit_softcap,
     )
     return scores.reshape(batch["targets"].shape)
 

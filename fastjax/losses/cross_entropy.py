@@ -21,7 +21,6 @@ def cross_entropy(
     remat: Remat | None = None,
     head_is_trainable: bool = False,
     neftune_noise_alpha: float = 0.0,
-    softcap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the sum of -log p(target) over trained tokens, and their number.
@@ -40,7 +39,6 @@ def cross_entropy(
       remat: What the backward pass recomputes.
       head_is_trainable: The output table gets a gradient; without, none is computed.
       neftune_noise_alpha: Size of the noise on embeddings.
-      softcap: Bound of the logits, `softcap * tanh(logits / softcap)`.
       implementation: Of the cross-entropy op.
     """
     decoder = nnx.merge(graphdef, trainable, frozen)
@@ -69,7 +67,7 @@ def cross_entropy(
         hidden_btd.reshape(-1, hidden_btd.shape[-1]),
         decoder.head_weight(),
         batch["targets"].reshape(-1),
-        softcap=softcap,
+        softcap=decoder.logit_softcap,
         head_is_trainable=head_is_trainable,
         implementation=implementation,
     )

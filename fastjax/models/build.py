@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from fastjax.config import DType, Implementations
 from fastjax.models.transformer_config import TransformerConfig
@@ -20,14 +20,22 @@ from fastjax.nn.linear import AdapterSpec, Linear, LinearSpec, PackedFormat
 from fastjax.nn.mlp import GatedMLP
 from fastjax.nn.norm import RMSNorm
 from fastjax.nn.rope import RotaryEmbedding
+from fastjax.rope_config import RopeConfig
 from kernels.nf4 import NF4Array
 
 type Weights = dict[str, Array | NF4Array]
 type Adapters = Mapping[str, Array]
 
-ATTENTION_LINEARS = tuple(f"self_attn.{name}_proj" for name in "qkvo")
-MLP_LINEARS = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
-LINEARS = ATTENTION_LINEARS + MLP_LINEARS
+_LINEARS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    (
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ),
+)
+_FUSED_LINEARS = ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")
+_NOT_IN_CHECKPOINTS = ("lora_scaling", "windows", "ropes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,14 +83,25 @@ class DecoderSpec:
         return [range(run[0], run[-1] + 1) for run in grouped]
 
     def _layer_structure(self, layer: int) -> tuple[LinearSpec, ...]:
-        specs = (self.linear(f"layers.{layer}.{name}") for name in LINEARS)
+        names = layer_linears(self.config)
+        specs = (self.linear(f"layers.{layer}.{name}") for name in names)
         return tuple(_without_scaling(spec) for spec in specs)
+
+
+def layer_linears(config: TransformerConfig) -> tuple[str, ...]:
+    """Returns the module name of every linear of a layer, within the layer."""
+    attention, mlp = _FUSED_LINEARS if config.has_fused_projections else _LINEARS
+    return tuple(
+        f"{part}.{name}"
+        for part, names in (("self_attn", attention), ("mlp", mlp))
+        for name in names
+    )
 
 
 def linear_names(config: TransformerConfig) -> tuple[str, ...]:
     """Returns the canonical module name of every linear of the layers."""
-    layers = range(config.num_hidden_layers)
-    return tuple(f"layers.{layer}.{name}" for layer in layers for name in LINEARS)
+    layers, names = range(config.num_hidden_layers), layer_linears(config)
+    return tuple(f"layers.{layer}.{name}" for layer in layers for name in names)
 
 
 def abstract_decoder(spec: DecoderSpec) -> Decoder:
@@ -98,10 +117,13 @@ def abstract_decoder(spec: DecoderSpec) -> Decoder:
         segments=[_segment(spec, layers) for layers in spec.segments()],
         norm=_norm(spec, config.hidden_size),
         lm_head=None if config.tie_word_embeddings else Embedding(*sizes, **embedding),
-        rotary=_rotary(config),
+        rotary=RotaryEmbedding(config.head_dim, _kinds_of_rope(config)),
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         compute_dtype=jnp.dtype(spec.compute_dtype),
+        embedding_scale=config.embedding_scale,
+        logit_scale=config.logit_scale,
+        logit_softcap=config.logit_softcap,
     )
 
 
@@ -161,8 +183,8 @@ def weight_places(
     """Yields each weight's variable with its canonical names, one a stacked layer."""
     segments = spec.segments()
     for path, variable in nnx.to_flat_state(nnx.state(decoder)):
-        if path[-1] in ("lora_scaling", "windows"):
-            continue  # numbers of the specification, in no checkpoint
+        if path[-1] in _NOT_IN_CHECKPOINTS:
+            continue  # numbers of the specification
         if path[0] == "segments":
             module = ".".join(map(str, path[3:]))
             layers = segments[int(str(path[1]))]
@@ -180,12 +202,27 @@ def _segment(spec: DecoderSpec, layers: range) -> Segment:
             variable.set_value(jnp.asarray(scalings, jnp.float32))
         else:
             variable.set_value(_with_layer_axis(variable.get_value(), len(layers)))
+    kinds = _kinds_of_rope(spec.config)
     windows = [spec.config.windows[layer] for layer in layers]
-    if len(set(windows)) == 1:
-        return Segment(block, num_layers=len(layers), window=windows[0])
+    ropes = [kinds.index(spec.config.ropes[layer]) for layer in layers]
     everything = jnp.iinfo(jnp.int32).max
-    differing = jnp.asarray([w or everything for w in windows], jnp.int32)
-    return Segment(block, num_layers=len(layers), windows=differing)
+    sizes = [everything if window is None else window for window in windows]
+    return Segment(
+        block,
+        num_layers=len(layers),
+        window=windows[0],
+        windows=_unless_equal(sizes),
+        rope=ropes[0],
+        ropes=_unless_equal(ropes),
+    )
+
+
+def _unless_equal(values: list[int]) -> Int[Array, " L"] | None:
+    return jnp.asarray(values, jnp.int32) if len(set(values)) > 1 else None
+
+
+def _kinds_of_rope(config: TransformerConfig) -> tuple[RopeConfig, ...]:
+    return tuple(dict.fromkeys(config.ropes))
 
 
 def _block(spec: DecoderSpec, layer: int) -> Block:
@@ -201,7 +238,9 @@ def _block(spec: DecoderSpec, layer: int) -> Block:
         )
 
     return Block(
-        input_layernorm=_norm(spec, config.hidden_size),
+        lambda: _norm(spec, config.hidden_size),
+        norm_placement=config.norm_placement,
+        residual_scale=config.residual_scale,
         self_attn=Attention(
             make_linear,
             lambda features: _norm(spec, features),
@@ -211,15 +250,18 @@ def _block(spec: DecoderSpec, layer: int) -> Block:
             head_dim=config.head_dim,
             has_bias=config.attention_bias,
             has_out_bias=config.attention_out_bias,
+            is_fused=config.has_fused_projections,
             qk_norm=config.qk_norm,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
             implementations=spec.implementations,
         ),
-        post_attention_layernorm=_norm(spec, config.hidden_size),
         mlp=GatedMLP(
             make_linear,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             has_bias=config.mlp_bias,
+            is_fused=config.has_fused_projections,
             activation=config.hidden_act,
             implementations=spec.implementations,
         ),
@@ -234,19 +276,6 @@ def _norm(spec: DecoderSpec, features: int) -> RMSNorm:
         dtype=jnp.dtype(spec.param_dtype),
         is_trainable=spec.trains_weights,
         implementation=spec.implementations.rms_norm,
-    )
-
-
-def _rotary(config: TransformerConfig) -> RotaryEmbedding:
-    rope = config.rope
-    return RotaryEmbedding(
-        config.head_dim,
-        theta=rope.theta,
-        kind=rope.kind,
-        factor=rope.factor,
-        low_freq_factor=rope.low_freq_factor,
-        high_freq_factor=rope.high_freq_factor,
-        original_context=rope.original_max_position_embeddings,
     )
 
 

@@ -31,7 +31,7 @@ def _config(size: str, *, is_base: bool) -> TransformerConfig:
         rms_norm_eps=1e-6,
         rope=RopeConfig(theta=1e6),
         tie_word_embeddings=tied,
-        qk_norm=True,
+        qk_norm="head",
         bos_token_id=None,
         eos_token_ids=(_END_OF_TEXT,) if is_base else (_END_OF_TURN, _END_OF_TEXT),
     )

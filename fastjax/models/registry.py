@@ -1,14 +1,33 @@
-"""The families that fastjax runs, and the presets that users call by name."""
+"""The presets that users call by name."""
 
 import difflib
 
 from fastjax.errors import ConfigError
-from fastjax.models import llama, mistral, qwen2, qwen3
+from fastjax.models import (
+    gemma2,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    relatives,
+    smollm,
+)
 from fastjax.models.preset import Preset
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PRESETS: dict[str, Preset] = (
-    llama.PRESETS | mistral.PRESETS | qwen2.PRESETS | qwen3.PRESETS
+    llama.PRESETS
+    | mistral.PRESETS
+    | qwen2.PRESETS
+    | qwen3.PRESETS
+    | gemma2.PRESETS
+    | phi3.PRESETS
+    | granite.PRESETS
+    | olmo2.PRESETS
+    | smollm.PRESETS
+    | relatives.PRESETS
 )
 
 

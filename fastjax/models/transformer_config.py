@@ -4,30 +4,7 @@ import dataclasses
 from typing import Literal
 
 from fastjax.errors import ConfigError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding (2104.09864) and how it is stretched.
-
-    Attributes:
-      kind: "default"; "linear" divides the positions by `factor`; "llama3" divides
-        only the low frequencies (Llama 3.1 model card).
-      theta: Base of the geometric series of wavelengths.
-      factor: How many times longer the stretched context is.
-      low_freq_factor: Wavelengths above `original_max_position_embeddings` over this
-        are divided by the whole `factor` ("llama3").
-      high_freq_factor: Wavelengths below `original_max_position_embeddings` over this
-        stay as they are ("llama3").
-      original_max_position_embeddings: Context of pre-training in tokens ("llama3").
-    """
-
-    kind: Literal["default", "linear", "llama3"] = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+from fastjax.rope_config import RopeConfig as RopeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +17,22 @@ class TransformerConfig:
       attention_bias: q, k and v projections have a bias.
       attention_out_bias: The o projection has a bias.
       mlp_bias: gate, up and down projections have a bias.
-      qk_norm: q and k are RMS-normalised per head, before RoPE.
+      qk_norm: q and k are RMS-normalised before RoPE: each head by itself ("head"),
+        or all heads as one vector ("row").
       norm_offset: Added to every norm weight: 1.0 where files hold w of (1 + w).
+      norm_placement: Attention and feed-forward network are normalised at their input
+        ("before"), their output ("after"), or both ("around").
+      has_fused_projections: q, k and v are one linear, `qkv_proj`; gate and up are
+        one, `gate_up_proj`.
+      rope: Rotary positions.
+      local_rope: Those of layers with a sliding window; None: the same.
+      layers_without_rope: Layers that turn nothing.
+      attention_scale: Factor of the attention scores; None takes head_dim**-0.5.
+      attention_softcap: Bound of the attention scores, `c * tanh(scores / c)`.
+      logit_softcap: The same for the logits.
+      embedding_scale: Factor of the embedded tokens.
+      residual_scale: Factor of what each half of a layer adds.
+      logit_scale: Factor of the logits.
       layer_windows: Sliding window in tokens of each layer, None for full attention;
         one entry a layer, or one entry for all.
       bos_token_id: First token of a text, when the model wants one.
@@ -59,13 +50,23 @@ class TransformerConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    local_rope: RopeConfig | None = None
+    layers_without_rope: tuple[int, ...] = ()
     hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "row"] | None = None
     norm_offset: float = 0.0
+    norm_placement: Literal["before", "around", "after"] = "before"
+    has_fused_projections: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     layer_windows: tuple[int | None, ...] = (None,)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -83,13 +84,13 @@ class TransformerConfig:
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} must be even for RoPE")
         if len(self.layer_windows) not in (1, self.num_hidden_layers):
             raise ConfigError(
                 f"layer_windows has {len(self.layer_windows)} entries for "
                 f"{self.num_hidden_layers} layers; give one a layer, or one for all"
             )
+        for rope in set(self.ropes):
+            self._check_rope(rope)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -97,3 +98,31 @@ class TransformerConfig:
         if len(self.layer_windows) == self.num_hidden_layers:
             return self.layer_windows
         return self.layer_windows * self.num_hidden_layers
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """Rotary positions of each layer, one entry a layer."""
+        still = dataclasses.replace(self.rope, kind="none")
+        return tuple(
+            still
+            if layer in self.layers_without_rope
+            else self.rope
+            if window is None or self.local_rope is None
+            else self.local_rope
+            for layer, window in enumerate(self.windows)
+        )
+
+    def _check_rope(self, rope: RopeConfig) -> None:
+        turning = rope.rotary_dim(self.head_dim)
+        if turning % 2 or not 0 < turning <= self.head_dim:
+            raise ConfigError(
+                f"head_dim={self.head_dim} with {turning} turning features: these must "
+                "be even for RoPE, and some"
+            )
+        if rope.kind == "longrope":
+            counts = {len(rope.short_factors), len(rope.long_factors)}
+            if counts != {turning // 2}:
+                raise ConfigError(
+                    f"longrope needs {turning // 2} short and long factors, "
+                    f"not {len(rope.short_factors)} and {len(rope.long_factors)}"
+                )

@@ -2,8 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -24,7 +26,8 @@ class TokenContext:
 
     Attributes:
       positions: Place in the document, from 0; in decoding also the cache slot.
-      cos: Of each position and pair of features.
+      cos: Of each position and pair of turning features, for each kind of RoPE;
+        without that axis inside a layer.
       sin: The same.
       segment_ids: Document of each token, 0 for padding; None: one document a row.
       max_segments: Upper bound of the documents in a row, when known.
@@ -32,11 +35,15 @@ class TokenContext:
     """
 
     positions: Int[Array, "B T"]
-    cos: Float[Array, "B T half_H"]
-    sin: Float[Array, "B T half_H"]
+    cos: Float[Array, "*P B T half"]
+    sin: Float[Array, "*P B T half"]
     segment_ids: Int[Array, "B T"] | None
     max_segments: int | None = dataclasses.field(metadata={"static": True})
     is_prefill: bool = dataclasses.field(metadata={"static": True})
+
+    def with_rope(self, index: int | Int[Array, ""]) -> "TokenContext":
+        """Returns what a layer with that kind of RoPE knows."""
+        return dataclasses.replace(self, cos=self.cos[index], sin=self.sin[index])
 
 
 class Attention(nnx.Module):
@@ -53,19 +60,34 @@ class Attention(nnx.Module):
         head_dim: int,
         has_bias: bool,
         has_out_bias: bool,
-        qk_norm: bool,
+        is_fused: bool,
+        qk_norm: Literal["head", "row"] | None,
+        scale: float | None,
+        softcap: float | None,
         implementations: Implementations,
     ) -> None:
         queries, keys = num_heads * head_dim, num_kv_heads * head_dim
-        self.q_proj = make_linear("self_attn.q_proj", hidden_size, queries, has_bias)
-        self.k_proj = make_linear("self_attn.k_proj", hidden_size, keys, has_bias)
-        self.v_proj = make_linear("self_attn.v_proj", hidden_size, keys, has_bias)
+
+        def make(name: str, features: int) -> Linear | None:
+            if is_fused != (name == "qkv_proj"):
+                return None
+            return make_linear(f"self_attn.{name}", hidden_size, features, has_bias)
+
+        self.q_proj = make("q_proj", queries)
+        self.k_proj = make("k_proj", keys)
+        self.v_proj = make("v_proj", keys)
+        self.qkv_proj = make("qkv_proj", queries + 2 * keys)
         self.o_proj = make_linear(
             "self_attn.o_proj", queries, hidden_size, has_out_bias
         )
-        self.q_norm = make_norm(head_dim) if qk_norm else None
-        self.k_norm = make_norm(head_dim) if qk_norm else None
+        is_row = qk_norm == "row"
+        self.q_norm = make_norm(queries if is_row else head_dim) if qk_norm else None
+        self.k_norm = make_norm(keys if is_row else head_dim) if qk_norm else None
+        self.qk_norm = qk_norm
+        self.feature_borders = (queries, queries + keys)
         self.head_dim = head_dim
+        self.scale = scale
+        self.softcap = softcap
         self.implementations = implementations
 
     def __call__(
@@ -102,6 +124,8 @@ class Attention(nnx.Module):
             segment_ids=context.segment_ids,
             window=window,
             max_segments=context.max_segments,
+            scale=self.scale,
+            softcap=self.softcap,
             implementation=self.implementations.attention,
         )
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, 1)
@@ -115,19 +139,58 @@ class Attention(nnx.Module):
         dropout_key: PRNGKeyArray | None,
     ) -> tuple[Array, Array, Array]:
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, 0)
-        linears = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (
-            y.reshape(*x.shape[:2], -1, self.head_dim)
-            for y in project(x, linears, dropout_key=key)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q = self.q_norm(checkpoint_name(q, remat.QUERY_RAW))
-            k = self.k_norm(checkpoint_name(k, remat.KEY_RAW))
-        q, k = rope(
-            q, k, context.cos, context.sin, implementation=self.implementations.rope
-        )
+        linears = (self.q_proj, self.k_proj, self.v_proj, self.qkv_proj)
+        rows = project(x, [linear for linear in linears if linear], dropout_key=key)
+        if len(rows) == 1:
+            rows = jnp.split(rows[0], self.feature_borders, axis=-1)
+        q, k, v = self._normalised(*rows)
+        q, k = self._turned(q, k, context)
         return (
             checkpoint_name(q, remat.QUERY),
             checkpoint_name(k, remat.KEY),
             checkpoint_name(v, remat.VALUE),
+        )
+
+    def _normalised(
+        self,
+        q: Float[Array, "B T _"],
+        k: Float[Array, "B T _"],
+        v: Float[Array, "B T _"],
+    ) -> tuple[Array, ...]:
+        """Returns the rows cut into heads, q and k normalised where they are to be."""
+
+        def heads(row: Array) -> Array:
+            """Returns rows or heads as heads."""
+            return row.reshape(*row.shape[:2], -1, self.head_dim)
+
+        if self.q_norm is None or self.k_norm is None:
+            return heads(q), heads(k), heads(v)
+        if self.qk_norm == "head":
+            q, k = heads(q), heads(k)
+        q = self.q_norm(checkpoint_name(q, remat.QUERY_RAW))
+        k = self.k_norm(checkpoint_name(k, remat.KEY_RAW))
+        return heads(q), heads(k), heads(v)
+
+    def _turned(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        context: TokenContext,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
+        """Returns q and k with their turning features rotated, the first ones."""
+        turning = 2 * context.cos.shape[-1]
+        implementation = self.implementations.rope
+        if turning == self.head_dim:
+            return rope(q, k, context.cos, context.sin, implementation=implementation)
+        turned = rope(
+            q[..., :turning],
+            k[..., :turning],
+            context.cos,
+            context.sin,
+            implementation=implementation,
+        )
+        q_turned, k_turned = turned
+        return (
+            jnp.concatenate([q_turned, q[..., turning:]], axis=-1),
+            jnp.concatenate([k_turned, k[..., turning:]], axis=-1),
         )

@@ -1,5 +1,8 @@
 """One decoder layer."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -13,20 +16,32 @@ from fastjax.nn.norm import RMSNorm
 
 
 class Block(nnx.Module):
-    """Pre-norm residual layer: attention, then the feed-forward network."""
+    """Residual layer: attention, then the feed-forward network.
+
+    Each is normalised at its input ("before"), its output ("after") or both
+    ("around"). Norms have Hugging Face's names, and there post_attention_layernorm is
+    the one before the feed-forward network in the first case, in the others the one
+    after attention.
+    """
 
     def __init__(
         self,
+        make_norm: Callable[[], RMSNorm],
         *,
-        input_layernorm: RMSNorm,
         self_attn: Attention,
-        post_attention_layernorm: RMSNorm,
         mlp: GatedMLP,
+        norm_placement: Literal["before", "around", "after"] = "before",
+        residual_scale: float = 1.0,
     ) -> None:
-        self.input_layernorm = input_layernorm
+        is_around, is_after = (norm_placement == kind for kind in ("around", "after"))
+        self.input_layernorm = None if is_after else make_norm()
         self.self_attn = self_attn
-        self.post_attention_layernorm = post_attention_layernorm
+        self.post_attention_layernorm = make_norm()
+        self.pre_feedforward_layernorm = make_norm() if is_around else None
         self.mlp = mlp
+        has_last = is_around or is_after
+        self.post_feedforward_layernorm = make_norm() if has_last else None
+        self.residual_scale = residual_scale
 
     def __call__(
         self,
@@ -41,14 +56,28 @@ class Block(nnx.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x = checkpoint_name(x, remat.LAYER_INPUT)
         mixed, cache = self.self_attn(
-            self.input_layernorm(x),
+            _normalised(x, self.input_layernorm),
             context,
             window=window,
             dropout_key=keys[0],
             cache=cache,
         )
+        before_mlp = self.post_attention_layernorm
+        if self.post_feedforward_layernorm is not None:
+            mixed = self.post_attention_layernorm(mixed)
+            before_mlp = self.pre_feedforward_layernorm
         # The name must sit on the array that the norm's VJP keeps, or the backward
         # pass would recompute the attention to get it.
-        x = checkpoint_name(x + mixed, remat.ATTENTION_RESIDUAL)
-        update = self.mlp(self.post_attention_layernorm(x), dropout_key=keys[1])
-        return x + update, cache
+        x = checkpoint_name(x + self._scaled(mixed), remat.ATTENTION_RESIDUAL)
+        update = self.mlp(_normalised(x, before_mlp), dropout_key=keys[1])
+        update = _normalised(update, self.post_feedforward_layernorm)
+        return x + self._scaled(update), cache
+
+    def _scaled(self, update: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return update if self.residual_scale == 1.0 else update * self.residual_scale
+
+
+def _normalised(
+    x: Float[Array, "B T D"], norm: RMSNorm | None
+) -> Float[Array, "B T D"]:
+    return x if norm is None else norm(x)

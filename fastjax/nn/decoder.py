@@ -31,6 +31,8 @@ class Segment(nnx.Module):
       block: A layer whose every variable has a leading axis L.
       window: Sliding window in tokens when all its layers share one.
       windows: Window of each layer when they differ.
+      rope: Kind of RoPE, as index, when all its layers share one.
+      ropes: Kind of each layer when they differ.
     """
 
     def __init__(
@@ -40,11 +42,15 @@ class Segment(nnx.Module):
         num_layers: int,
         window: int | None = None,
         windows: Int[Array, " L"] | None = None,
+        rope: int = 0,
+        ropes: Int[Array, " L"] | None = None,
     ) -> None:
         self.block = block
         self.num_layers = num_layers
         self.window = window
         self.windows = None if windows is None else Frozen(windows)
+        self.rope = rope
+        self.ropes = None if ropes is None else Frozen(ropes)
 
     def __call__(
         self,
@@ -70,16 +76,18 @@ class Segment(nnx.Module):
             else jax.random.split(dropout_key, self.num_layers)
         )
         graphdef, trained, frozen = nnx.split(self.block, nnx.Param, ...)
-        frozen = (frozen, None if self.windows is None else self.windows.get_value())
+        frozen = (frozen, *self._places())
         inputs = (trained, keys)
 
         def layer(index: Any, hidden: Array, own: Any) -> Array:
             trained, key = own
             # Picked here, since a stack that is cut before the scan would be copied.
-            held, window = jax.tree.map(functools.partial(_layer_of, index), frozen)
+            held, window, rope = jax.tree.map(
+                functools.partial(_layer_of, index), frozen
+            )
             return nnx.merge(graphdef, trained, held)(
                 hidden,
-                context,
+                context.with_rope(self.rope if rope is None else rope),
                 window=self.window if window is None else window,
                 dropout_key=key,
             )[0]
@@ -106,27 +114,28 @@ class Segment(nnx.Module):
         cache: SegmentCache,
     ) -> tuple[Float[Array, "B T D"], SegmentCache]:
         """Returns the hidden states after these layers, and their updated cache."""
-        graphdef, stacked, windows = self._stacked()
+        graphdef, stacked = nnx.split(self.block)
 
         def body(carry: tuple[Array, SegmentCache], layer: Any) -> tuple[Any, None]:
             hidden, segment = carry
-            weights, window, index = layer
+            weights, (window, rope), index = layer
             hidden, updated = nnx.merge(graphdef, weights)(
                 hidden,
-                context,
+                context.with_rope(self.rope if rope is None else rope),
                 window=self.window if window is None else window,
                 cache=LayerCache(segment, index),
             )
+            assert updated is not None
             return (hidden, updated.segment), None
 
         layers = jnp.arange(self.num_layers)
-        return jax.lax.scan(body, (x, cache), (stacked, windows, layers))[0]
+        return jax.lax.scan(body, (x, cache), (stacked, self._places(), layers))[0]
 
-    def _stacked(self) -> tuple[nnx.GraphDef, nnx.State, Array | None]:
-        """Returns what all layers share, and their variables and windows."""
-        graphdef, stacked = nnx.split(self.block)
+    def _places(self) -> tuple[Array | None, Array | None]:
+        """Returns the layers' windows and RoPEs where they differ."""
         windows = None if self.windows is None else self.windows.get_value()
-        return graphdef, stacked, windows
+        ropes = None if self.ropes is None else self.ropes.get_value()
+        return windows, ropes
 
 
 class Decoder(nnx.Module):
@@ -143,6 +152,9 @@ class Decoder(nnx.Module):
         num_kv_heads: int,
         head_dim: int,
         compute_dtype: jnp.dtype,
+        embedding_scale: float = 1.0,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
     ) -> None:
         self.embed_tokens = embed_tokens
         self.segments = nnx.List(segments)
@@ -152,6 +164,9 @@ class Decoder(nnx.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.compute_dtype = compute_dtype
+        self.embedding_scale = embedding_scale
+        self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
 
     def __call__(
         self,
@@ -164,7 +179,7 @@ class Decoder(nnx.Module):
         embedding_noise: Float[Array, "B T D"] | None = None,
         remat: Remat | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the hidden states after the last norm.
+        """Returns the hidden states after the last norm, times `logit_scale`.
 
         Args:
           input_ids: Token ids.
@@ -177,7 +192,7 @@ class Decoder(nnx.Module):
           remat: What the backward pass recomputes; None where there is none.
         """
         context = self._context(positions, segment_ids, max_segments)
-        x = self.embed_tokens(input_ids, dtype=self.compute_dtype)
+        x = self._embedded(input_ids)
         x = x if embedding_noise is None else x + embedding_noise
         plan = remat_plan(remat, sum(segment.num_layers for segment in self.segments))
         layer = 0
@@ -187,7 +202,7 @@ class Decoder(nnx.Module):
             )
             x = segment(x, context, remat=plan, first_layer=layer, dropout_key=key)
             layer += segment.num_layers
-        return self.norm(x)
+        return _scaled(self.norm(x), self.logit_scale)
 
     def decode(
         self,
@@ -208,13 +223,15 @@ class Decoder(nnx.Module):
             end, and the cache is empty: they are mixed as in training, by the fastest
             attention, and the cache is written but not read.
         """
-        context = self._context(positions, None, None, is_prefill=is_prefill)
-        x = self.embed_tokens(input_ids, dtype=self.compute_dtype)
+        slots = cache[0].keys.shape[2]
+        cos, sin = self.rotary(positions, context_tokens=slots)
+        context = TokenContext(positions, cos, sin, None, None, is_prefill=is_prefill)
+        x = self._embedded(input_ids)
         caches = []
         for segment, old in zip(self.segments, cache, strict=True):
             x, new = segment.decode(x, context, old)
             caches.append(new)
-        return self.norm(x), tuple(caches)
+        return _scaled(self.norm(x), self.logit_scale), tuple(caches)
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """Returns a cache for `batch` rows of at most `slots` tokens."""
@@ -230,7 +247,10 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns the float32 score of every token of the vocabulary."""
-        return self._head().logits(hidden)
+        logits = self._head().logits(hidden)
+        if self.logit_softcap is None:
+            return logits
+        return self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
 
     def _head(self) -> Embedding:
         return self.embed_tokens if self.lm_head is None else self.lm_head
@@ -240,13 +260,20 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         max_segments: int | None,
-        *,
-        is_prefill: bool = False,
     ) -> TokenContext:
         cos, sin = self.rotary(positions)
         return TokenContext(
-            positions, cos, sin, segment_ids, max_segments, is_prefill=is_prefill
+            positions, cos, sin, segment_ids, max_segments, is_prefill=False
         )
+
+    def _embedded(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        embedded = self.embed_tokens(input_ids, dtype=self.compute_dtype)
+        return _scaled(embedded, self.embedding_scale)
+
+
+def _scaled(x: Float[Array, "*B D"], scale: float) -> Float[Array, "*B D"]:
+    """Returns the product with the scale, rounded to the dtype of `x` as torch does."""
+    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
 
 def _scanned(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -24,12 +25,20 @@ class GatedMLP(nnx.Module):
         hidden_size: int,
         intermediate_size: int,
         has_bias: bool,
+        is_fused: bool,
         activation: Literal["silu", "gelu_pytorch_tanh"],
         implementations: Implementations,
     ) -> None:
         inner = intermediate_size
-        self.gate_proj = make_linear("mlp.gate_proj", hidden_size, inner, has_bias)
-        self.up_proj = make_linear("mlp.up_proj", hidden_size, inner, has_bias)
+
+        def make(name: str, features: int) -> Linear | None:
+            if is_fused != (name == "gate_up_proj"):
+                return None
+            return make_linear(f"mlp.{name}", hidden_size, features, has_bias)
+
+        self.gate_proj = make("gate_proj", inner)
+        self.up_proj = make("up_proj", inner)
+        self.gate_up_proj = make("gate_up_proj", 2 * inner)
         self.down_proj = make_linear("mlp.down_proj", inner, hidden_size, has_bias)
         self.activation = activation
         self.implementations = implementations
@@ -39,7 +48,9 @@ class GatedMLP(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the update of each token, from that token alone."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        gate, up = project(x, (self.gate_proj, self.up_proj), dropout_key=keys[0])
+        linears = (self.gate_proj, self.up_proj, self.gate_up_proj)
+        rows = project(x, [linear for linear in linears if linear], dropout_key=keys[0])
+        gate, up = jnp.split(rows[0], 2, axis=-1) if len(rows) == 1 else rows
         activated = gated_activation(
             checkpoint_name(gate, remat.GATE),
             checkpoint_name(up, remat.UP),

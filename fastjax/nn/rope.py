@@ -1,57 +1,80 @@
-"""Rotary position embedding: the wavelengths, and their tables for given positions."""
+"""Rotary position embedding: cosines and sines of given positions."""
 
-import math
-from typing import Literal
-
-import numpy as np
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fastjax.rope_config import RopeConfig
 from kernels.rope import rotary_tables
 
 
 class RotaryEmbedding(nnx.Module):
     """Cosines and sines of each position (2104.09864); holds numbers, no arrays."""
 
-    def __init__(
-        self,
-        head_dim: int,
-        *,
-        theta: float,
-        kind: Literal["default", "linear", "llama3"] = "default",
-        factor: float = 1.0,
-        low_freq_factor: float = 1.0,
-        high_freq_factor: float = 4.0,
-        original_context: int = 8192,
-    ) -> None:
+    def __init__(self, head_dim: int, ropes: tuple[RopeConfig, ...]) -> None:
         self.head_dim = head_dim
-        self.theta = theta
-        self.kind = kind
-        self.factor = factor
-        self.low_freq_factor = low_freq_factor
-        self.high_freq_factor = high_freq_factor
-        self.original_context = original_context
+        self.ropes = ropes
 
     def __call__(
-        self, positions: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T half_H"], Float[Array, "B T half_H"]]:
-        """Returns the float32 cosines and sines of `positions`."""
-        return rotary_tables(positions, self.inverse_frequencies())
+        self, positions: Int[Array, "B T"], *, context_tokens: int | None = None
+    ) -> tuple[Float[Array, "P B T half"], Float[Array, "P B T half"]]:
+        """Returns the float32 cosines and sines of `positions`, for each kind of RoPE.
 
-    def inverse_frequencies(self) -> Float[np.ndarray, " half_H"]:
-        """Returns radians per position of each pair of features."""
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / self.head_dim
-        inv_freq = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
-        if self.kind == "linear":
-            return inv_freq / np.float32(self.factor)
-        if self.kind == "llama3":
-            return self._llama3(inv_freq)
-        return inv_freq
+        Args:
+          positions: Place in the document, from 0.
+          context_tokens: Length that documents count as, where wavelengths depend on
+            it; None takes the length of each document in the row.
+        """
+        tables = [self._tables(rope, positions, context_tokens) for rope in self.ropes]
+        cos, sin = zip(*tables, strict=True)
+        return jnp.stack(cos), jnp.stack(sin)
 
-    def _llama3(self, inv_freq: np.ndarray) -> np.ndarray:
-        wavelengths = 2 * math.pi / inv_freq
-        turns = self.original_context / wavelengths
-        span = self.high_freq_factor - self.low_freq_factor
-        kept = np.clip((turns - self.low_freq_factor) / span, 0.0, 1.0)
-        stretched = inv_freq / self.factor
-        return ((1 - kept) * stretched + kept * inv_freq).astype(np.float32)
+    def _tables(
+        self, rope: RopeConfig, positions: Array, context_tokens: int | None
+    ) -> tuple[Array, Array]:
+        inv_freq = rope.inverse_frequencies(self.head_dim)
+        if not rope.depends_on_length:
+            return rotary_tables(positions, inv_freq, scale=rope.attention_factor)
+        if context_tokens is None:
+            lengths = document_lengths(positions)
+        else:
+            lengths = jnp.full_like(positions, context_tokens)
+        if rope.kind == "dynamic":
+            frequencies = _dynamic(rope, self.head_dim, lengths)
+        else:
+            long = rope.long_inverse_frequencies(self.head_dim)
+            is_long = lengths > rope.original_max_position_embeddings
+            shape = (*lengths.shape, inv_freq.size)
+            frequencies = jnp.where(
+                jnp.broadcast_to(is_long[..., None], shape),
+                jnp.broadcast_to(jnp.asarray(long)[None, None], shape),
+                jnp.broadcast_to(jnp.asarray(inv_freq)[None, None], shape),
+            )
+        angles = positions.astype(jnp.float32)[..., None] * frequencies
+        factor = rope.attention_factor
+        return factor * jnp.cos(angles), factor * jnp.sin(angles)
+
+
+def document_lengths(positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Returns for each token how many tokens its document has.
+
+    A document ends where the next position is not the following number.
+    """
+    length = positions.shape[1]
+    place = jnp.broadcast_to(jnp.arange(length)[None], positions.shape)
+    following = jnp.roll(positions, -1, axis=1)
+    is_last = (following != positions + 1) | (place == length - 1)
+    last = jax.lax.cummin(jnp.where(is_last, place, length), axis=1, reverse=True)
+    return positions + 1 + last - place
+
+
+def _dynamic(
+    rope: RopeConfig, head_dim: int, lengths: Int[Array, "B T"]
+) -> Float[Array, "B T half"]:
+    """Returns frequencies whose base grows with the length beyond the trained one."""
+    dim, trained = rope.rotary_dim(head_dim), rope.original_max_position_embeddings
+    ratio = jnp.maximum(lengths, trained).astype(jnp.float32) / trained
+    growth = (rope.factor * ratio - (rope.factor - 1)) ** (dim / (dim - 2))
+    exponents = jnp.arange(0, dim, 2, dtype=jnp.float32)[None, None] / dim
+    return 1.0 / (rope.theta * growth[..., None]) ** exponents

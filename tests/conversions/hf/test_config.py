@@ -59,7 +59,7 @@ def test_families_differ_where_they_do(fixtures: Path):
     mistral, qwen2, qwen3 = (read_config(fixtures / name) for name in MODELS[2:])
     assert mistral.layer_windows == (8,)
     assert (qwen2.attention_bias, qwen2.attention_out_bias) == (True, False)
-    assert (qwen3.qk_norm, qwen3.head_dim) == (True, 32)
+    assert (qwen3.qk_norm, qwen3.head_dim) == ("head", 32)
     assert qwen2.tie_word_embeddings
     assert qwen3.layer_windows == (None,)
 
@@ -69,12 +69,17 @@ def test_transformers_4_and_5_say_the_same(fixtures: Path, name: str):
     assert read_config(fixtures / name) == read_config(fixtures / f"{name}_v4")
 
 
-@pytest.mark.parametrize("name", MODELS)
+NEWER = ("gemma2", "gemma3_text", "granite", "olmo2", "olmo3", "phi3", "smollm3")
+
+
+@pytest.mark.parametrize("name", [*MODELS, *(f"tiny_{name}" for name in NEWER)])
 def test_written_configs_read_back(fixtures: Path, tmp_path: Path, name: str):
     config = read_config(fixtures / name)
     write_config(tmp_path, config, dtype="bfloat16")
     assert read_config(tmp_path) == config
     values = json.loads((tmp_path / "config.json").read_text())
+    if config.local_rope is not None:
+        return
     assert values["rope_theta"] == values["rope_parameters"]["rope_theta"]
     for key in ("rope_parameters", "rope_theta", "rope_scaling"):
         one_version = {k: v for k, v in values.items() if k != key}
@@ -84,7 +89,7 @@ def test_written_configs_read_back(fixtures: Path, tmp_path: Path, name: str):
 
 def test_a_config_that_the_family_cannot_say_is_refused(tmp_path: Path):
     config = parse("llama")
-    broken = {"qk_norm": True, "layer_windows": (4,)}
+    broken = {"qk_norm": "head", "layer_windows": (4,)}
     fields = {name: getattr(config, name) for name in TransformerConfig.__slots__}
     with pytest.raises(ConfigError, match="qk_norm, layer_windows"):
         write_config(tmp_path, TransformerConfig(**(fields | broken)), dtype="bfloat16")
@@ -133,6 +138,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
 
 @pytest.mark.parametrize(
     ("values", "reasons"),
@@ -150,14 +157,19 @@ LLAMA3 = {
         ({"hidden_act": "relu"}, ["hidden_act='relu'", "silu"]),
         ({"tie_word_embeddings": 1}, ["tie_word_embeddings=1", "true or false"]),
         ({"eos_token_id": "x"}, ["eos_token_id='x'", "token ids"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, ["type='yarn'", "linear"]),
+        ({"rope_scaling": {"type": "x", "factor": 2}}, ["type='x'", "linear"]),
         ({"rope_scaling": {"type": "linear"}}, ["factor is missing"]),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ["factor=0.5"]),
         ({"rope_scaling": "x"}, ["rope_scaling='x'", "object"]),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 9}}, ["low_freq_factor=9"]),
         ({"rope_theta": "10"}, ["rope_theta='10'"]),
         ({"rope_parameters": {"full_attention": {}, "rope_type": 3}}, ["rope_type=3"]),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary"]),
+        ({"rope_parameters": {"partial_rotary_factor": 2}}, ["partial_rotary"]),
+        ({"rope_scaling": {"type": "longrope"}}, ["short_factor is missing"]),
+        (
+            {"rope_scaling": LONGROPE | {"long_factor": [1, 2]}},
+            ["longrope needs 8", "not 8 and 2"],
+        ),
         (
             {"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 6.0},
             ["rope_parameters", "the same"],
@@ -166,7 +178,8 @@ LLAMA3 = {
             {"rope_parameters": LLAMA3, "rope_scaling": LLAMA3 | {"factor": 4.0}},
             ["rope_parameters", "the same"],
         ),
-        ({"model_type": "lama"}, ["'lama'", "llama", "mistral, qwen2, qwen3"]),
+        ({"model_type": "lama"}, ["'lama'", "llama", "gemma2, gemma3_text"]),
+        ({"model_type": "mixtral"}, ["mixture of experts", "one is mistral"]),
         ({"model_type": None}, ["model_type=None"]),
         ({"auto_map": {"AutoModel": "x.Y"}}, ["runs code"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "bitsandbytes"]),
@@ -243,3 +256,23 @@ def test_random_configs_are_read_or_refused(family, values: dict):
     values = SIZES | values | {"model_type": family}
     with contextlib.suppress(FastJaxError):
         assert parse_config(values, where="x").head_dim % 2 == 0
+
+
+def test_gemma_3_of_transformers_4_is_the_same(fixtures: Path):
+    config = read_config(fixtures / "tiny_gemma3_text")
+    values = json.loads((fixtures / "tiny_gemma3_text" / "config.json").read_text())
+    del values["rope_parameters"], values["tie_word_embeddings"]
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    old["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    assert parse_config(values | old, where="config.json") == config
+
+
+def test_first_names_of_longrope_are_known():
+    options = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    ropes = [
+        parse("phi3", rope_scaling=LONGROPE | {"type": name}, **options).rope
+        for name in ("longrope", "su", "yarn")
+    ]
+    assert ropes[0].kind == "longrope"
+    assert ropes == [ropes[0]] * 3
+    assert ropes[0].factor == 4.0

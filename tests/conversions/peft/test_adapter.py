@@ -21,7 +21,7 @@ from conversions.safetensors_file import SafetensorsFile
 from conversions.safetensors_writer import write_safetensors
 from fastjax.config import LoRAConfig
 from fastjax.errors import CheckpointMismatch, FastJaxError, ModelError
-from fastjax.models.build import LINEARS
+from fastjax.models.build import linear_names
 from fastjax.target_modules import matched_modules
 
 SUPPORTED = {
@@ -153,7 +153,7 @@ def test_targets_may_be_lists_and_expressions(
     folder = edited(default, tmp_path, tensors, target_modules=target)
     adapter = read_adapter(folder, llama)
     assert len(adapter.weights) == 2 * count
-    names = [full_name(f"layers.{i}.{name}") for i in range(2) for name in LINEARS]
+    names = [full_name(name) for name in linear_names(llama)]
     matched = matched_modules(adapter.lora.lora_target_modules, names)
     assert {own_name(name) for name in matched} == {
         name.rpartition(".")[0] for name in adapter.weights

@@ -17,6 +17,7 @@ class TwoTables(nnx.Module):
 
     def __init__(self, dtype: str = "float32") -> None:
         self.compute_dtype = jnp.dtype(dtype)
+        self.logit_softcap = None
         keys = jax.random.split(jax.random.key(0), 2)
         self.embed = nnx.Param(jax.random.normal(keys[0], (VOCABULARY, WIDTH)))
         self.head = nnx.Param(jax.random.normal(keys[1], (VOCABULARY, WIDTH)))

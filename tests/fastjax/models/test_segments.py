@@ -80,7 +80,7 @@ def test_every_preset_has_a_decoder(name: str) -> None:
     size = next((part for part in stated if part[-1] == "b" and part[0].isdigit()), "")
     if size:
         # Names round; embeddings make the small ones larger than they say.
-        assert 0.9 * float(size[:-1]) - 0.1 < billions < 1.25 * float(size[:-1]) + 0.15
+        assert 0.9 * float(size[:-1]) - 0.1 < billions < 1.25 * float(size[:-1]) + 0.3
 
 
 def test_llama3_8b_has_its_published_size() -> None:
