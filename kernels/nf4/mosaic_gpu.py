@@ -5,8 +5,8 @@ reads the word of eight codes number `128 j + t` and writes 16 bytes: both acces
 warp are contiguous. The chunk has 128 scales, so each thread computes one, the one of
 which its own warp is in need, and shuffles hand them round.
 
-Bytes an element: 0.5 codes, 0.016 scales, 2 out. Budget: no shared memory, no barrier,
-no pipeline (blocks of the grid overlap one another), 86 registers a thread.
+Bytes an element: 0.5 codes, 0.016 scales, 2 out. Budget: 2 KiB shared memory for the
+codebook, no pipeline (blocks of the grid overlap one another).
 """
 
 import functools
@@ -33,7 +33,7 @@ from .codebooks import CODEBOOKS, DYNAMIC_MAP
 
 KERNEL_NAME = "nf4_dequantize"
 
-_LANES, _THREADS, _STEPS = 32, 128, 8
+_LANES, _THREADS, _STEPS = ptx.LANES, 128, 8
 _CODES_A_WORD = 8
 _CHUNK = _THREADS * _STEPS * _CODES_A_WORD
 _BLOCK_SIZE = 64
@@ -42,6 +42,7 @@ _CHUNKS_A_NESTED_BLOCK = 2  # 256 scales
 _MAX_ELEMENTS = 2**31  # offsets are 32-bit integers
 
 _CODES_LAYOUT = plgpu.Layout.WG_STRIDED((_CHUNK // 2,), 4)
+_TABLE_LAYOUT = plgpu.Layout.WG_STRIDED((16 * ptx.LANES,), 4)
 _OUT_LAYOUT = plgpu.Layout.WG_STRIDED((_CHUNK,), _CODES_A_WORD)
 
 
@@ -59,14 +60,16 @@ def dequantize(w: NF4Array) -> Float[Array, "*L I O"]:
     if w.nested_absmax is not None and w.nested_offset is not None:
         scales += [w.nested_absmax.reshape(-1), w.nested_offset.reshape(-1)]
         scales += [jnp.asarray(DYNAMIC_MAP)]
+    table = np.repeat(CODEBOOKS[w.code], ptx.LANES)
     values = plgpu.kernel(
         functools.partial(_body, w=w, chunks=chunks),
         out_type=jax.ShapeDtypeStruct((matrices * w.size,), w.dtype),
         grid=(matrices * chunks,),
         grid_names=("chunk",),
         kernel_name=KERNEL_NAME,
+        scratch_types={"table_smem": plgpu.SMEM((table.size,), jnp.float32)},
         compiler_params=plgpu.CompilerParams(),
-    )(w.codes.reshape(-1), *scales)
+    )(w.codes.reshape(-1), jnp.asarray(table), *scales)
     return values.reshape(*lead, *w.shape[::-1]).swapaxes(-1, -2)
 
 
@@ -83,12 +86,22 @@ def _check(w: NF4Array) -> None:
         raise UnsupportedOp(f"{w.codes.shape=} must hold fewer than 2**31 elements")
 
 
-def _body(codes_gmem, absmax_gmem, *rest, w: NF4Array, chunks: int) -> None:
+def _body(
+    codes_gmem,
+    table_gmem,
+    absmax_gmem,
+    *rest,
+    table_smem,
+    w: NF4Array,
+    chunks: int,
+) -> None:
     *nested_gmem, out_gmem = rest
     chunk = lax.axis_index("chunk")
     codes = plgpu.load(
         codes_gmem.at[pl.ds(chunk * (_CHUNK // 2), _CHUNK // 2)], layout=_CODES_LAYOUT
     )
+    table_smem[...] = plgpu.load(table_gmem, layout=_TABLE_LAYOUT)
+    plgpu.commit_smem()
     scales = [absmax_gmem.at[pl.ds(chunk * _SCALES, _SCALES)]]
     if nested_gmem:
         nested_absmax, offset, dynamic_map = nested_gmem
@@ -99,24 +112,26 @@ def _body(codes_gmem, absmax_gmem, *rest, w: NF4Array, chunks: int) -> None:
         nested += matrix * nested_blocks
         scales += [nested_absmax.at[pl.ds(nested, 1)], offset.at[pl.ds(matrix, 1)]]
         scales += [dynamic_map]
-    out_gmem[pl.ds(chunk * _CHUNK, _CHUNK)] = _decode(codes, scales, w)
+    out_gmem[pl.ds(chunk * _CHUNK, _CHUNK)] = _decode(codes, table_smem, scales, w)
 
 
-def _decode(codes, scales, w: NF4Array) -> Array:
-    """Returns a chunk's values in `_OUT_LAYOUT` from its codes and scale references."""
+def _decode(codes, table, scales, w: NF4Array) -> Array:
+    """Returns a chunk's values in `_OUT_LAYOUT` from its codes and references."""
 
     @plgpu.inline_mgpu(
-        arg_types=(_CODES_LAYOUT, *[plgpu.RefType()] * len(scales)),
+        arg_types=(_CODES_LAYOUT, *[plgpu.RefType()] * (1 + len(scales))),
         return_type=plgpu.ShapeDtypeStruct((_CHUNK,), jnp.dtype(w.dtype), _OUT_LAYOUT),
     )
     @stand_in(functools.partial(_decode_in_jnp, w=w))
-    def decode(_, codes, *scales):
-        return _machine_code(codes, *scales, w=w)
+    def decode(_, codes, *references):
+        return _machine_code(codes, *references, w=w)
 
-    return decode(codes, *scales)
+    return decode(codes, table, *scales)
 
 
-def _decode_in_jnp(codes: Array, absmax: Array, *nested: Array, w: NF4Array) -> Array:
+def _decode_in_jnp(
+    codes: Array, table: Array, absmax: Array, *nested: Array, w: NF4Array
+) -> Array:
     """What `_machine_code` computes."""
     scales = absmax
     if nested:
@@ -124,18 +139,20 @@ def _decode_in_jnp(codes: Array, absmax: Array, *nested: Array, w: NF4Array) -> 
         factor = jnp.broadcast_to(nested_absmax, absmax.shape)
         scales = rounding.product(dynamic_map[absmax], factor) + offset
     nibbles = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)
-    values = jnp.asarray(CODEBOOKS[w.code])[nibbles]
+    values = table.reshape(-1, ptx.LANES)[:, 0][nibbles]
     return (values * jnp.repeat(scales, _BLOCK_SIZE)).astype(w.dtype)
 
 
-def _machine_code(codes, absmax, *nested, w: NF4Array) -> mgpu.FragmentedArray:
+def _machine_code(codes, table, absmax, *nested, w: NF4Array) -> mgpu.FragmentedArray:
     """Emits the decoding of a chunk; `codes` has one register a step."""
     i32 = ir.IntegerType.get_signless(32)
     pair = ir.VectorType.get((2,), ir.Type.parse(_MLIR_NAMES[w.dtype]))
     thread = arith.remui(mgpu.utils.thread_idx(), _i32(_THREADS))
     lane = arith.remui(thread, _i32(_LANES))
     scale = _scale(_scale_of_thread(thread), absmax, nested)
-    assembly = ptx.decode_word(w.code, w.dtype)
+    column = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(table))
+    column = arith.addi(column, arith.muli(lane, _i32(4)))
+    assembly = ptx.decode_word(w.dtype)
     struct = llvm.StructType.get_literal([i32] * 4)
     registers = np.empty((_STEPS,), dtype=object)
     for step in range(_STEPS):
@@ -145,7 +162,9 @@ def _machine_code(codes, absmax, *nested, w: NF4Array) -> mgpu.FragmentedArray:
             _i32(-1), scale, owner, _i32(_LANES - 1), nvvm.ShflKind.idx
         )
         word = mgpu.utils.bitcast(codes.registers[step], i32)
-        outputs = llvm.inline_asm(struct, [word, shuffled], assembly, ptx.CONSTRAINTS)
+        outputs = llvm.inline_asm(
+            struct, [word, column, shuffled], assembly, ptx.CONSTRAINTS
+        )
         registers[step] = mgpu.utils.vector_concat(
             [
                 mgpu.utils.bitcast(llvm.extractvalue(i32, outputs, [i]), pair)

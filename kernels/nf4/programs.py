@@ -20,6 +20,14 @@ def _weights(case: Case, *, double_quant: bool) -> tuple[NF4Array]:
     return (quantize(w, double_quant=double_quant),)
 
 
+def _rows(w: NF4Array, *, implementation: str) -> jax.Array:
+    """Returns the matrix in the order of the codes, as products take it.
+
+    As a result of its own, (I, O) would be transposed in memory.
+    """
+    return dequantize(w, implementation=implementation).T
+
+
 def _program(case: Case, *, double_quant: bool = True) -> Program:
     arguments = functools.partial(_weights, case, double_quant=double_quant)
     moved = nbytes(jax.eval_shape(lambda: (arguments(), dequantize(*arguments()))))
@@ -27,7 +35,7 @@ def _program(case: Case, *, double_quant: bool = True) -> Program:
     return Program(
         name=f"nf4.dequantize/{case.name}{scales}",
         kernels=(mosaic_gpu.KERNEL_NAME,),
-        run=dequantize,
+        run=_rows,
         arguments=arguments,
         bytes_moved=moved,
         decides=("nf4", {"elements": case.inputs * case.outputs}),

@@ -7,33 +7,18 @@ import numpy as np
 import pytest
 
 from kernels.nf4 import CODEBOOKS
-from kernels.nf4.ptx import decode_word
+from kernels.nf4.ptx import LANES, decode_word
 
 WORDS = 512
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
-def prmt(a, b, selector):
-    """Returns the four bytes of b:a that the nibbles of `selector` choose."""
-    source = np.concatenate([a[:, None].view(np.uint8), b[:, None].view(np.uint8)], 1)
-    chosen = np.zeros_like(a)
-    for byte in range(4):
-        nibble = (selector >> np.uint32(4 * byte)) & 15
-        assert (nibble < 8).all()  # the upper values would replicate a sign
-        picked = np.take_along_axis(source, nibble[:, None].astype(np.int64), 1)[:, 0]
-        chosen |= picked.astype(np.uint32) << np.uint32(8 * byte)
-    return chosen
-
-
-def execute(assembly, registers, dtype):
+def execute(assembly, registers, memory, dtype):
     """Runs the instructions that the decoder uses; `registers` is changed."""
 
     def value(operand):
         if operand in registers:
             return registers[operand]
-        if operand.startswith("0f"):
-            bits = np.full(WORDS, int(operand[2:], 16), np.uint32)
-            return bits.view(np.float32)
         return np.full(WORDS, int(operand, 0), np.uint32)
 
     def packed(high, low):
@@ -46,15 +31,16 @@ def execute(assembly, registers, dtype):
         "mul.rn.f32": lambda a, b: a * b,
         "cvt.rn.bf16x2.f32": packed,
         "cvt.rn.f16x2.f32": packed,
-        "prmt.b32": prmt,
+        "ld.shared.f32": lambda address: memory[address // 4],
         "and.b32": np.bitwise_and,
-        "or.b32": np.bitwise_or,
+        "add.u32": np.add,
+        "shl.b32": np.left_shift,
         "shr.u32": np.right_shift,
     }
     for line in assembly.strip("{}\n").splitlines():
         if line.startswith(".reg"):
             continue
-        operation, result, *operands = re.split(r"[ ,;]+", line.rstrip(";"))
+        operation, result, *operands = re.split(r"[ ,;\[\]]+", line.rstrip(";]"))
         registers[result] = operations[operation](*map(value, operands))
     return registers
 
@@ -65,8 +51,13 @@ def test_every_code_is_scaled_and_rounded_once(code, dtype):
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**32, WORDS, dtype=np.uint32)
     scales = rng.lognormal(sigma=2, size=WORDS).astype(np.float32)
-    registers = {"$4": words, "$5": scales}
-    execute(decode_word(code, dtype), registers, DTYPES[dtype])
+    base = 1024
+    table = np.concatenate(
+        [np.full(base // 4, np.nan, np.float32), np.repeat(CODEBOOKS[code], LANES)]
+    )
+    column = base + 4 * rng.integers(0, LANES, WORDS, dtype=np.uint32)
+    registers = {"$4": words, "$5": column, "$6": scales}
+    execute(decode_word(dtype), registers, table, DTYPES[dtype])
     pairs = np.stack([registers[f"${i}"] for i in range(4)], axis=1)
     octets = words[:, None].view(np.uint8)
     nibbles = np.stack([octets >> 4, octets & 15], axis=-1).reshape(WORDS, 8)
