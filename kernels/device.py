@@ -13,6 +13,8 @@ Capability = tuple[int, int]
 
 HOPPER: Capability = (9, 0)
 
+_H200_MULTIPROCESSORS = 132
+
 _assumed: contextvars.ContextVar[Capability | None] = contextvars.ContextVar(
     "kernels_assumed_capability", default=None
 )
@@ -29,6 +31,13 @@ def kind() -> str | None:
     if _assumed.get() is not None or _default_device_capability() is None:
         return None
     return jax.devices()[0].device_kind
+
+
+def multiprocessors() -> int:
+    """Returns how many the default device has; an H200's when one is assumed."""
+    if _assumed.get() is not None:
+        return _H200_MULTIPROCESSORS
+    return jax.devices()[0].core_count
 
 
 def require_hopper() -> None:

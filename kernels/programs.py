@@ -2,6 +2,7 @@
 
 from .cross_entropy import programs as cross_entropy
 from .gated_mlp import programs as gated_mlp
+from .lora_matmul import programs as lora_matmul
 from .nf4 import programs as nf4
 from .program import Program
 from .rms_norm import programs as rms_norm
@@ -12,6 +13,7 @@ def all_programs() -> tuple[Program, ...]:
     """Returns them in the order of the tables."""
     return (
         *nf4.programs(),
+        *lora_matmul.programs(),
         *rms_norm.programs(),
         *rope.programs(),
         *gated_mlp.programs(),

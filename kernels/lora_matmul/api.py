@@ -1,16 +1,20 @@
 """The public LoRA products: types, checks, dispatch."""
 
+import functools
+
 import jax
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from kernels import dispatch
+from kernels.choice import fastest_first
 from kernels.nf4 import NF4Array
 
 from . import reference, vjp
 from .projection import Projection
 
 _IMPLEMENTATIONS = {
-    "xla": vjp.lora_matmul_group,
+    "mosaic_gpu": functools.partial(vjp.lora_matmul_group, vjp.MOSAIC_GPU),
+    "xla": functools.partial(vjp.lora_matmul_group, vjp.XLA),
     "reference": reference.lora_matmul_group,
 }
 
@@ -66,7 +70,7 @@ def lora_matmul_group(
         nearest 1/65536.
       dropout_keys: One for each projection, its mask; None drops nothing, as in
         evaluation.
-      implementation: A name runs that one or fails; None takes the first able.
+      implementation: A name runs that one or fails; None takes the fastest able.
 
     Raises:
       ValueError: Sizes disagree, an adapter is incomplete, the rate is not in [0, 1).
@@ -80,16 +84,22 @@ def lora_matmul_group(
         _check(x.shape[-1], projection)
     if dropout_rate == 0:
         keys = (None,) * len(projections)
-    outputs = dispatch.run(
+    rows = x.reshape(-1, x.shape[-1])
+    case = {
+        "rows": rows.shape[0],
+        "inputs": rows.shape[1],
+        "outputs": sum(projection.weight.shape[1] for projection in projections),
+    }
+    results = dispatch.run(
         "lora_matmul",
-        _IMPLEMENTATIONS,
+        fastest_first("lora_matmul", case, _IMPLEMENTATIONS),
         implementation,
         dropout_rate,
-        x.reshape(-1, x.shape[-1]),
+        rows,
         projections,
         keys,
     )
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in results)
 
 
 def _check(features: int, projection: Projection) -> None:

@@ -80,6 +80,28 @@ SMALL = (
         dropout_rate=0.2,
     ),
 )
+INTERPRETED = (
+    Case(
+        name="group_with_bias",
+        lead=(2, 64),
+        inputs=128,
+        outputs=(128, 128),
+        ranks=(4, 0),
+        is_quantized=True,
+        has_bias=True,
+    ),
+    Case(name="large_rank", lead=(256,), inputs=128, outputs=(128,), ranks=(72,)),
+    Case(
+        name="no_adapter",
+        lead=(128,),
+        inputs=128,
+        outputs=(128,),
+        ranks=(0,),
+        is_quantized=True,
+    ),
+)
+"""Small ones that the Mosaic GPU kernels can run."""
+
 LARGE = (
     Case(
         name="llama3_8b_qkv",
@@ -106,3 +128,27 @@ LARGE = (
         is_quantized=True,
     ),
 )
+_RATED_SHAPES = {
+    "qkv": (4096, (4096, 1024, 1024)),
+    "o": (4096, (4096,)),
+    "up": (4096, (14336,)),
+    "down": (14336, (4096,)),
+}
+
+
+def _rated(rows: int, shape: str) -> Case:
+    inputs, outputs = _RATED_SHAPES[shape]
+    return Case(
+        name=f"{rows}_{shape}",
+        lead=(rows,),
+        inputs=inputs,
+        outputs=outputs,
+        ranks=(16,) * len(outputs),
+        is_quantized=True,
+    )
+
+
+RATED = tuple(
+    _rated(rows, shape) for rows in (8192, 2048, 512) for shape in _RATED_SHAPES
+)
+"""The linears of Llama-3-8B at several numbers of tokens."""

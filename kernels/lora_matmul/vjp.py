@@ -8,31 +8,75 @@ would keep every dequantised matrix of a scan over layers.
 """
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from . import xla
+from . import mosaic_gpu, xla
 from .xla import RESIDUAL_NAMES as RESIDUAL_NAMES
 from .xla import Keys, Projections
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """An implementation: what it refuses, its forward and its backward pass."""
+
+    check: Callable[..., None]
+    forward: Callable[..., tuple[tuple[jax.Array, ...], Any]]
+    backward: Callable[..., tuple[jax.Array, Projections]]
+
+
+XLA = Passes(check=lambda *arguments: None, forward=xla.forward, backward=xla.backward)
+MOSAIC_GPU = Passes(
+    check=mosaic_gpu.check, forward=mosaic_gpu.forward, backward=mosaic_gpu.backward
+)
+
+
 def lora_matmul_group(
+    passes: Passes,
     dropout_rate: float,
     x: Float[Array, "M I"],
     projections: Projections,
     dropout_keys: Keys,
 ) -> tuple[Float[Array, "M _"], ...]:
-    """Returns the product of each projection, in the dtype of `x`."""
-    return xla.forward(dropout_rate, x, projections, dropout_keys)[0]
+    """Returns the product of each projection, in the dtype of `x`.
+
+    Raises:
+      UnsupportedOp: The passes cannot run this case here.
+    """
+    passes.check(dropout_rate, x, projections, dropout_keys)
+    return _group(passes, dropout_rate, x, projections, dropout_keys)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _group(
+    passes: Passes,
+    dropout_rate: float,
+    x: jax.Array,
+    projections: Projections,
+    dropout_keys: Keys,
+) -> tuple[jax.Array, ...]:
+    return passes.forward(dropout_rate, x, projections, dropout_keys)[0]
+
+
+def _forward(
+    passes: Passes,
+    dropout_rate: float,
+    x: jax.Array,
+    projections: Projections,
+    dropout_keys: Keys,
+) -> tuple[tuple[jax.Array, ...], Any]:
+    return passes.forward(dropout_rate, x, projections, dropout_keys)
 
 
 def _backward(
-    dropout_rate: float, residuals: xla.Residuals, douts: tuple[jax.Array, ...]
+    passes: Passes, dropout_rate: float, residuals: Any, douts: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, Projections, None]:
-    dx, gradients = xla.backward(dropout_rate, residuals, douts)
+    dx, gradients = passes.backward(dropout_rate, residuals, douts)
     return dx, gradients, None
 
 
-lora_matmul_group.defvjp(xla.forward, _backward)
+_group.defvjp(_forward, _backward)

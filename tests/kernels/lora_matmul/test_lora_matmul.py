@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
-from kernels.device import compute_capability
+from kernels.device import HOPPER, assume_compute_capability, compute_capability
+from kernels.dispatch import UnsupportedOp
+from kernels.interpret import interpreted
 from kernels.lora_matmul import Projection, lora_matmul, lora_matmul_group
-from kernels.lora_matmul.cases import LARGE, SMALL, Case
+from kernels.lora_matmul.cases import INTERPRETED, LARGE, SMALL, Case
 from kernels.lora_matmul.dropout import dropped, kept_scale
 from kernels.nf4 import dequantize, quantize
 from kernels.numerics import relative_error, tolerance
@@ -106,6 +108,44 @@ def test_xla_matches_the_reference(name: str, dtype: str) -> None:
     case = CASES[name]
     x, projections, keys = _inputs(case, dtype)
     actual = _value_and_grads(case, x, projections, keys, "xla")
+    _assert_exact(case, actual, dtype)
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.name)
+def test_kernels_match_in_the_interpreter(case: Case) -> None:
+    x, projections, keys = _inputs(case, "bfloat16")
+    keys = (None,) * len(keys)
+    with interpreted():
+        actual = _value_and_grads(case, x, projections, keys, "mosaic_gpu")
+    _assert_exact(case, actual, "bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*INTERPRETED, *LARGE], ids=lambda case: case.name)
+def test_kernels_match_on_hopper(case: Case) -> None:
+    if compute_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    x, projections, keys = _inputs(case, "bfloat16")
+    keys = (None,) * len(keys)
+    actual = _value_and_grads(case, x, projections, keys, "mosaic_gpu")
+    again = _value_and_grads(case, x, projections, keys, "mosaic_gpu")
+    assert all(map(jnp.array_equal, *map(jax.tree.leaves, (actual, again))))
+    plain = _value_and_grads(case, x, projections, keys, "xla")
+    expected = _value_and_grads(
+        case, x.astype(jnp.float32), projections, keys, "reference"
+    )
+    leaves = map(jax.tree.leaves, (actual, plain, expected))
+    for got, with_xla, want in zip(*leaves, strict=True):
+        want = want.astype(jnp.float32)
+        least = _device_error(with_xla.astype(jnp.float32), want)
+        assert _device_error(got.astype(jnp.float32), want) < 1.5 * least
+
+
+def _assert_exact(case: Case, actual: tuple, dtype: str) -> None:
+    """Compares outputs, gradients and their dtypes with the reference's."""
+    x, projections, keys = _inputs(case, dtype)
+    if not case.dropout_rate:
+        keys = (None,) * len(keys)
     # The reference computes in float32 from the same (rounded) inputs.
     exact = (
         x.astype(jnp.float32),
@@ -349,6 +389,35 @@ def test_the_choice_is_recorded() -> None:
     with dispatch.record() as chosen:
         jax.eval_shape(lambda x: lora_matmul_group(x, projections), x)
     assert chosen == {"lora_matmul": {"xla"}, "nf4": {"xla"}}
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(2048, "mosaic_gpu"), (2050, "xla")])
+def test_the_choice_on_hopper(rows: int, expected: str) -> None:
+    _, projections, _ = _inputs(INTERPRETED[0], "bfloat16")
+    x = jax.ShapeDtypeStruct((rows, INTERPRETED[0].inputs), jnp.bfloat16)
+    with assume_compute_capability(HOPPER), dispatch.record() as chosen:
+        jax.eval_shape(lambda x: lora_matmul_group(x, projections), x)
+    assert chosen["lora_matmul"] == {expected}
+
+
+def test_kernels_say_what_they_lack() -> None:
+    def run(case: Case, dtype: str = "bfloat16", **options: Any) -> None:
+        x, projections, keys = _inputs(case, dtype)
+        options = {"dropout_rate": case.dropout_rate, "dropout_keys": keys, **options}
+        lora_matmul_group(x, projections, implementation="mosaic_gpu", **options)
+
+    case = INTERPRETED[1]
+    with assume_compute_capability(HOPPER):
+        with pytest.raises(UnsupportedOp, match="no dropout"):
+            run(dataclasses.replace(case, dropout_rate=0.1))
+        with pytest.raises(UnsupportedOp, match="no DoRA"):
+            run(dataclasses.replace(case, has_magnitude=True))
+        with pytest.raises(UnsupportedOp, match="must be one of bfloat16"):
+            run(case, "float32")
+        with pytest.raises(UnsupportedOp, match=r"rows=100 .* multiples of 128"):
+            run(dataclasses.replace(case, lead=(100,)))
+        with pytest.raises(UnsupportedOp, match="ranks of the group exceed 256"):
+            run(dataclasses.replace(case, ranks=(300,)))
 
 
 def test_wrong_use_is_named() -> None:

@@ -1,0 +1,258 @@
+"""The forward and the backward pass on Hopper, with kernels for every large product.
+
+Weights are dequantised once a pass to a scratch matrix, bit-equal with bitsandbytes,
+and multiplied from there (docs/decisions/0007). Of a group, `x` is read once for all
+adapters, and the low-rank products are summed in the accumulators of the large ones.
+A bias joins them: ones times its values, in as many 16-bit parts as make it exact.
+"""
+
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels.device import multiprocessors, require_hopper
+from kernels.dispatch import UnsupportedOp
+from kernels.nf4 import NF4Array
+
+from .accumulate import accumulated_products
+from .products import dense
+from .projection import Projection
+from .skinny import low_rank_gradient, low_rank_product
+from .tiles import MAX_RANK, tiles_for
+from .xla import RESIDUAL_NAMES, Keys, Projections
+
+_PAD = 8  # columns: 16 bytes, the least that the copy engine moves
+_DTYPES = ("bfloat16", "float16")
+
+
+class Residuals(NamedTuple):
+    """What the backward pass reads.
+
+    Attributes:
+      x: (M, I).
+      projections: As given, weights packed.
+      xa: `scaling * x @ a` of all adapters side by side, each filled up with zeros to a
+        multiple of eight columns; None without adapters.
+    """
+
+    x: jax.Array
+    projections: Projections
+    xa: jax.Array | None
+
+
+def check(dropout_rate: float, x: jax.Array, projections: Projections, keys: Keys):
+    """Raises `UnsupportedOp` for what the kernels lack."""
+    del dropout_rate  # without keys nothing is dropped
+    require_hopper()
+    if x.dtype.name not in _DTYPES:
+        raise UnsupportedOp(f"{x.dtype=} must be one of {', '.join(_DTYPES)}")
+    if any(key is not None for key in keys):
+        raise UnsupportedOp("the kernels have no dropout")
+    if any(p.magnitude is not None for p in projections):
+        raise UnsupportedOp("the kernels have no DoRA")
+    if len({_is_packed(p) for p in projections}) > 1:
+        raise UnsupportedOp("some weights of the group are packed, others are not")
+    if sum(_widths(projections)) > MAX_RANK:
+        raise UnsupportedOp(f"the ranks of the group exceed {MAX_RANK}")
+    tiles_for(x.shape[0], [p.weight.shape[1] for p in projections])
+    tiles_for(x.shape[0], [x.shape[1]])
+
+
+def forward(
+    dropout_rate: float, x: jax.Array, projections: Projections, keys: Keys
+) -> tuple[tuple[jax.Array, ...], Residuals]:
+    """Returns the product of each projection, and what its gradient needs."""
+    del dropout_rate, keys
+    xa = None
+    if any(_widths(projections)):
+        downs = [_down(p) * p.scale for p in projections if p.has_adapter]
+        down = jnp.concatenate(downs).astype(x.dtype)
+        xa = _used_twice(low_rank_product(x, down, blocks=multiprocessors()))
+        xa = checkpoint_name(xa, RESIDUAL_NAMES[0])
+    narrow = _with_ones(xa, x, projections)
+    sums = []
+    for index, projection in enumerate(projections):
+        terms = [(x, _stored(projection, x.dtype))]
+        if narrow is not None:
+            terms.append((narrow, _narrow_weight(projections, index, x.dtype)))
+        sums.append(terms)
+    is_packed = _is_packed(projections[0])
+    outputs = accumulated_products(
+        sums,
+        is_transposed=is_packed,
+        tiles=tiles_for(x.shape[0], [p.weight.shape[1] for p in projections]),
+        blocks=multiprocessors(),
+    )
+    return tuple(_used_twice(outputs)), Residuals(x, projections, xa)
+
+
+def backward(
+    dropout_rate: float, residuals: Residuals, douts: tuple[jax.Array, ...]
+) -> tuple[jax.Array, Projections]:
+    """Returns the cotangents of `x` and of all that is trained."""
+    del dropout_rate
+    x, projections, xa = residuals
+    is_packed = _is_packed(projections[0])
+    terms = [
+        (dout, _stored(p, x.dtype)) for dout, p in zip(douts, projections, strict=True)
+    ]
+    da: list[jax.Array | None] = [None] * len(projections)
+    db: list[jax.Array | None] = [None] * len(projections)
+    if xa is not None:
+        dxa = _up_products(douts, projections)
+        down = jnp.concatenate([_down(p) for p in projections if p.has_adapter])
+        down = down.astype(x.dtype)
+        terms.append((dxa, down if is_packed else down.T))
+        da = _down_gradients(x, dxa, projections)
+        db = _up_gradients(xa, douts, projections)
+    (dx,) = accumulated_products(
+        [terms],
+        is_transposed=not is_packed,
+        tiles=tiles_for(x.shape[0], [x.shape[1]]),
+        blocks=multiprocessors(),
+    )
+    gradients = tuple(
+        dataclasses.replace(
+            projection,
+            weight=None,
+            bias=_sum_rows(dout, projection.bias),
+            lora_a=da[i],
+            lora_b=db[i],
+            scaling=None,
+        )
+        for i, (projection, dout) in enumerate(zip(projections, douts, strict=True))
+    )
+    return dx, gradients
+
+
+def _used_twice(results: Any) -> Any:
+    """Keeps XLA from running a kernel twice whose results a scan uses and saves.
+
+    Once for each: the second writes straight into the stack of all layers.
+    """
+    return jax.lax.optimization_barrier(results)
+
+
+def _up_products(douts: tuple[jax.Array, ...], projections: Projections) -> jax.Array:
+    """Returns `scaling * dout @ b^T` of all adapters side by side."""
+    parts = []
+    for dout, projection in zip(douts, projections, strict=True):
+        if projection.lora_b is not None:
+            up = _padded(projection.lora_b.astype(jnp.float32) * projection.scale)
+            up = up.astype(dout.dtype)
+            parts.append(low_rank_product(dout, up, blocks=multiprocessors()))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _down_gradients(
+    x: jax.Array, dxa: jax.Array, projections: Projections
+) -> list[jax.Array | None]:
+    """Returns `x^T @ dxa` of each adapter, in the dtype of its `a`."""
+    joined = low_rank_gradient(x, dxa, blocks=multiprocessors())
+    gradients: list[jax.Array | None] = []
+    for projection, start in zip(projections, _starts(projections), strict=True):
+        a = projection.lora_a
+        gradients.append(
+            None if a is None else joined[:, start : start + a.shape[1]].astype(a.dtype)
+        )
+    return gradients
+
+
+def _up_gradients(
+    xa: jax.Array, douts: tuple[jax.Array, ...], projections: Projections
+) -> list[jax.Array | None]:
+    """Returns `(scaling * x @ a)^T @ dout` of each adapter, in the dtype of its `b`."""
+    gradients: list[jax.Array | None] = []
+    starts, widths = _starts(projections), _widths(projections)
+    for dout, p, start, width in zip(douts, projections, starts, widths, strict=True):
+        if p.lora_b is None:
+            gradients.append(None)
+            continue
+        own = xa[:, start : start + width]
+        gradient = low_rank_gradient(dout, own, blocks=multiprocessors())
+        gradients.append(gradient.T[: p.lora_b.shape[0]].astype(p.lora_b.dtype))
+    return gradients
+
+
+def _stored(projection: Projection, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns the weight as it lies in memory: (O, I) of a packed one, else (I, O)."""
+    weight = dense(projection.weight, dtype)
+    return weight.T if _is_packed(projection) else weight
+
+
+def _narrow_weight(
+    projections: Projections, index: int, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Returns what the narrow columns are multiplied with for one projection.
+
+    Rows that stand for the other projections' adapters are zero.
+    """
+    projection, widths = projections[index], _widths(projections)
+    outputs = projection.weight.shape[1]
+    up = jnp.zeros((0, outputs), dtype)
+    if projection.lora_b is not None:
+        up = _padded(projection.lora_b.astype(dtype))
+    before, after = sum(widths[:index]), sum(widths[index + 1 :])
+    rows = [jnp.pad(up, ((before, after), (0, 0)))]
+    if any(p.bias is not None for p in projections):
+        rows.append(_bias_rows(projection.bias, outputs, dtype))
+    joined = jnp.concatenate(rows)
+    return joined.T if _is_packed(projection) else joined
+
+
+def _with_ones(
+    xa: jax.Array | None, x: jax.Array, projections: Projections
+) -> jax.Array | None:
+    """Returns `xa` with columns of ones beside it if a projection has a bias."""
+    if all(p.bias is None for p in projections):
+        return xa
+    ones = jnp.ones((x.shape[0], _PAD), x.dtype)
+    return ones if xa is None else jnp.concatenate([xa, ones], axis=1)
+
+
+def _bias_rows(
+    bias: jax.Array | None, outputs: int, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Returns rows whose sum is the bias: three 16-bit parts of a float32 number."""
+    if bias is None:
+        return jnp.zeros((_PAD, outputs), dtype)
+    info = jnp.finfo(dtype)
+    rest, parts = bias.astype(jnp.float32), []
+    for _ in range(3):
+        parts.append(jax.lax.reduce_precision(rest, int(info.nexp), int(info.nmant)))
+        rest = rest - parts[-1]
+    return _padded(jnp.stack(parts)).astype(dtype)
+
+
+def _down(projection: Projection) -> jax.Array:
+    """Returns `a^T` in float32, its rows filled up."""
+    assert projection.lora_a is not None
+    return _padded(projection.lora_a.astype(jnp.float32).T)
+
+
+def _padded(rows: jax.Array) -> jax.Array:
+    return jnp.pad(rows, ((0, -rows.shape[0] % _PAD), (0, 0)))
+
+
+def _widths(projections: Projections) -> list[int]:
+    """Returns how many of the narrow columns each adapter has."""
+    ranks = [0 if p.lora_a is None else p.lora_a.shape[1] for p in projections]
+    return [-(-rank // _PAD) * _PAD for rank in ranks]
+
+
+def _starts(projections: Projections) -> list[int]:
+    return list(itertools.accumulate(_widths(projections), initial=0))[:-1]
+
+
+def _sum_rows(dout: jax.Array, bias: jax.Array | None) -> jax.Array | None:
+    if bias is None:
+        return None
+    return jnp.sum(dout.astype(jnp.float32), axis=0).astype(bias.dtype)
+
+
+def _is_packed(projection: Projection) -> bool:
+    return isinstance(projection.weight, NF4Array)

@@ -1,0 +1,198 @@
+"""Products with a low rank on Hopper, at the speed at which memory is read.
+
+`low_rank_product` is `x @ down^T`, `low_rank_gradient` is `x^T @ t`. Both stream the
+wide matrix once; the narrow operand stays in the L2 cache. Where rows or columns alone
+do not fill the device, the contracted axis is split and the parts, in float32, are
+added in a fixed order, so that results are the same in every run.
+
+Budget of a block: one warpgroup loads, one multiplies; up to 192 KiB shared memory in
+two to eight stages, so that enough bytes are on their way.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32
+
+from kernels.dispatch import UnsupportedOp
+
+from .memory import accumulator, swizzled
+from .tiles import MAX_RANK
+
+PRODUCT_NAME = "low_rank_product"
+GRADIENT_NAME = "low_rank_gradient"
+
+_LINE = 64  # elements of 16 bits in a swizzled line
+_ROWS = 64
+_COLUMNS = 128
+_MAX_STAGES = 8
+_RING_BYTES = 192 * 1024
+_LOADER_REGISTERS = 40
+
+
+def low_rank_product(
+    x: Float[Array, "M C"],
+    down: Float[Array, "R C"],
+    *,
+    blocks: int,
+) -> Float[Array, "M R"]:
+    """Returns `x @ down^T`, accumulated in float32, in the dtype of `x`.
+
+    Raises:
+      UnsupportedOp: Sizes are no multiples of the tiles.
+    """
+    rows, contracted = x.shape
+    rank = down.shape[0]
+    tile_c = math.gcd(contracted, 256 if rank <= _LINE else 128)
+    if rows % _ROWS or tile_c % _LINE or rank % 8 or rank > MAX_RANK:
+        raise UnsupportedOp(f"{x.shape=} and {rank=} do not suit the tiles")
+    splits = _splits(rows // _ROWS, contracted // tile_c, blocks)
+    steps = contracted // tile_c // splits
+    is_split = splits > 1
+
+    def body(x_gmem, down_gmem, out_gmem):
+        row = pl.ds(lax.axis_index("row") * _ROWS, _ROWS)
+        part = lax.axis_index("part")
+
+        def finish(run):
+            @functools.partial(pl.run_scoped, acc=accumulator(_ROWS, rank))
+            def _(acc):
+                run(acc)
+                out_gmem[part, row] = acc[...].astype(out_gmem.dtype)
+
+        def multiply(_, x_smem, down_smem, acc):
+            plgpu.wgmma(acc, x_smem, down_smem.transpose((1, 0)))
+            plgpu.wgmma_wait(min(1, steps - 1))
+            return acc
+
+        columns = pl.ds(part * steps * tile_c, steps * tile_c)
+        _pipeline(
+            multiply,
+            finish,
+            steps,
+            ((_ROWS, tile_c), lambda k: (0, k)),
+            ((rank, tile_c), lambda k: (0, k)),
+        )(x_gmem.at[row, columns], down_gmem.at[:, columns])
+
+    dtype = jnp.float32 if is_split else x.dtype
+    parts = _launch(
+        PRODUCT_NAME,
+        body,
+        (splits, rows, rank),
+        dtype,
+        (rows // _ROWS, splits),
+        x,
+        down,
+    )
+    return jnp.sum(parts, axis=0).astype(x.dtype) if is_split else parts[0]
+
+
+def low_rank_gradient(
+    x: Float[Array, "M C"],
+    t: Float[Array, "M R"],
+    *,
+    blocks: int,
+) -> Float32[Array, "C R"]:
+    """Returns `x^T @ t` in float32, reading `x` once for every 64 columns of `t`.
+
+    Raises:
+      UnsupportedOp: Sizes are no multiples of the tiles.
+    """
+    rows, columns = x.shape
+    if rows % _ROWS or columns % _COLUMNS or t.shape[1] % 8:
+        raise UnsupportedOp(f"{x.shape=} and {t.shape=} do not suit the tiles")
+    parts = [
+        _line_gradient(x, t[:, start : start + _LINE], blocks)
+        for start in range(0, t.shape[1], _LINE)
+    ]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _line_gradient(x: jax.Array, t: jax.Array, blocks: int) -> jax.Array:
+    """Returns `x^T @ t` of up to 64 columns."""
+    (rows, columns), rank = x.shape, t.shape[1]
+    splits = _splits(columns // _COLUMNS, rows // _ROWS, blocks)
+    steps = rows // _ROWS // splits
+
+    def body(x_gmem, t_gmem, out_gmem):
+        column = pl.ds(lax.axis_index("row") * _COLUMNS, _COLUMNS)
+        part = lax.axis_index("part")
+
+        def finish(run):
+            @functools.partial(pl.run_scoped, acc=accumulator(_COLUMNS, _LINE))
+            def _(acc):
+                run(acc)
+                out_gmem[part, column] = acc[...][:, :rank]
+
+        def multiply(_, x_smem, t_smem, acc):
+            plgpu.wgmma(acc, x_smem.transpose((1, 0)), t_smem)
+            plgpu.wgmma_wait(min(1, steps - 1))
+            return acc
+
+        some_rows = pl.ds(part * steps * _ROWS, steps * _ROWS)
+        _pipeline(
+            multiply,
+            finish,
+            steps,
+            ((_ROWS, _COLUMNS), lambda k: (k, 0)),
+            ((_ROWS, _LINE), lambda k: (k, 0)),  # beyond the rank it reads zeros
+        )(x_gmem.at[some_rows, column], t_gmem.at[some_rows])
+
+    parts = _launch(
+        GRADIENT_NAME,
+        body,
+        (splits, columns, rank),
+        jnp.float32,
+        (columns // _COLUMNS, splits),
+        x,
+        t,
+    )
+    return jnp.sum(parts, axis=0)
+
+
+def _splits(tiles: int, steps: int, blocks: int) -> int:
+    """Returns into how many parts the contracted axis is cut to fill the device."""
+    wanted = max(1, round(blocks / tiles))
+    return math.gcd(steps, 1 << (wanted.bit_length() - 1))
+
+
+def _pipeline(multiply, finish, steps: int, *tiles):
+    """Returns a loop over tiles of two 16-bit operands, given with their index maps."""
+    stage_bytes = sum(2 * math.prod(shape) for shape, _ in tiles)
+    return plgpu.emit_pipeline_warp_specialized(
+        multiply,
+        grid=(steps,),
+        memory_registers=_LOADER_REGISTERS,
+        in_specs=[
+            plgpu.BlockSpec(
+                shape,
+                index_map,
+                transforms=swizzled(_LINE, jnp.bfloat16),
+                memory_space=plgpu.SMEM,
+                delay_release=min(1, steps - 1),
+            )
+            for shape, index_map in tiles
+        ],
+        wg_axis="warpgroup",
+        num_compute_wgs=1,
+        max_concurrent_steps=min(_MAX_STAGES, _RING_BYTES // stage_bytes),
+        compute_context=finish,
+    )
+
+
+def _launch(name: str, body, shape, dtype, grid: tuple[int, int], *operands):
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        grid=grid,
+        grid_names=("row", "part"),
+        num_threads=2,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(),
+    )(*operands)
