@@ -148,7 +148,11 @@ def _rated(rows: int, shape: str) -> Case:
     )
 
 
-RATED = tuple(
-    _rated(rows, shape) for rows in (8192, 2048, 512) for shape in _RATED_SHAPES
+DECIDING = tuple(_rated(rows, "up") for rows in (8192, 2048, 512))
+"""Those whose times choose the default: the largest linear at several row counts."""
+
+RATED = (
+    *DECIDING,
+    *(_rated(rows, shape) for rows in (8192, 2048) for shape in ("qkv", "o", "down")),
 )
 """The linears of Llama-3-8B at several numbers of tokens."""

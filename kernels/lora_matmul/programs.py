@@ -13,7 +13,7 @@ from kernels.program import Program, nbytes
 
 from . import accumulate, skinny
 from .api import lora_matmul_group
-from .cases import RATED, Case
+from .cases import DECIDING, RATED, Case
 from .projection import Projection
 
 _FORWARD = (nf4.KERNEL_NAME, accumulate.KERNEL_NAME, skinny.PRODUCT_NAME)
@@ -47,7 +47,7 @@ def _programs(case: Case) -> tuple[Program, ...]:
                 kernels=kernels[what],
                 implementations=("mosaic_gpu", "xla"),
                 # The gradients' program has the input's among them.
-                decides=None if what == "dx" else choice,
+                decides=choice if case in DECIDING and what != "dx" else None,
             )
             for what, run in runs.items()
         ),
