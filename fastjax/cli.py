@@ -32,6 +32,7 @@ _COMMANDS = {
     "export": "write a model or merged adapter: Hugging Face, 4-bit, GGUF",
     "push": "upload an adapter or model to the Hugging Face hub",
     "models": "list the presets",
+    "doctor": "check the installation, the GPU and every op",
     "make-random-checkpoint": "write random weights of a preset's shapes",
     "bench-train": "time the training step on random weights",
     "profile-step": "time one training step by kind of kernel",

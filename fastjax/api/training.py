@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from conversions.hf import folder_fingerprint
-from fastjax import runtime
+from fastjax import nvidia, requirements, runtime
 from fastjax.api.device_faults import device_faults
 from fastjax.api.hub import push_folder
 from fastjax.api.language_model import LanguageModel
@@ -62,8 +62,9 @@ def run_training(
       FastJaxError: The run cannot start, go on or finish; says why.
     """
     runtime.configure(full_determinism=config.full_determinism)
+    nvidia.require_gpu_in_use()
     console = open_console()
-    for note in notes:
+    for note in (*notes, *(fault.what for fault in requirements.faults())):
         _say(console, note)
     folder = Path(config.output_dir or default_output_dir(config))
     config = dataclasses.replace(config, output_dir=str(folder))

@@ -1,0 +1,116 @@
+"""The NVIDIA GPUs of the machine, as their driver tells, and whether JAX uses them."""
+
+import dataclasses
+import importlib.metadata
+import os
+import shutil
+import subprocess
+
+from fastjax.errors import EnvironmentFault
+
+_QUERY = "name,driver_version,compute_cap,memory.total,memory.free"
+_TIMEOUT_SECONDS = 20
+_CUDA_13_DRIVER = 580
+_CUDA_12_DRIVER = 525
+_MEBIBYTE = 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class InstalledGpu:
+    """A GPU as `nvidia-smi` lists it.
+
+    Attributes:
+      driver: Version of the kernel driver, such as "580.65.06".
+      compute_capability: Such as "9.0"; empty where the driver is too old to tell.
+      free_bytes: Not held by any process, this one included.
+    """
+
+    name: str
+    driver: str
+    compute_capability: str
+    total_bytes: int
+    free_bytes: int
+
+
+def installed_gpus() -> tuple[InstalledGpu, ...]:
+    """Returns the GPUs; none where there is no `nvidia-smi` or it fails."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    rows = [line.split(", ") for line in done.stdout.splitlines()]
+    return tuple(_gpu(row) for row in rows if len(row) == len(_QUERY.split(",")))
+
+
+def _gpu(row: list[str]) -> InstalledGpu:
+    name, driver, capability, total, free = row
+    return InstalledGpu(
+        name=name,
+        driver=driver,
+        compute_capability=capability if capability[:1].isdigit() else "",
+        total_bytes=_mebibytes(total),
+        free_bytes=_mebibytes(free),
+    )
+
+
+def _mebibytes(text: str) -> int:
+    return int(text) * _MEBIBYTE if text.isdigit() else 0
+
+
+def cuda_plugins() -> dict[str, str]:
+    """Returns the versions of JAX's installed CUDA plugins by name."""
+    names = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def why_not_used(gpus: tuple[InstalledGpu, ...]) -> EnvironmentFault:
+    """Returns the error for GPUs that JAX does not see, with the line that mends it."""
+    gpu = gpus[0]
+    major = gpu.driver.partition(".")[0]
+    version = int(major) if major.isdigit() else 0
+    extra = "cuda13" if version >= _CUDA_13_DRIVER else "cuda12"
+    fix = f"pip install 'fastjax[{extra}]'"
+    what = "JAX does not see the GPU: it has no CUDA plugin"
+    plugins = cuda_plugins()
+    if version < _CUDA_12_DRIVER:
+        what = f"the driver {gpu.driver} is too old for CUDA 12"
+        fix = f"install a driver of version {_CUDA_12_DRIVER} or newer, then {fix}"
+    elif plugins:
+        shown = ", ".join(f"{name} {version}" for name, version in plugins.items())
+        what = f"JAX cannot start its CUDA plugin ({shown})"
+        fix = f"{fix} in a fresh environment; the log of JAX above says why"
+    return EnvironmentFault(
+        what,
+        where=f"{gpu.name}, driver {gpu.driver}",
+        fix=f"{fix}; or set JAX_PLATFORMS=cpu to run without it",
+        code="FJ-ENV-GPU",
+    )
+
+
+def require_gpu_in_use() -> None:
+    """Raises unless JAX uses the machine's GPU, has none, or was told not to.
+
+    A run on the CPU beside an idle GPU is nobody's wish, and looks like a hang.
+
+    Raises:
+      EnvironmentFault: A GPU is there and JAX sees none; says what to install.
+    """
+    import jax
+
+    if os.environ.get("JAX_PLATFORMS") or jax.default_backend() != "cpu":
+        return
+    gpus = installed_gpus()
+    if gpus:
+        raise why_not_used(gpus)
