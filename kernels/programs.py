@@ -1,5 +1,6 @@
 """Every op at real shapes."""
 
+from .attention import programs as attention
 from .cross_entropy import programs as cross_entropy
 from .gated_mlp import programs as gated_mlp
 from .lora_matmul import programs as lora_matmul
@@ -17,5 +18,6 @@ def all_programs() -> tuple[Program, ...]:
         *rms_norm.programs(),
         *rope.programs(),
         *gated_mlp.programs(),
+        *attention.programs(),
         *cross_entropy.programs(),
     )

@@ -1,11 +1,14 @@
 """Causal grouped-query attention over packed, windowed or cached rows."""
 
+from collections.abc import Callable
+
 import jax
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
+from kernels.choice import Case, fastest_first
 
-from . import cudnn, reference, vjp
+from . import cudnn, flash, reference, vjp
 
 
 def attention(
@@ -35,16 +38,18 @@ def attention(
       v: Values.
       q_index: Row index of each query, for decoding into a cache; None is 0 .. T-1.
       segment_ids: Document of each key, from 1; 0 is padding, which is neither seen
-        nor sees. "cudnn" wants them ascending, with the padding at the end.
+        nor sees. "cudnn" wants them ascending, with the padding at the end;
+        "mosaic_gpu" wants the tokens of a document side by side.
       q_segment_ids: Document of each query; by default that of the keys.
       window: Tokens seen, the query's own included (arxiv.org/abs/2004.05150); may be
         a traced scalar, so that layers under one scan can differ.
       softcap: Bounds scores to `softcap * tanh(scores / softcap)`.
       scale: Of the scores; H**-0.5 by default.
-      max_segments: No row has more documents than this; lets "cudnn" run packed rows,
-        for which it keeps `4 * max_segments` bytes a query and head. Queries of a
-        document above it become NaN there.
-      implementation: "cudnn", "xla" or "reference"; None takes the first able.
+      max_segments: No row has more documents than this; only "cudnn" needs it, for
+        packed rows, for which it keeps `4 * max_segments` bytes a query and head.
+        Queries of a document above it become NaN there.
+      implementation: "mosaic_gpu", "cudnn", "xla" or "reference"; None takes the
+        fastest able, as measured.
 
     Raises:
       ValueError: Shapes, dtypes or options contradict each other.
@@ -52,13 +57,11 @@ def attention(
     """
     _check_arrays(q, k, v)
     _check_options(q, k, segment_ids, q_segment_ids, softcap, max_segments)
+    window = _effective_window(window, q, q_index)
+    is_packed = segment_ids is not None and max_segments != 1
     return dispatch.run(
         "attention",
-        {
-            "cudnn": cudnn.attention,
-            "xla": vjp.attention,
-            "reference": reference.attention,
-        },
+        _implementations(q, is_packed=is_packed, has_window=window is not None),
         implementation,
         q,
         k,
@@ -66,11 +69,35 @@ def attention(
         q_index=q_index,
         segment_ids=segment_ids,
         q_segment_ids=segment_ids if q_segment_ids is None else q_segment_ids,
-        window=_effective_window(window, q, q_index),
+        window=window,
         softcap=softcap,
         scale=q.shape[3] ** -0.5 if scale is None else scale,
         max_segments=max_segments,
     )
+
+
+def choice_case(
+    head_size: int, tokens: int, *, is_packed: bool, has_window: bool
+) -> Case:
+    """Returns what the default implementation depends on, as in the tuned tables."""
+    rows = "packed" if is_packed else "window" if has_window else "whole"
+    return {"rows": rows, "head_size": head_size, "tokens": tokens}
+
+
+def _implementations(
+    q: Array, *, is_packed: bool, has_window: bool
+) -> dict[str, Callable[..., Array]]:
+    """Returns name to function, the default first: by table, or as measured on H200.
+
+    The kernels of this folder skip what other documents hide, forward and backward.
+    """
+    kernel = {"mosaic_gpu": flash.attention}
+    library = {"cudnn": cudnn.attention}
+    best_first = kernel | library if is_packed else library | kernel
+    best_first |= {"xla": vjp.attention, "reference": reference.attention}
+    sizes = q.shape[3], q.shape[1]
+    case = choice_case(*sizes, is_packed=is_packed, has_window=has_window)
+    return fastest_first("attention", case, best_first)
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:

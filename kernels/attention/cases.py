@@ -36,17 +36,25 @@ class AttentionCase:
     window: int | None = None
     softcap: float | None = None
 
+    @property
+    def q_shape(self) -> tuple[int, int, int, int]:
+        """Of the queries."""
+        queries = self.decoded or self.tokens
+        return (self.batch, queries, self.heads, self.head_size)
+
+    @property
+    def k_shape(self) -> tuple[int, int, int, int]:
+        """Of the keys and of the values."""
+        return (self.batch, self.tokens, self.kv_heads, self.head_size)
+
     def arrays(
         self, dtype: jax.typing.DTypeLike, *, seed: int = 0
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns random q, k, v; scores spread enough for softmax to matter."""
         rng = np.random.default_rng(seed)
-        queries = self.decoded or self.tokens
-        q_shape = (self.batch, queries, self.heads, self.head_size)
-        k_shape = (self.batch, self.tokens, self.kv_heads, self.head_size)
         q, k, v = (
             jnp.asarray(rng.normal(size=shape).astype(np.float32))
-            for shape in (q_shape, k_shape, k_shape)
+            for shape in (self.q_shape, self.k_shape, self.k_shape)
         )
         return (2 * q).astype(dtype), k.astype(dtype), v.astype(dtype)
 
@@ -73,6 +81,17 @@ class AttentionCase:
             numbers = np.repeat(np.arange(1, len(lengths) + 1), lengths)
             ids[row, : len(numbers)] = numbers
         return jnp.asarray(ids)
+
+    def visible_pairs(self) -> int:
+        """Returns how many pairs of a query and a key the rows have, for one head."""
+        ids = self.segment_ids()
+        rows = np.ones((self.batch, self.tokens)) if ids is None else np.asarray(ids)
+        total = 0
+        for row in rows:
+            for document in np.unique(row[row > 0]):
+                seen = np.arange(1, np.count_nonzero(row == document) + 1)
+                total += int(np.minimum(seen, self.window or self.tokens).sum())
+        return total
 
 
 CASES = (
@@ -107,6 +126,32 @@ CASES = (
 )
 """Small enough for a CPU; the `tiles` cases need more than one tile."""
 
+INTERPRETED_CASES = (
+    AttentionCase(
+        name="packed_odd", batch=1, tokens=100, head_size=64, documents=(60, 30)
+    ),
+    AttentionCase(
+        name="window_softcap",
+        batch=1,
+        tokens=256,
+        heads=1,
+        kv_heads=1,
+        head_size=80,
+        window=70,
+        softcap=3.0,
+    ),
+    AttentionCase(
+        name="wide_softcap",
+        batch=1,
+        tokens=128,
+        heads=1,
+        kv_heads=1,
+        head_size=128,
+        softcap=3.0,
+    ),
+)
+"""Small ones that the Hopper kernels can run."""
+
 GPU_CASES = (
     AttentionCase(name="llama3_8b", tokens=4096, heads=32, kv_heads=8, head_size=128),
     AttentionCase(name="llama3_1b", tokens=2048, heads=32, kv_heads=8, head_size=64),
@@ -137,3 +182,51 @@ GPU_CASES = (
     ),
 )
 """Real shapes, all of which "cudnn" takes in bf16 on compute capability 9.0."""
+
+LARGE_CASES = (
+    AttentionCase(name="llama3_8b", tokens=4096, heads=32, kv_heads=8, head_size=128),
+    AttentionCase(
+        name="llama3_8b_4_documents",
+        tokens=4096,
+        heads=32,
+        kv_heads=8,
+        head_size=128,
+        documents=(1024,) * 4,
+    ),
+    AttentionCase(
+        name="llama3_8b_16_documents",
+        tokens=4096,
+        heads=32,
+        kv_heads=8,
+        head_size=128,
+        documents=(256,) * 16,
+    ),
+    AttentionCase(
+        name="llama3_8b_window",
+        tokens=4096,
+        heads=32,
+        kv_heads=8,
+        head_size=128,
+        window=1024,
+    ),
+    AttentionCase(
+        name="llama3_8b_softcap",
+        tokens=4096,
+        heads=32,
+        kv_heads=8,
+        head_size=128,
+        softcap=50.0,
+    ),
+    AttentionCase(
+        name="llama3_8b_32k",
+        batch=1,
+        tokens=32768,
+        heads=32,
+        kv_heads=8,
+        head_size=128,
+    ),
+    AttentionCase(name="llama3_1b", tokens=4096, heads=32, kv_heads=8, head_size=64),
+    AttentionCase(name="phi2", tokens=2048, heads=32, kv_heads=32, head_size=80),
+    AttentionCase(name="phi3_mini", tokens=4096, heads=32, kv_heads=32, head_size=96),
+)
+"""What is compiled without a GPU, timed, and what defaults are chosen by."""

@@ -1,0 +1,484 @@
+"""Gradient of attention on Hopper: one kernel for dq, one for dk and dv.
+
+With p the weights, dp = dout vᵀ and delta = sum(out * dout) (2307.08691 section 3),
+
+    ds = p * (dp - delta),    dq = scale ds k,    dk = scale dsᵀ q,    dv = pᵀ dout.
+
+Both kernels recompute p from the log-sum-exp. A thread block of dq holds queries and
+streams keys; one of dk/dv holds keys and streams the queries of all heads that share
+them, and works on transposed scores, so that p and ds leave one product as registers
+and enter the next. Every sum has one owner and one order: no atomics, and the same
+bits each time.
+
+Budget at H 128: dq takes 128 KiB of shared memory, dk/dv 130; both 240 registers a
+thread, of which dk/dv hold 128 in the two gradients.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32
+
+from .mosaic_tiles import WARPGROUP_ROWS, TileConfig, Visit, accumulator, operand
+from .spans import Spans, key_blocks, query_blocks
+
+DQ_KERNEL_NAME = "attention_dq"
+DKV_KERNEL_NAME = "attention_dkv"
+
+LOG2_E = math.log2(math.e)
+
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+def attention_backward(
+    arrays: tuple[Array, Array, Array, Array],
+    statistics: tuple[Float32[Array, "B N T"], Float32[Array, "B N T"]],
+    spans: Spans,
+    *,
+    scale: float,
+    softcap: float | None,
+    tiles: TileConfig,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Returns dq, dk, dv from (q, k, v, dout) and (lse, delta).
+
+    T and S are whole blocks. A gradient of the log-sum-exp is subtracted from delta.
+    """
+    lse, delta = statistics
+    statistics = (lse * LOG2_E, delta)
+    options = {"scale": scale, "softcap": softcap, "tiles": tiles}
+    dq = _dq(*arrays, statistics, spans, **options)
+    dk, dv = _dkv(*arrays, statistics, spans, **options)
+    return dq, dk, dv
+
+
+def _dq(
+    q: Array,
+    k: Array,
+    v: Array,
+    dout: Array,
+    statistics: tuple[Float32[Array, "B N T"], Float32[Array, "B N T"]],
+    spans: Spans,
+    *,
+    scale: float,
+    softcap: float | None,
+    tiles: TileConfig,
+) -> Float[Array, "B T N H"]:
+    batch, q_tokens, heads, head_size = q.shape
+    rows = operand((tiles.groups, WARPGROUP_ROWS, head_size), q.dtype)
+    kv_stages = operand((tiles.dq_stages, tiles.dq_k, head_size), q.dtype)
+    stage_loaded = plgpu.Barrier(num_barriers=tiles.dq_stages)
+    stage_free = plgpu.Barrier(num_arrivals=tiles.groups, num_barriers=tiles.dq_stages)
+    body = functools.partial(_dq_body, scale=scale, softcap=softcap, tiles=tiles)
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types={
+            "q_smem": rows,
+            "dout_smem": rows,
+            "k_smem": kv_stages,
+            "v_smem": kv_stages,
+            "q_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.groups),
+            "k_loaded": stage_loaded,
+            "v_loaded": stage_loaded,
+            "k_free": stage_free,
+            "v_free": stage_free,
+        },
+        grid=(q_tokens // tiles.block_q, batch, heads),
+        grid_names=("block", "batch", "head"),
+        num_threads=tiles.groups + 1,
+        thread_name="group",
+        kernel_name=DQ_KERNEL_NAME,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, k, v, dout, *statistics, *spans, key_blocks(spans, tiles.block_q, tiles.dq_k))
+
+
+def _dq_body(
+    q_gmem,
+    k_gmem,
+    v_gmem,
+    dout_gmem,
+    lse_gmem,
+    delta_gmem,
+    first_gmem,
+    end_gmem,
+    ranges_gmem,
+    dq_gmem,
+    *,
+    scale: float,
+    softcap: float | None,
+    tiles: TileConfig,
+    q_smem,
+    dout_smem,
+    k_smem,
+    v_smem,
+    q_loaded,
+    k_loaded,
+    v_loaded,
+    k_free,
+    v_free,
+) -> None:
+    block = q_gmem.shape[1] // tiles.block_q - 1 - lax.axis_index("block")
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    group = lax.axis_index("group")
+    kv_head = lax.div(head, jnp.int32(q_gmem.shape[2] // k_gmem.shape[2]))
+    visit = Visit.load(ranges_gmem.at[batch, block])
+    block_k, head_size = tiles.dq_k, q_gmem.shape[3]
+
+    def queries(group):
+        return pl.ds(block * tiles.block_q + group * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+    def slot(step):
+        return lax.rem(step, jnp.int32(tiles.dq_stages))
+
+    @pl.when(group == tiles.groups)
+    def _load():
+        plgpu.set_max_registers(24, action="decrease")
+        for i in range(tiles.groups):
+            for gmem, smem in ((q_gmem, q_smem), (dout_gmem, dout_smem)):
+                source = gmem.at[batch, queries(i), head]
+                plgpu.copy_gmem_to_smem(source, smem.at[i], q_loaded.at[i])
+
+        def load(step, _):
+            at, j = slot(step), visit.block(step)
+            for gmem, smem, loaded, free in (
+                (k_gmem, k_smem, k_loaded, k_free),
+                (v_gmem, v_smem, v_loaded, v_free),
+            ):
+                pl.when(step >= tiles.dq_stages)(
+                    functools.partial(plgpu.barrier_wait, free.at[at])
+                )
+                source = gmem.at[batch, pl.ds(j * block_k, block_k), kv_head]
+                plgpu.copy_gmem_to_smem(source, smem.at[at], loaded.at[at])
+
+        def drain(step, _):
+            plgpu.barrier_wait(k_free.at[slot(step)])
+            plgpu.barrier_wait(v_free.at[slot(step)])
+
+        steps = visit.steps
+        lax.fori_loop(0, steps, load, None)
+        lax.fori_loop(jnp.maximum(steps - tiles.dq_stages, 0), steps, drain, None)
+
+    @pl.when(group < tiles.groups)
+    def _compute():
+        plgpu.set_max_registers(240, action="increase")
+
+        def load(ref):
+            return plgpu.load(ref, layout=_ROWS, optimized=False)
+
+        first, end = (load(x.at[batch, queries(group)]) for x in (first_gmem, end_gmem))
+        lse, delta = (
+            load(x.at[batch, head, queries(group)]) for x in (lse_gmem, delta_gmem)
+        )
+        plgpu.barrier_wait(q_loaded.at[group])
+
+        def step(turn, dq, *, is_masked=False):
+            at = slot(turn)
+
+            def products(dq_ref, scores_ref, dweights_ref):
+                dq_ref[...] = dq
+                plgpu.barrier_wait(k_loaded.at[at])
+                plgpu.wgmma(scores_ref, q_smem.at[group], k_smem.at[at].T)
+                plgpu.barrier_wait(v_loaded.at[at])
+                plgpu.wgmma(dweights_ref, dout_smem.at[group], v_smem.at[at].T)
+                scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+                mask = None
+                if is_masked:
+                    index = _iota(scores.shape, 1) + visit.block(turn) * block_k
+                    mask = _seen(index, first, end, axis=0)
+                weights, slope = _weights(scores, lse, 0, mask, scale, softcap)
+                dweights = dweights_ref[...]
+                plgpu.barrier_arrive(v_free.at[at])
+                dscores = weights * (dweights - _along(delta, dweights.shape, 0))
+                if slope is not None:
+                    dscores *= slope
+                plgpu.wgmma(dq_ref, dscores.astype(k_smem.dtype), k_smem.at[at])
+                dq_new = dq_ref[...]
+                plgpu.barrier_arrive(k_free.at[at])
+                return dq_new
+
+            scores = accumulator(block_k)
+            return pl.run_scoped(products, accumulator(head_size), scores, scores)
+
+        zeros = jnp.zeros((WARPGROUP_ROWS, head_size), jnp.float32)
+        dq = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        masked = functools.partial(step, is_masked=True)
+        dq = lax.fori_loop(0, visit.full_steps, step, dq)
+        dq = lax.fori_loop(visit.full_steps, visit.steps, masked, dq)
+        q_smem.at[group][...] = (dq * scale).astype(q_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+            q_smem.at[group], dq_gmem.at[batch, queries(group), head]
+        )
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _dkv(
+    q: Array,
+    k: Array,
+    v: Array,
+    dout: Array,
+    statistics: tuple[Float32[Array, "B N T"], Float32[Array, "B N T"]],
+    spans: Spans,
+    *,
+    scale: float,
+    softcap: float | None,
+    tiles: TileConfig,
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    batch, k_tokens, kv_heads, head_size = k.shape
+    rows = operand((tiles.dkv_k // WARPGROUP_ROWS, WARPGROUP_ROWS, head_size), k.dtype)
+    stages = operand((tiles.stages, tiles.dkv_q, head_size), q.dtype)
+    pairs = (tiles.stages, 2, tiles.dkv_q)
+    body = functools.partial(_dkv_body, scale=scale, softcap=softcap, tiles=tiles)
+    free = plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages)
+    like_k = jax.ShapeDtypeStruct(k.shape, k.dtype)
+    return plgpu.kernel(
+        body,
+        out_type=(like_k, like_k),
+        scratch_types={
+            "k_smem": rows,
+            "v_smem": rows,
+            "q_smem": stages,
+            "dout_smem": stages,
+            "statistics_smem": plgpu.SMEM(pairs, jnp.float32),
+            "spans_smem": plgpu.SMEM(pairs, jnp.int32),
+            "kv_loaded": plgpu.Barrier(num_arrivals=2 * rows.shape[0]),
+            "q_loaded": plgpu.Barrier(num_arrivals=3, num_barriers=tiles.stages),
+            "dout_loaded": plgpu.Barrier(num_barriers=tiles.stages),
+            "q_free": free,
+            "dout_free": free,
+            "done": plgpu.Barrier(num_arrivals=2),
+        },
+        grid=(k_tokens // tiles.dkv_k, batch, kv_heads),
+        grid_names=("block", "batch", "head"),
+        num_threads=3,
+        thread_name="group",
+        kernel_name=DKV_KERNEL_NAME,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(
+        q,
+        k,
+        v,
+        dout,
+        _paired(*statistics, tiles.dkv_q),
+        _paired(*spans, tiles.dkv_q),
+        query_blocks(spans, k_tokens, tiles.dkv_q, tiles.dkv_k),
+    )
+
+
+def _paired(x: Array, y: Array, block: int) -> Array:
+    """Returns both in one array of (.., blocks, 2, block): one copy brings both."""
+    shape = (*x.shape[:-1], -1, block)
+    return jnp.stack([x.reshape(shape), y.reshape(shape)], axis=-2)
+
+
+def _dkv_body(
+    q_gmem,
+    k_gmem,
+    v_gmem,
+    dout_gmem,
+    statistics_gmem,
+    spans_gmem,
+    ranges_gmem,
+    dk_gmem,
+    dv_gmem,
+    *,
+    scale: float,
+    softcap: float | None,
+    tiles: TileConfig,
+    k_smem,
+    v_smem,
+    q_smem,
+    dout_smem,
+    statistics_smem,
+    spans_smem,
+    kv_loaded,
+    q_loaded,
+    dout_loaded,
+    q_free,
+    dout_free,
+    done,
+) -> None:
+    # Early keys are seen by most queries: they start first.
+    block, batch = lax.axis_index("block"), lax.axis_index("batch")
+    kv_head, group = lax.axis_index("head"), lax.axis_index("group")
+    visit = Visit.load(ranges_gmem.at[batch, block])
+    heads = q_gmem.shape[2] // k_gmem.shape[2]
+    head_size = q_gmem.shape[3]
+    shares_rows = tiles.dkv_k == WARPGROUP_ROWS
+    columns = head_size // 2 if shares_rows else head_size
+    row_group = 0 if shares_rows else group
+
+    def keys(row_group):
+        start = block * tiles.dkv_k + row_group * WARPGROUP_ROWS
+        return pl.ds(start, WARPGROUP_ROWS)
+
+    def slot(head, turn):
+        step = head * visit.steps + turn
+        return step, lax.rem(step, jnp.int32(tiles.stages))
+
+    @pl.when(group == 2)
+    def _load():
+        plgpu.set_max_registers(24, action="decrease")
+        for i in range(tiles.dkv_k // WARPGROUP_ROWS):
+            for gmem, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
+                source = gmem.at[batch, keys(i), kv_head]
+                plgpu.copy_gmem_to_smem(source, smem.at[i], kv_loaded)
+
+        def step(head, turn, _):
+            step, at = slot(head, turn)
+            i = visit.block(turn)
+            q_head = kv_head * heads + head
+            source = (batch, pl.ds(i * tiles.dkv_q, tiles.dkv_q), q_head)
+            pairs = (
+                (q_gmem.at[source], q_smem),
+                (statistics_gmem.at[batch, q_head, i], statistics_smem),
+                (spans_gmem.at[batch, i], spans_smem),
+            )
+            is_reused = step >= tiles.stages
+            pl.when(is_reused)(lambda: plgpu.barrier_wait(q_free.at[at]))
+            for gmem, smem in pairs:
+                plgpu.copy_gmem_to_smem(gmem, smem.at[at], q_loaded.at[at])
+            pl.when(is_reused)(lambda: plgpu.barrier_wait(dout_free.at[at]))
+            plgpu.copy_gmem_to_smem(
+                dout_gmem.at[source], dout_smem.at[at], dout_loaded.at[at]
+            )
+
+        def over_head(head, _):
+            lax.fori_loop(0, visit.steps, functools.partial(step, head), None)
+
+        def drain(step, _):
+            at = lax.rem(step, jnp.int32(tiles.stages))
+            plgpu.barrier_wait(q_free.at[at])
+            plgpu.barrier_wait(dout_free.at[at])
+
+        lax.fori_loop(0, heads, over_head, None)
+        total = heads * visit.steps
+        lax.fori_loop(jnp.maximum(total - tiles.stages, 0), total, drain, None)
+
+    @pl.when(group < 2)
+    def _compute():
+        plgpu.set_max_registers(240, action="increase")
+        plgpu.barrier_wait(kv_loaded)
+        mine = pl.ds(group * columns, columns) if shares_rows else slice(None)
+
+        def step(head, turn, gradients, *, is_masked=False):
+            _, at = slot(head, turn)
+
+            def products(dk_ref, dv_ref, scores_ref, dweights_ref):
+                dk_ref[...], dv_ref[...] = gradients
+                plgpu.barrier_wait(q_loaded.at[at])
+                plgpu.wgmma(scores_ref, k_smem.at[row_group], q_smem.at[at].T)
+                plgpu.barrier_wait(dout_loaded.at[at])
+                plgpu.wgmma(dweights_ref, v_smem.at[row_group], dout_smem.at[at].T)
+                lse = plgpu.load(statistics_smem.at[at, 0], layout=_COLUMNS)
+                scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+                mask = None
+                if is_masked:
+                    index = _iota(scores.shape, 0) + keys(row_group).start
+                    first, end = (
+                        plgpu.load(spans_smem.at[at, n], layout=_COLUMNS)
+                        for n in range(2)
+                    )
+                    mask = _seen(index, first, end, axis=1)
+                weights, slope = _weights(scores, lse, 1, mask, scale, softcap)
+                # ds starts from the rounded weights: half of the registers.
+                weights = weights.astype(q_smem.dtype)
+                plgpu.wgmma(dv_ref, weights, dout_smem.at[at, :, mine])
+                delta = plgpu.load(statistics_smem.at[at, 1], layout=_COLUMNS)
+                dweights = plgpu.wgmma_accumulator_load(dweights_ref, wait_n=1)
+                dscores = dweights - _along(delta, dweights.shape, 1)
+                dscores *= weights.astype(jnp.float32)
+                if slope is not None:
+                    dscores *= slope
+                plgpu.wgmma(
+                    dk_ref, dscores.astype(q_smem.dtype), q_smem.at[at, :, mine]
+                )
+                plgpu.wgmma_wait(1)
+                plgpu.barrier_arrive(dout_free.at[at])
+                results = dk_ref[...], dv_ref[...]
+                plgpu.commit_smem()  # the statistics were read, copies may overwrite
+                plgpu.barrier_arrive(q_free.at[at])
+                return results
+
+            gradient, scores = accumulator(columns), accumulator(tiles.dkv_q)
+            return pl.run_scoped(products, gradient, gradient, scores, scores)
+
+        def over_head(head, gradients):
+            plain = functools.partial(step, head)
+            masked = functools.partial(plain, is_masked=True)
+            gradients = lax.fori_loop(0, visit.full_steps, plain, gradients)
+            return lax.fori_loop(visit.full_steps, visit.steps, masked, gradients)
+
+        zeros = jnp.zeros((WARPGROUP_ROWS, columns), jnp.float32)
+        zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        dk, dv = lax.fori_loop(0, heads, over_head, (zeros, zeros))
+        place = (batch, keys(row_group), kv_head)
+        results = (
+            (dk * scale, k_smem.at[row_group], dk_gmem.at[place]),
+            (dv, v_smem.at[row_group], dv_gmem.at[place]),
+        )
+        _store(results, group, done if shares_rows else None)
+
+
+def _store(results, group, done) -> None:
+    """Stores gradients by way of shared memory that no product reads any more.
+
+    With `done` two warpgroups hold half of the features each, and store one each.
+    """
+    if done is not None:
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+    for gradient, smem, _ in results:
+        columns = gradient.shape[1]
+        mine = slice(None) if done is None else pl.ds(group * columns, columns)
+        smem.at[:, mine][...] = gradient.astype(smem.dtype)
+    plgpu.commit_smem()
+    if done is not None:
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+    for i, (_, smem, gmem) in enumerate(results):
+        copy = functools.partial(plgpu.copy_smem_to_gmem, smem, gmem)
+        if done is None:
+            copy()
+        else:
+            pl.when(group == i)(copy)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _weights(scores, lse, axis: int, mask, scale: float, softcap: float | None):
+    """Returns the weights, and the slope of the soft cap if there is one.
+
+    Args:
+      scores: Products of queries and keys.
+      lse: Log-sum-exp of each query, in powers of two.
+      axis: The axis of `scores` that `lse` lacks is the other one.
+      mask: What is seen, or None.
+      scale: Of the scores.
+      softcap: Bound of the scores, or None.
+    """
+    factor, slope = scale * LOG2_E, None
+    if softcap is not None:
+        scores = jnp.tanh(scores * (scale / softcap))
+        factor, slope = softcap * LOG2_E, 1 - scores * scores
+    weights = jnp.exp2(scores * factor - _along(lse, scores.shape, axis))
+    return weights if mask is None else jnp.where(mask, weights, 0.0), slope
+
+
+def _seen(index, first, end, *, axis: int):
+    first, end = (_along(x, index.shape, axis) for x in (first, end))
+    return (index >= first) & (index < end)
+
+
+def _along(x, shape: tuple[int, ...], axis: int):
+    """Spreads one number a query, which lie along `axis`, over a block of scores."""
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def _iota(shape: tuple[int, ...], axis: int):
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)

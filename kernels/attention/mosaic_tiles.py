@@ -1,0 +1,108 @@
+"""Sizes of the blocks that the Hopper kernels work on, by head size."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.dispatch import UnsupportedOp
+
+WARPGROUP_ROWS = 64
+"""Rows of one `wgmma`, and so of what a warpgroup holds of a block."""
+
+HEAD_SIZES = (64, 80, 96, 128)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileConfig:
+    """Blocks of the forward, dq and dk/dv kernels.
+
+    A block of queries (forward, dq) or keys (dkv) belongs to one thread block; the
+    blocks of the other kind stream past it through `stages` buffers.
+
+    Attributes:
+      groups: Compute warpgroups of the forward and dq kernels, 64 queries each.
+      forward_k: Keys a step of the forward kernel.
+      dq_k: Keys a step of the dq kernel.
+      dkv_q: Queries a step of the dkv kernel.
+      dkv_k: Keys of a block of the dkv kernel: 64 a warpgroup; or 64, and the two
+        warpgroups take half of the features each.
+      stages: Buffers of the forward and dkv kernels.
+      dq_stages: Buffers of the dq kernel.
+    """
+
+    groups: int = 2
+    forward_k: int = 128
+    dq_k: int = 64
+    dkv_q: int = 64
+    dkv_k: int = 128
+    stages: int = 2
+    dq_stages: int = 2
+
+    @property
+    def block_q(self) -> int:
+        """Queries of a block."""
+        return self.groups * WARPGROUP_ROWS
+
+    @property
+    def tokens(self) -> int:
+        """Rows must be a multiple of this."""
+        return math.lcm(self.block_q, self.forward_k, self.dq_k, self.dkv_q, self.dkv_k)
+
+
+def tile_config(head_size: int, *, has_softcap: bool) -> TileConfig:
+    """Returns the blocks for a head size, or raises `UnsupportedOp`.
+
+    The slope of a soft cap takes registers that two gradients of 128 features leave
+    to none: there, each warpgroup of dkv holds half of the features.
+    """
+    if head_size not in HEAD_SIZES:
+        raise UnsupportedOp(f"{head_size=} must be one of {HEAD_SIZES}")
+    if has_softcap and head_size > 96:
+        return TileConfig(dkv_k=64)
+    return TileConfig()
+
+
+def operand(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
+    """Returns shared memory for a `wgmma` operand whose last axis is the head."""
+    swizzle = plgpu.find_swizzle(shape[-1] * dtype.itemsize * 8)
+    # Pyright takes what all transforms share for something that these two lack.
+    tiling: Any = plgpu.TilingTransform
+    swizzling: Any = plgpu.SwizzleTransform
+    transforms = (tiling((8, swizzle // dtype.itemsize)), swizzling(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def accumulator(columns: int) -> Any:
+    """Returns the registers of a warpgroup for 64 rows of a float32 product."""
+    shape = (WARPGROUP_ROWS, columns)
+    return plgpu.ACC(shape, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class Visit(NamedTuple):
+    """The blocks that a thread block visits, those that need no mask first.
+
+    Then come the ones after those, then the ones before: two loops, not three.
+
+    Attributes:
+      steps: How many.
+      full_steps: How many need no mask.
+    """
+
+    steps: Any
+    full_steps: Any
+    full_begin: Any
+    stop: Any
+
+    @classmethod
+    def load(cls, range_gmem: Any) -> "Visit":
+        """Reads one of the ranges that `spans` makes."""
+        begin, full_begin, full_end, stop = (range_gmem[i] for i in range(4))
+        return cls(stop - begin, full_end - full_begin, full_begin, stop)
+
+    def block(self, step: Any) -> Any:
+        """Returns which block a step visits."""
+        block = self.full_begin + step
+        return jnp.where(block < self.stop, block, block - self.steps)

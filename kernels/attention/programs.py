@@ -1,0 +1,89 @@
+"""Attention at real shapes, for the compile check, the benchmark and the tuner."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.program import Program, nbytes
+
+from . import mosaic_gpu, mosaic_gpu_vjp
+from .api import attention, choice_case
+from .cases import LARGE_CASES, AttentionCase
+
+_BACKWARD_KERNELS = (mosaic_gpu_vjp.DQ_KERNEL_NAME, mosaic_gpu_vjp.DKV_KERNEL_NAME)
+
+
+def programs() -> tuple[Program, ...]:
+    """Returns every program of the op."""
+    return tuple(
+        program
+        for case in LARGE_CASES
+        for program in (
+            _program(case, "forward", _forward, products=2),
+            _program(case, "both", _both, products=7, kernels=_BACKWARD_KERNELS),
+        )
+    )
+
+
+def _program(
+    case: AttentionCase,
+    what: str,
+    run: Any,
+    *,
+    products: int,
+    kernels: tuple[str, ...] = (),
+) -> Program:
+    """Builds a program that multiplies scores' worth of pairs `products` times."""
+    arguments = functools.partial(_arguments, case, has_dout=what == "both")
+    run = functools.partial(run, case)
+    shapes = jax.eval_shape(arguments)
+    results = shapes[1:] if what == "both" else shapes[1]
+    decided = choice_case(
+        case.head_size,
+        case.tokens,
+        is_packed=bool(case.documents),
+        has_window=case.window is not None,
+    )
+    return Program(
+        name=f"attention.{what}/{case.name}",
+        run=run,
+        arguments=arguments,
+        bytes_moved=nbytes((shapes, results)),
+        flops=products * 2 * case.heads * case.head_size * case.visible_pairs(),
+        kernels=(mosaic_gpu.KERNEL_NAME, *kernels),
+        implementations=("mosaic_gpu", "cudnn", "xla"),
+        decides=None if case.softcap is not None else ("attention", decided),
+    )
+
+
+def _arguments(case: AttentionCase, *, has_dout: bool) -> tuple[Any, ...]:
+    """Returns the documents, q, k, v and, for the backward, the output's gradient."""
+    shapes = [case.q_shape, case.k_shape, case.k_shape, case.q_shape]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    arrays = [
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
+    return (case.segment_ids(), *arrays[: 4 if has_dout else 3])
+
+
+def _forward(
+    case: AttentionCase, segment_ids: Any, *arrays: Any, implementation: str
+) -> Any:
+    options = case.options() | {"segment_ids": segment_ids}
+    return attention(*arrays, **options, implementation=implementation)
+
+
+def _both(
+    case: AttentionCase,
+    segment_ids: Any,
+    *arrays_and_dout: Any,
+    implementation: str,
+) -> Any:
+    """Returns the output and the three gradients."""
+    *arrays, dout = arrays_and_dout
+    run = functools.partial(_forward, case, segment_ids, implementation=implementation)
+    out, pullback = jax.vjp(run, *arrays)
+    return out, *pullback(dout)

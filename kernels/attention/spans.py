@@ -1,0 +1,128 @@
+"""Which keys a query sees, as one span of key indices; and which blocks that leaves.
+
+Causality, a window, documents that are not interleaved, padding, and chunks of a longer
+row all leave each query one span `first <= s < end`. Both ends grow along a row (apart
+from queries that see nothing), so the key blocks that a block of queries touches are a
+range, so are those that need no mask, and so is the reverse.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, Int32
+
+
+class Spans(NamedTuple):
+    """Query t of row b sees the keys `first[b, t] <= s < end[b, t]`."""
+
+    first: Int32[Array, "B T"]
+    end: Int32[Array, "B T"]
+
+
+def causal_spans(
+    batch: int,
+    q_tokens: int,
+    k_tokens: int,
+    *,
+    segment_ids: Int[Array, "B S"] | None = None,
+    window: int | Int[Array, ""] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    k_offset: int | Int[Array, ""] = 0,
+) -> Spans:
+    """Returns the spans of causal attention over rows, or over chunks of a row.
+
+    Args:
+      batch: Rows.
+      q_tokens: Queries in a row.
+      k_tokens: Keys in a row.
+      segment_ids: Document of each key and of the query at the same place; the
+        tokens of one document stand together. 0 is padding.
+      window: Tokens seen, the query's own included.
+      q_offset: Place of the first query in its row.
+      k_offset: Place of the first key in its row.
+    """
+    place = jnp.arange(q_tokens, dtype=jnp.int32) + jnp.asarray(q_offset, jnp.int32)
+    first = jnp.zeros((batch, q_tokens), jnp.int32)
+    end = jnp.broadcast_to(place + 1, first.shape)
+    if window is not None:
+        first = jnp.maximum(first, end - jnp.asarray(window, jnp.int32))
+    if segment_ids is not None:
+        first = jnp.maximum(first, _document_starts(segment_ids))
+        end = jnp.where(segment_ids > 0, end, 0)
+    shift = jnp.asarray(k_offset, jnp.int32)
+    first, end = (jnp.clip(x - shift, 0, k_tokens) for x in (first, end))
+    return Spans(first, end)
+
+
+def _document_starts(segment_ids: Int[Array, "B S"]) -> Int32[Array, "B S"]:
+    """Returns the index at which the document of each token starts."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    changes = jnp.pad(changes, ((0, 0), (1, 0)))
+    return lax.cummax(jnp.where(changes, index, 0), axis=1)
+
+
+def key_blocks(spans: Spans, block_q: int, block_k: int) -> Int32[Array, "B I 4"]:
+    """Returns, for each block of queries, the ranges of key blocks to visit.
+
+    The last axis is (begin, full_begin, full_end, end): blocks outside of begin .. end
+    are not seen, those of full_begin .. full_end are seen by every query wholly. A
+    block of queries that see nothing visits one key block, so that no range is empty.
+    """
+    first, end, sees = (_blocked(x, block_q) for x in (*spans, _sees(spans)))
+    lowest = jnp.min(jnp.where(sees, first, _LARGE), axis=2)
+    highest = jnp.max(jnp.where(sees, end, 0), axis=2)
+    begin = jnp.where(highest > 0, lowest // block_k, 0)
+    stop = jnp.maximum(-(-highest // block_k), begin + 1)
+    all_first = jnp.max(first, axis=2)
+    full_begin = jnp.clip(-(-all_first // block_k), begin, stop)
+    full_end = jnp.clip(jnp.min(end, axis=2) // block_k, full_begin, stop)
+    return jnp.stack([begin, full_begin, full_end, stop], axis=2)
+
+
+def query_blocks(
+    spans: Spans, k_tokens: int, block_q: int, block_k: int
+) -> Int32[Array, "B J 4"]:
+    """Returns, for each block of keys, the ranges of query blocks to visit.
+
+    As `key_blocks`, with queries and keys exchanged; ranges may be empty.
+    """
+    first, end, sees = (_blocked(x, block_q) for x in (*spans, _sees(spans)))
+    lowest = jnp.min(jnp.where(sees, first, _LARGE), axis=2)[:, None]
+    highest = jnp.max(jnp.where(sees, end, 0), axis=2)[:, None]
+    from_k = (jnp.arange(k_tokens // block_k, dtype=jnp.int32) * block_k)[None, :, None]
+    to_k = from_k + block_k
+    begin, stop = _range((lowest < to_k) & (highest > from_k))
+    all_first, all_end = jnp.max(first, axis=2)[:, None], jnp.min(end, axis=2)[:, None]
+    full_begin, full_end = _first_run((all_first <= from_k) & (all_end >= to_k))
+    full_begin = jnp.clip(full_begin, begin, stop)
+    full_end = jnp.clip(full_end, full_begin, stop)
+    return jnp.stack([begin, full_begin, full_end, stop], axis=2)
+
+
+_LARGE = 2**30
+
+
+def _sees(spans: Spans) -> Array:
+    return spans.end > spans.first
+
+
+def _blocked(x: Array, size: int) -> Array:
+    return x.reshape(x.shape[0], -1, size)
+
+
+def _range(is_member: Array) -> tuple[Array, Array]:
+    """Returns the first and one past the last member of the last axis, or 0 and 0."""
+    count = is_member.shape[-1]
+    begin = jnp.argmax(is_member, axis=-1).astype(jnp.int32)
+    last = jnp.argmax(is_member[..., ::-1], axis=-1).astype(jnp.int32)
+    return begin, jnp.where(jnp.any(is_member, axis=-1), count - last, begin)
+
+
+def _first_run(is_member: Array) -> tuple[Array, Array]:
+    """Returns the bounds of the first run of members, or an empty range."""
+    index = lax.broadcasted_iota(jnp.int32, is_member.shape, is_member.ndim - 1)
+    begin = jnp.argmax(is_member, axis=-1).astype(jnp.int32)
+    stops = jnp.where(is_member | (index < begin[..., None]), _LARGE, index)
+    return begin, jnp.minimum(jnp.min(stops, axis=-1), is_member.shape[-1])

@@ -1,0 +1,199 @@
+"""The Hopper kernels: numbers in the interpreter and on a GPU, launches, refusals."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.attention import RESIDUAL_NAMES, attention
+from kernels.attention.cases import GPU_CASES, INTERPRETED_CASES
+from kernels.attention.flash import chunk_attention
+from kernels.attention.spans import causal_spans
+from kernels.device import HOPPER, assume_compute_capability, compute_capability
+from kernels.dispatch import UnsupportedOp, record
+from kernels.interpret import interpreted
+from kernels.numerics import relative_error, tolerance
+
+
+def named(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def output_and_gradients(function, arrays):
+    dout = np.random.default_rng(5).normal(size=arrays[0].shape).astype(np.float32)
+    dout = jnp.asarray(dout).astype(jnp.bfloat16).astype(arrays[0].dtype)
+
+    @jax.jit
+    def run(*arrays):
+        out, pullback = jax.vjp(function, *arrays)
+        return out, *pullback(dout)
+
+    return run(*arrays)
+
+
+def check(case, run):
+    arrays, options = case.arrays(jnp.bfloat16), case.options()
+    floats = tuple(x.astype(jnp.float32) for x in arrays)
+
+    def op(implementation):
+        def call(*arrays):
+            return attention(*arrays, implementation=implementation, **options)
+
+        return call
+
+    actual = run(op("mosaic_gpu"), arrays)
+    expected = output_and_gradients(op("xla"), floats)
+    for got, want in zip(actual, expected, strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert np.isfinite(np.asarray(got, np.float32)).all()
+        assert relative_error(got, want) < tolerance(jnp.bfloat16)
+
+
+@named(INTERPRETED_CASES)
+def test_matches_in_the_interpreter(case):
+    def run(function, arrays):
+        with interpreted():
+            return output_and_gradients(function, arrays)
+
+    check(case, run)
+
+
+@pytest.mark.gpu
+@named(GPU_CASES)
+def test_matches_at_real_shapes(case):
+    if compute_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    check(case, output_and_gradients)
+
+
+@pytest.mark.gpu
+@named(GPU_CASES[3:5])
+def test_the_same_bits_each_time(case):
+    if compute_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    arrays = case.arrays(jnp.bfloat16)
+
+    def op(*arrays):
+        return attention(*arrays, implementation="mosaic_gpu", **case.options())
+
+    first, second = (output_and_gradients(op, arrays) for _ in range(2))
+    for x, y in zip(first, second, strict=True):
+        assert jnp.array_equal(x, y)
+
+
+def test_chunks_of_keys_add_up_to_the_row():
+    case = INTERPRETED_CASES[0]
+    q, k, v = (x[:, :64] for x in case.arrays(jnp.bfloat16))
+    scale = case.head_size**-0.5
+
+    def in_chunks(q, k, v):
+        outs, lses = [], []
+        for start in (0, 32):
+            spans = causal_spans(1, 64, 32, k_offset=start)
+            chunk = slice(start, start + 32)
+            out, lse = chunk_attention(q, k[:, chunk], v[:, chunk], spans, scale=scale)
+            sees = (spans.end > spans.first)[:, None]
+            outs.append(out.astype(jnp.float32))
+            lses.append(jnp.where(sees, lse, -jnp.inf))
+        shares = jnp.swapaxes(jax.nn.softmax(jnp.stack(lses), axis=0), 2, 3)
+        return sum(x * y[..., None] for x, y in zip(outs, shares, strict=True))
+
+    with interpreted(detect_races=False):
+        actual = jax.jit(in_chunks)(q, k, v)
+    floats = (x.astype(jnp.float32) for x in (q, k, v))
+    expected = attention(*floats, implementation="reference")
+    assert relative_error(actual, expected) < tolerance(jnp.bfloat16)
+
+
+def launches(function, *arrays):
+    """Returns how often each kernel stands in the program for a Hopper GPU."""
+    with assume_compute_capability(HOPPER):
+        traced = jax.jit(function).trace(*arrays)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return collections.Counter(re.findall(r"dump_basename\\00(\w+?)_\d+\\00", text))
+
+
+@pytest.mark.parametrize(("saved", "forwards"), [(RESIDUAL_NAMES, 1), ((), 2)])
+def test_saved_residuals_spare_the_forward_pass(saved, forwards):
+    arrays = INTERPRETED_CASES[0].arrays(jnp.bfloat16)
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+
+    def objective(*arrays):
+        def block(q, k, v):
+            out = attention(jnp.sin(q), k, v, implementation="mosaic_gpu")
+            return out.astype(jnp.float32).sum()
+
+        return jax.checkpoint(block, policy=policy)(*arrays)
+
+    actual = launches(jax.value_and_grad(objective, argnums=(0, 1, 2)), *arrays)
+    assert actual == {
+        "attention_forward": forwards,
+        "attention_dq": 1,
+        "attention_dkv": 1,
+    }
+
+
+def test_layers_of_a_scan_may_differ_in_their_window():
+    q, k, v = INTERPRETED_CASES[0].arrays(jnp.bfloat16)
+
+    def objective(q):
+        def layer(x, window):
+            return attention(x, k, v, window=window, implementation="mosaic_gpu"), None
+
+        windows = jnp.array([7, 2**30], jnp.int32)
+        return jax.lax.scan(layer, q, windows)[0].astype(jnp.float32).sum()
+
+    assert set(launches(jax.grad(objective), q)) >= {"attention_forward"}
+
+
+@pytest.mark.parametrize("max_segments", [None, 2])
+def test_the_default_for_packed_rows_on_hopper(max_segments):
+    case = INTERPRETED_CASES[0]
+    options = case.options() | {"max_segments": max_segments}
+    with assume_compute_capability(HOPPER), record() as chosen:
+        jax.eval_shape(lambda *x: attention(*x, **options), *case.arrays(jnp.bfloat16))
+    assert chosen == {"attention": {"mosaic_gpu"}}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options", "message"),
+    [
+        ((1, 8, 2, 64), jnp.float32, {}, "bfloat16 or float16"),
+        ((1, 8, 2, 72), jnp.bfloat16, {}, "head_size=72 must be one of"),
+        ((1, 8, 2, 64), jnp.bfloat16, {"scale": -1.0}, "above 0"),
+        (
+            (1, 8, 2, 64),
+            jnp.bfloat16,
+            {"q_index": jnp.zeros((1, 8), jnp.int32)},
+            "whole row",
+        ),
+        (
+            (1, 8, 2, 64),
+            jnp.bfloat16,
+            {
+                "segment_ids": jnp.ones((1, 8), jnp.int32),
+                "q_segment_ids": jnp.ones((1, 8), jnp.int32),
+            },
+            "same array",
+        ),
+    ],
+)
+def test_what_it_lacks_is_refused(shape, dtype, options, message):
+    q = jnp.ones(shape, dtype)
+    with (
+        assume_compute_capability(HOPPER),
+        pytest.raises(UnsupportedOp, match=message),
+    ):
+        attention(q, q, q, implementation="mosaic_gpu", **options)
+
+
+def test_other_devices_are_refused():
+    q = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
+    with (
+        assume_compute_capability((8, 0)),
+        pytest.raises(UnsupportedOp, match="found compute"),
+    ):
+        attention(q, q, q, implementation="mosaic_gpu")
