@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from conversions.atomic import new_file
 from conversions.safetensors_header import TensorSpec, render_header
+from fastjax.files import new_file
 
 PutTensor = Callable[[str, np.ndarray], None]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from conversions.atomic import new_file
 from conversions.gguf.encodings import ENCODINGS
+from fastjax.files import new_file
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 

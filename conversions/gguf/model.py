@@ -17,8 +17,8 @@ from conversions.gguf.architectures import (
 from conversions.gguf.encodings import ENCODINGS, GGUFType, require_encoder
 from conversions.gguf.file import ALIGNMENT, GGUFTensor, Value, gguf_writer
 from conversions.gguf.tokenizer import read_tokenizer, tokenizer_metadata
-from conversions.space import require_space
 from fastjax.errors import ModelError
+from fastjax.files import require_space
 from fastjax.models.build import DecoderSpec, abstract_decoder, weight_places
 from fastjax.models.transformer_config import TransformerConfig
 

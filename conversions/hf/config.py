@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from conversions.atomic import new_file
 from conversions.hf.config_fields import ConfigFields
 from conversions.hf.families import find_family
 from conversions.hf.family import Family
 from conversions.strict_json import read_json_object
 from fastjax.config import DType
 from fastjax.errors import ConfigError, ModelError, printable
+from fastjax.files import new_file
 from fastjax.models.transformer_config import TransformerConfig
 
 CONFIG_NAME = "config.json"

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from conversions.atomic import new_file, new_folder
 from conversions.bnb import nf4_specs, padded_nf4_tensors, quantization_config
 from conversions.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from conversions.hf.config import CONFIG_NAME, MAX_CONFIG_BYTES
@@ -22,10 +21,10 @@ from conversions.report import TensorReport
 from conversions.rules import Layout, Tensor, relaid
 from conversions.safetensors_header import TensorSpec
 from conversions.safetensors_writer import PutTensor, safetensors_writer
-from conversions.space import require_space
 from conversions.strict_json import read_json_object
 from fastjax.config import DType
 from fastjax.errors import ModelError
+from fastjax.files import new_file, new_folder, require_space
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.linear import PackedFormat
 from kernels.nf4 import NF4Array

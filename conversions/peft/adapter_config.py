@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from conversions.atomic import new_file
 from conversions.hf.config_fields import ConfigFields
 from conversions.strict_json import read_json_object
 from fastjax.config import ALL_LINEAR, LoRABias, LoRAConfig, choices
 from fastjax.errors import ConfigError, ModelError, printable
+from fastjax.files import new_file
 from fastjax.target_modules import ends_with_module, matched_modules
 
 CONFIG_NAME = "adapter_config.json"

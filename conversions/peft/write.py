@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array
 
-from conversions.atomic import make_folder, new_file
 from conversions.peft.adapter_config import write_adapter_config
 from conversions.peft.names import full_name, peft_key
 from conversions.peft.read import ADAPTER_NAME
 from conversions.rules import relaid
 from conversions.safetensors_writer import write_safetensors
 from fastjax.config import LoRAConfig
+from fastjax.files import make_folder, new_file
 
 _CARD = """\
 ---

@@ -16,10 +16,9 @@ from rich.text import Text
 
 import fastjax
 from conversions.hf.families import FAMILIES
-from fastjax import nvidia, requirements, runtime
+from fastjax import files, nvidia, requirements, runtime
 from fastjax.errors import EnvironmentFault
 from fastjax.models.registry import PRESETS
-from fastjax.train import files
 from kernels import self_check
 from kernels.self_check import OpCheck
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxtyping import Array
 
 from conversions import gguf
-from conversions.atomic import new_folder
 from fastjax.api.finding import load_tokenizer
 from fastjax.api.merging import Merge
 from fastjax.config import GGUFKind
 from fastjax.data import ChatTemplate
 from fastjax.errors import DataError
+from fastjax.files import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

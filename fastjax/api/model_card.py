@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastjax import files
 from fastjax.api.language_model import LanguageModel
 from fastjax.config import TrainConfig
 from fastjax.errors import printable
-from fastjax.train import TrainResult, files
+from fastjax.train import TrainResult
 from fastjax.train.record import environment
 
 _LOADING = """\

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from conversions.hf import folder_fingerprint
-from fastjax import nvidia, requirements, runtime
+from fastjax import files, nvidia, requirements, runtime
 from fastjax.api.device_faults import device_faults
 from fastjax.api.hub import push_folder
 from fastjax.api.language_model import LanguageModel
@@ -34,7 +34,7 @@ from fastjax.data import (
 from fastjax.errors import ConfigError, ModelError
 from fastjax.flat_config import flat_values
 from fastjax.terminal import open_console
-from fastjax.train import Job, TrainResult, evaluate, files, make_eval_step, run
+from fastjax.train import Job, TrainResult, evaluate, make_eval_step, run
 from fastjax.train.compiled import MEMORY_FIX
 from fastjax.train.lock import output_lock
 from fastjax.train.trackers import require_packages

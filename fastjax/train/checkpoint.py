@@ -19,8 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from fastjax import files
 from fastjax.errors import CheckpointMismatch, ModelError, printable
-from fastjax.train import faults, files, manifest
+from fastjax.train import faults, manifest
 from fastjax.train.state import TrainState
 
 WriteAdapter = Callable[[Path, PyTree], None]

@@ -13,14 +13,13 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from fastjax import runtime
+from fastjax import files, runtime
 from fastjax.errors import Interrupted, StorageError
 from fastjax.terminal import open_console
 from fastjax.train import (
     checkpoint,
     control_files,
     faults,
-    files,
     health,
     publish,
     record,

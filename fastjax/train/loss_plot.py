@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastjax.train import files
+from fastjax import files
 
 NAME = "loss.svg"
 Points = list[tuple[float, float]]

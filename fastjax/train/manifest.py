@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from fastjax import files
 from fastjax.errors import ModelError, printable
-from fastjax.train import files
 
 NAME = "manifest.json"
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastjax.train import files
+from fastjax import files
 from fastjax.train.batches import DeviceBatch
 
 NAME = "metrics.jsonl"

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
+from fastjax import files
 from fastjax.errors import ModelError
-from fastjax.train import files
 from fastjax.train.batches import DeviceBatch
 from fastjax.train.checkpoint import WriteAdapter
 from fastjax.train.job import Job

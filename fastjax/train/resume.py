@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastjax import files
 from fastjax.config import TrainConfig
 from fastjax.errors import ConfigError, ModelError, printable
-from fastjax.train import checkpoint, files, manifest, metrics, record
+from fastjax.train import checkpoint, manifest, metrics, record
 
 Note = Callable[[str], None]
 

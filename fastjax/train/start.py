@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from fastjax.train import checkpoint, files, record, resume
+from fastjax import files
+from fastjax.train import checkpoint, record, resume
 from fastjax.train.job import Job
 from fastjax.train.optimizer import make_optimizer
 from fastjax.train.state import TrainState, init_state, is_alive

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fastjax import files
 from fastjax.config import OptimizerConfig
 from fastjax.errors import ModelError, StorageError
-from fastjax.train import checkpoint, faults, files, manifest, resume
+from fastjax.train import checkpoint, faults, manifest, resume
 from fastjax.train.optimizer import make_optimizer
 from fastjax.train.state import TrainState, init_state
 

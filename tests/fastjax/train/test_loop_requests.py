@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from fastjax import files
 from fastjax.errors import Interrupted, StorageError
-from fastjax.train import checkpoint, control_files, files
+from fastjax.train import checkpoint, control_files
 from fastjax.train.faults import VARIABLE
 
 

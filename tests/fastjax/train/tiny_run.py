@@ -32,6 +32,8 @@ class Frozen(nnx.Variable):
 class TinyModel(nnx.Module):
     """Embedding, one adapted layer that sees the token before, and a head."""
 
+    logit_softcap: float | None = None
+
     def __init__(self, seed: int = 0, dtype: jnp.dtype = jnp.float32) -> None:
         keys = iter(jax.random.split(jax.random.key(seed), 4))
         self.table = Frozen(jax.random.normal(next(keys), (VOCABULARY, WIDTH), dtype))

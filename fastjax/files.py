@@ -1,4 +1,4 @@
-"""Files that survive a crash: written aside, flushed, then renamed into place."""
+"""Files and folders that appear whole or not at all: written aside, then renamed."""
 
 import contextlib
 import json
@@ -7,9 +7,11 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastjax.errors import ModelError, StorageError, printable
+
+_SPARE_BYTES = 64_000_000
 
 
 @contextlib.contextmanager
@@ -44,6 +46,22 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def require_space(path: Path, needed_bytes: int) -> None:
+    """Makes sure that a file or folder of that size can be made at `path`.
+
+    Raises:
+      StorageError: The disk has less, or less than 64 MB would be left.
+    """
+    free = free_bytes(path)
+    if free < needed_bytes + _SPARE_BYTES:
+        raise StorageError(
+            f"the disk is too full: {needed_bytes / 1e9:.1f} GB are needed, "
+            f"{free / 1e9:.1f} GB are free",
+            where=str(path),
+            fix="free some space, or choose another folder",
+        )
+
+
 def fsync(path: Path) -> None:
     """Flushes one file or one directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -70,13 +88,80 @@ def settle(folder: Path) -> None:
     fsync(folder)
 
 
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file that takes the name `path` once it is on the disk.
+
+    Its permissions follow the umask. An error removes it and leaves an older file of
+    that name as it was.
+
+    Raises:
+      StorageError: The file cannot be written.
+    """
+    temporary = _beside(path)
+    try:
+        with storage_errors(f"write {path.name}", path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder that takes the name `path` at the end.
+
+    Args:
+      path: Final name; its parents are made.
+      overwrite: Replaces what has that name; else that is an error.
+
+    Raises:
+      StorageError: The name is taken, or the folder cannot be written.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise StorageError(
+            f"{path} exists already", fix="choose another name, or allow overwriting"
+        )
+    temporary, old = _beside(path), _beside(path, "old")
+    try:
+        with storage_errors(f"write {path.name}", path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for written in temporary.rglob("*"):
+                fsync(written)
+            fsync(temporary)
+            if os.path.lexists(path):
+                path.rename(old)
+            temporary.rename(path)
+            fsync(path.parent)
+    except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(path):
+            old.rename(path)
+        raise
+    finally:
+        for leftover in (temporary, old):
+            with contextlib.suppress(OSError):
+                _remove(leftover)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Writes a file that is, at any moment, the old one or the new one."""
-    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    fsync(aside)
-    aside.replace(path)
-    fsync(path.parent)
+    with new_file(path) as file:
+        file.write(text.encode())
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents, unless it is there.
+
+    Raises:
+      StorageError: It cannot be made.
+    """
+    with storage_errors(f"write {path.name}", path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def rename(old: Path, new: Path) -> None:
@@ -107,11 +192,15 @@ def remove_leftovers(folder: Path) -> None:
         _remove(path)
 
 
+def _beside(path: Path, kind: str = "tmp") -> Path:
+    return path.with_name(f".{kind}-{path.name}-{os.getpid()}")
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def dump_json(value: Any) -> str:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from conversions.atomic import new_file, new_folder
 from fastjax.errors import StorageError
+from fastjax.files import new_file, new_folder
 
 
 def test_folder_appears_at_the_end(tmp_path: Path):
