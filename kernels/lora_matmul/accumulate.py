@@ -66,13 +66,30 @@ def accumulated_products(
       UnsupportedOp: Sizes are no multiples of the tiles.
     """
     plan, lhs, rhs = _plan(sums, is_transposed, tiles)
-    tiles = dataclasses.replace(tiles, stages=min(tiles.stages, sum(plan[0].steps)))
-    rows, dtype = lhs[0].shape[0], lhs[0].dtype
+    rows = lhs[0].shape[0]
     if rows % tiles.tile_m:
         raise UnsupportedOp(f"{rows} rows are no multiple of {tiles.tile_m}")
-    widths = [(s.end - s.first) * tiles.tile_n for s in plan]
+    tiles = dataclasses.replace(tiles, stages=min(tiles.stages, sum(plan[0].steps)))
+    return _launch(
+        lhs, rhs, plan=plan, is_transposed=is_transposed, tiles=tiles, blocks=blocks
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("plan", "is_transposed", "tiles", "blocks")
+)
+def _launch(
+    lhs: list[jax.Array],
+    rhs: list[jax.Array],
+    *,
+    plan: tuple[_Sum, ...],
+    is_transposed: bool,
+    tiles: TileConfig,
+    blocks: int,
+) -> list[jax.Array]:
+    """Runs the kernel. Compiled, so that equal calls in a program are lowered once."""
+    rows, dtype = lhs[0].shape[0], lhs[0].dtype
     transforms = swizzled(tiles.tile_k, dtype)
-    out_transforms = swizzled(_STORED_COLUMNS, dtype)
     b_tile = (tiles.tile_k, tiles.tile_n)
     scratch = {
         "a_smem": plgpu.SMEM(
@@ -86,12 +103,12 @@ def accumulated_products(
         "out_smem": plgpu.SMEM(
             (_MULTIPLIERS, _SLOTS, _STORED_ROWS, _STORED_COLUMNS),
             dtype,
-            transforms=out_transforms,
+            transforms=swizzled(_STORED_COLUMNS, dtype),
         ),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
         "empty": plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=tiles.stages),
     }
-    count = rows // tiles.tile_m * plan[-1].end
+    widths = [(part.end - part.first) * tiles.tile_n for part in plan]
     return plgpu.kernel(
         functools.partial(
             _body,
@@ -103,7 +120,7 @@ def accumulated_products(
         ),
         out_type=[jax.ShapeDtypeStruct((rows, width), dtype) for width in widths],
         scratch_types=scratch,
-        grid=(min(blocks, count),),
+        grid=(min(blocks, rows // tiles.tile_m * plan[-1].end),),
         grid_names=("block",),
         num_threads=_MULTIPLIERS + 1,
         thread_name="warpgroup",

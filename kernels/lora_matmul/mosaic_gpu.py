@@ -21,7 +21,12 @@ from kernels.nf4 import NF4Array
 from .accumulate import accumulated_products
 from .products import dense
 from .projection import Projection
-from .skinny import low_rank_gradient, low_rank_product
+from .skinny import (
+    MAX_COTANGENT_RANK,
+    low_rank_cotangents,
+    low_rank_gradient,
+    low_rank_product,
+)
 from .tiles import MAX_RANK, tiles_for
 from .xla import RESIDUAL_NAMES, Keys, Projections
 
@@ -103,12 +108,11 @@ def backward(
     da: list[jax.Array | None] = [None] * len(projections)
     db: list[jax.Array | None] = [None] * len(projections)
     if xa is not None:
-        dxa = _up_products(douts, projections)
+        dxa, db = _narrow_cotangents(douts, xa, projections)
         down = jnp.concatenate([_down(p) for p in projections if p.has_adapter])
         down = down.astype(x.dtype)
         terms.append((dxa, down if is_packed else down.T))
         da = _down_gradients(x, dxa, projections)
-        db = _up_gradients(xa, douts, projections)
     (dx,) = accumulated_products(
         [terms],
         is_transposed=not is_packed,
@@ -137,15 +141,36 @@ def _used_twice(results: Any) -> Any:
     return jax.lax.optimization_barrier(results)
 
 
-def _up_products(douts: tuple[jax.Array, ...], projections: Projections) -> jax.Array:
-    """Returns `scaling * dout @ b^T` of all adapters side by side."""
+def _narrow_cotangents(
+    douts: tuple[jax.Array, ...], xa: jax.Array, projections: Projections
+) -> tuple[jax.Array, list[jax.Array | None]]:
+    """Returns `scaling * dout @ b^T` of all adapters side by side, and each one's db.
+
+    db is `(scaling * x @ a)^T @ dout`, in the dtype of `b`.
+    """
     parts = []
-    for dout, projection in zip(douts, projections, strict=True):
-        if projection.lora_b is not None:
-            up = _padded(projection.lora_b.astype(jnp.float32) * projection.scale)
-            up = up.astype(dout.dtype)
-            parts.append(low_rank_product(dout, up, blocks=multiprocessors()))
-    return jnp.concatenate(parts, axis=1)
+    db: list[jax.Array | None] = []
+    starts, widths = _starts(projections), _widths(projections)
+    for dout, p, start, width in zip(douts, projections, starts, widths, strict=True):
+        if p.lora_b is None:
+            db.append(None)
+            continue
+        up = _padded(p.lora_b.astype(jnp.float32) * p.scale).astype(dout.dtype)
+        part, gradient = _both_products(dout, up, xa[:, start : start + width])
+        parts.append(part)
+        db.append(gradient.T[: p.lora_b.shape[0]].astype(p.lora_b.dtype))
+    return jnp.concatenate(parts, axis=1), db
+
+
+def _both_products(
+    dout: jax.Array, up: jax.Array, xa: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `dout @ up^T` and `dout^T @ xa`, reading `dout` once if it can."""
+    blocks = multiprocessors()
+    if up.shape[0] <= MAX_COTANGENT_RANK:
+        return low_rank_cotangents(dout, up, xa, blocks=blocks)
+    product = low_rank_product(dout, up, blocks=blocks)
+    return product, low_rank_gradient(dout, xa, blocks=blocks)
 
 
 def _down_gradients(
@@ -159,22 +184,6 @@ def _down_gradients(
         gradients.append(
             None if a is None else joined[:, start : start + a.shape[1]].astype(a.dtype)
         )
-    return gradients
-
-
-def _up_gradients(
-    xa: jax.Array, douts: tuple[jax.Array, ...], projections: Projections
-) -> list[jax.Array | None]:
-    """Returns `(scaling * x @ a)^T @ dout` of each adapter, in the dtype of its `b`."""
-    gradients: list[jax.Array | None] = []
-    starts, widths = _starts(projections), _widths(projections)
-    for dout, p, start, width in zip(douts, projections, starts, widths, strict=True):
-        if p.lora_b is None:
-            gradients.append(None)
-            continue
-        own = xa[:, start : start + width]
-        gradient = low_rank_gradient(dout, own, blocks=multiprocessors())
-        gradients.append(gradient.T[: p.lora_b.shape[0]].astype(p.lora_b.dtype))
     return gradients
 
 

@@ -16,8 +16,12 @@ from .api import lora_matmul_group
 from .cases import DECIDING, RATED, Case
 from .projection import Projection
 
-_FORWARD = (nf4.KERNEL_NAME, accumulate.KERNEL_NAME, skinny.PRODUCT_NAME)
-_BACKWARD = (*_FORWARD, skinny.GRADIENT_NAME)
+_LARGE = (nf4.KERNEL_NAME, accumulate.KERNEL_NAME)
+_KERNELS = {
+    "forward": (*_LARGE, skinny.PRODUCT_NAME),
+    "dx": (*_LARGE, skinny.COTANGENTS_NAME),
+    "gradients": (*_LARGE, skinny.COTANGENTS_NAME, skinny.GRADIENT_NAME),
+}
 _WEIGHT_DEVIATION = 0.02
 
 Trained = tuple[dict[str, jax.Array], ...]
@@ -35,7 +39,6 @@ def programs() -> tuple[Program, ...]:
 def _programs(case: Case) -> tuple[Program, ...]:
     sizes = {"rows": math.prod(case.lead), "inputs": case.inputs}
     choice = ("lora_matmul", {**sizes, "outputs": sum(case.outputs)})
-    kernels = {"forward": _FORWARD, "dx": _FORWARD, "gradients": _BACKWARD}
     runs = {"forward": _forward, "dx": _dx, "gradients": _gradients}
     return (
         *(
@@ -44,7 +47,7 @@ def _programs(case: Case) -> tuple[Program, ...]:
                 what,
                 run,
                 functools.partial(_arguments, case, has_douts=what != "forward"),
-                kernels=kernels[what],
+                kernels=_KERNELS[what],
                 implementations=("mosaic_gpu", "xla"),
                 # The gradients' program has the input's among them.
                 decides=choice if case in DECIDING and what != "dx" else None,

@@ -1,12 +1,14 @@
 """Products with a low rank on Hopper, at the speed at which memory is read.
 
-`low_rank_product` is `x @ down^T`, `low_rank_gradient` is `x^T @ t`. Both stream the
-wide matrix once; the narrow operand stays in the L2 cache. Where rows or columns alone
-do not fill the device, the contracted axis is split and the parts, in float32, are
-added in a fixed order, so that results are the same in every run.
+`low_rank_product` is `x @ down^T`, `low_rank_gradient` is `x^T @ t`, and
+`low_rank_cotangents` is both of the same matrix in one reading. All stream the wide
+matrix once; the narrow operand stays in the L2 cache. Where rows or columns alone do
+not fill the device, the contracted axis is split and the parts, in float32, are added
+in a fixed order, so that results are the same in every run.
 
-Budget of a block: one warpgroup loads, one multiplies; up to 192 KiB shared memory in
-two to eight stages, so that enough bytes are on their way.
+Budget of a block: one warpgroup loads, one or two multiply; up to 192 KiB shared memory
+in two to eight stages, so that enough bytes are on their way. The functions are
+compiled ones, so that equal calls in a program are lowered once.
 """
 
 import functools
@@ -26,15 +28,19 @@ from .tiles import MAX_RANK
 
 PRODUCT_NAME = "low_rank_product"
 GRADIENT_NAME = "low_rank_gradient"
+COTANGENTS_NAME = "low_rank_cotangents"
 
 _LINE = 64  # elements of 16 bits in a swizzled line
+MAX_COTANGENT_RANK = _LINE
 _ROWS = 64
 _COLUMNS = 128
+_SLAB = 512
 _MAX_STAGES = 8
 _RING_BYTES = 192 * 1024
 _LOADER_REGISTERS = 40
 
 
+@functools.partial(jax.jit, static_argnames=("blocks",))
 def low_rank_product(
     x: Float[Array, "M C"],
     down: Float[Array, "R C"],
@@ -80,10 +86,10 @@ def low_rank_product(
         )(x_gmem.at[row, columns], down_gmem.at[:, columns])
 
     dtype = jnp.float32 if is_split else x.dtype
-    parts = _launch(
+    (parts,) = _launch(
         PRODUCT_NAME,
         body,
-        (splits, rows, rank),
+        [(splits, rows, rank)],
         dtype,
         (rows // _ROWS, splits),
         x,
@@ -92,6 +98,7 @@ def low_rank_product(
     return jnp.sum(parts, axis=0).astype(x.dtype) if is_split else parts[0]
 
 
+@functools.partial(jax.jit, static_argnames=("blocks",))
 def low_rank_gradient(
     x: Float[Array, "M C"],
     t: Float[Array, "M R"],
@@ -143,10 +150,10 @@ def _line_gradient(x: jax.Array, t: jax.Array, blocks: int) -> jax.Array:
             ((_ROWS, _LINE), lambda k: (k, 0)),  # beyond the rank it reads zeros
         )(x_gmem.at[some_rows, column], t_gmem.at[some_rows])
 
-    parts = _launch(
+    (parts,) = _launch(
         GRADIENT_NAME,
         body,
-        (splits, columns, rank),
+        [(splits, columns, rank)],
         jnp.float32,
         (columns // _COLUMNS, splits),
         x,
@@ -155,15 +162,107 @@ def _line_gradient(x: jax.Array, t: jax.Array, blocks: int) -> jax.Array:
     return jnp.sum(parts, axis=0)
 
 
+@functools.partial(jax.jit, static_argnames=("blocks",))
+def low_rank_cotangents(
+    dout: Float[Array, "M N"],
+    up: Float[Array, "R N"],
+    xa: Float[Array, "M R"],
+    *,
+    blocks: int,
+) -> tuple[Float[Array, "M R"], Float32[Array, "N R"]]:
+    """Returns `dout @ up^T` in the dtype of `dout` and `dout^T @ xa` in float32.
+
+    A block goes down the rows of a slab of columns. The second product of a slab stays
+    in registers; the first one's parts, one for each slab, are added afterwards.
+
+    Raises:
+      UnsupportedOp: Sizes are no multiples of the tiles, or the rank exceeds a line.
+    """
+    (rows, columns), rank = dout.shape, up.shape[0]
+    slab = math.gcd(columns, _SLAB)
+    if rows % _ROWS or slab % _COLUMNS or rank % 8 or rank > MAX_COTANGENT_RANK:
+        raise UnsupportedOp(f"{dout.shape=} and {rank=} do not suit the tiles")
+    splits = _splits(columns // slab, rows // _ROWS, blocks)
+    steps = rows // _ROWS // splits
+    my_columns = slab // 2
+
+    def body(dout_gmem, up_gmem, xa_gmem, dxa_gmem, db_gmem, up_smem, ready):
+        index, part = lax.axis_index("row"), lax.axis_index("part")
+        warpgroup = lax.axis_index("warpgroup")
+        columns_of_slab = pl.ds(index * slab, slab)
+        some_rows = pl.ds(part * steps * _ROWS, steps * _ROWS)
+
+        def finish(run):
+            @functools.partial(pl.run_scoped, acc=accumulator(my_columns, _LINE))
+            def _(acc):
+                @pl.when(warpgroup == 0)
+                def _():
+                    up = up_gmem.at[:, columns_of_slab]
+                    plgpu.copy_gmem_to_smem(up, up_smem, ready)
+
+                plgpu.barrier_wait(ready)
+                run(acc)
+                first = index * slab + warpgroup * my_columns
+                db_gmem[part, pl.ds(first, my_columns)] = acc[...][:, :rank]
+
+        def multiply(indices, dout_smem, xa_smem, acc):
+            (step,) = indices
+            mine = pl.ds(warpgroup * my_columns, my_columns)
+            plgpu.wgmma(acc, dout_smem.at[:, mine].transpose((1, 0)), xa_smem)
+
+            # The warpgroups take turns.
+            @pl.when(lax.rem(step, 2) == warpgroup)
+            def _():
+                @functools.partial(pl.run_scoped, narrow=accumulator(_ROWS, rank))
+                def _(narrow):
+                    plgpu.wgmma(narrow, dout_smem, up_smem.transpose((1, 0)))
+                    row = pl.ds((part * steps + step) * _ROWS, _ROWS)
+                    dxa_gmem[index, row] = narrow[...]
+
+            plgpu.wgmma_wait(0)
+            return acc
+
+        _pipeline(
+            multiply,
+            finish,
+            steps,
+            ((_ROWS, slab), lambda k: (k, 0)),
+            ((_ROWS, _LINE), lambda k: (k, 0)),  # beyond the rank it reads zeros
+            multipliers=2,
+        )(
+            dout_gmem.at[some_rows, columns_of_slab],
+            xa_gmem.at[some_rows],
+        )
+
+    dxa, db = _launch(
+        COTANGENTS_NAME,
+        body,
+        [(columns // slab, rows, rank), (splits, columns, rank)],
+        jnp.float32,
+        (columns // slab, splits),
+        dout,
+        up,
+        xa,
+        multipliers=2,
+        scratch_types=[
+            plgpu.SMEM((rank, slab), up.dtype, transforms=swizzled(_LINE, up.dtype)),
+            plgpu.Barrier(),
+        ],
+    )
+    return jnp.sum(dxa, axis=0).astype(dout.dtype), jnp.sum(db, axis=0)
+
+
 def _splits(tiles: int, steps: int, blocks: int) -> int:
     """Returns into how many parts the contracted axis is cut to fill the device."""
     wanted = max(1, round(blocks / tiles))
     return math.gcd(steps, 1 << (wanted.bit_length() - 1))
 
 
-def _pipeline(multiply, finish, steps: int, *tiles):
-    """Returns a loop over tiles of two 16-bit operands, given with their index maps."""
+def _pipeline(multiply, finish, steps: int, *tiles, multipliers: int = 1):
+    """Returns a loop over tiles of 16-bit operands, given with their index maps."""
     stage_bytes = sum(2 * math.prod(shape) for shape, _ in tiles)
+    # With one multiplying warpgroup the products of a step overlap the next one's.
+    delay = min(1, steps - 1) if multipliers == 1 else 0
     return plgpu.emit_pipeline_warp_specialized(
         multiply,
         grid=(steps,),
@@ -174,24 +273,34 @@ def _pipeline(multiply, finish, steps: int, *tiles):
                 index_map,
                 transforms=swizzled(_LINE, jnp.bfloat16),
                 memory_space=plgpu.SMEM,
-                delay_release=min(1, steps - 1),
+                delay_release=delay,
             )
             for shape, index_map in tiles
         ],
         wg_axis="warpgroup",
-        num_compute_wgs=1,
-        max_concurrent_steps=min(_MAX_STAGES, _RING_BYTES // stage_bytes),
+        num_compute_wgs=multipliers,
+        max_concurrent_steps=max(2, min(_MAX_STAGES, _RING_BYTES // stage_bytes)),
         compute_context=finish,
     )
 
 
-def _launch(name: str, body, shape, dtype, grid: tuple[int, int], *operands):
+def _launch(
+    name: str,
+    body,
+    shapes,
+    dtype,
+    grid: tuple[int, int],
+    *operands,
+    multipliers: int = 1,
+    scratch_types=(),
+):
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
         grid=grid,
         grid_names=("row", "part"),
-        num_threads=2,
+        num_threads=multipliers + 1,
+        scratch_types=scratch_types,
         thread_name="warpgroup",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(),

@@ -54,6 +54,12 @@ def dequantize(w: NF4Array) -> Float[Array, "*L I O"]:
     """
     require_hopper()
     _check(w)
+    return _launch(w)
+
+
+@jax.jit
+def _launch(w: NF4Array) -> jax.Array:
+    """Runs the kernel. Compiled, so that equal calls in a program are lowered once."""
     lead = w.codes.shape[:-1]
     matrices, chunks = math.prod(lead), w.size // _CHUNK
     scales = [w.absmax.reshape(-1)]

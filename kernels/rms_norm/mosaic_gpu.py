@@ -40,10 +40,14 @@ def add_rms_norm(
     return normed, total
 
 
+@functools.partial(jax.jit, static_argnames=("name", "eps", "offset"))
 def _launch(
     name: str, terms: tuple[Array, ...], weight: Array, eps: float, offset: float
 ) -> list[Array]:
-    """Runs the kernel; as many outputs as terms."""
+    """Runs the kernel; as many outputs as terms.
+
+    Compiled, so that equal calls in a program are lowered once.
+    """
     x = terms[0]
     flat = [term.reshape(-1, x.shape[-1]) for term in terms]
     like_x = jax.ShapeDtypeStruct(flat[0].shape, x.dtype)

@@ -14,6 +14,7 @@ with dweight; no pipeline; 80 registers a thread, 103 with dtotal, with dweight 
 156.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ _PROCESSORS = 132  # of an H200
 _REGISTERS = 512  # of a processor for each thread of a block
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "offset", "wants_dweight"))
 def gradients(
     x: Float[Array, "*B D"],
     weight: Float[Array, " D"],
@@ -41,7 +43,10 @@ def gradients(
     offset: float,
     wants_dweight: bool,
 ) -> tuple[Float[Array, "*B D"], Float32[Array, " D"] | None]:
-    """Returns (dx + dtotal) in the dtype of `x`, and dweight if wanted."""
+    """Returns (dx + dtotal) in the dtype of `x`, and dweight if wanted.
+
+    Compiled, so that equal calls in a program are lowered once.
+    """
     inputs = [x, dout] if dtotal is None else [x, dout, dtotal]
     flat = [array.reshape(-1, x.shape[-1]) for array in inputs]
     like_x = jax.ShapeDtypeStruct(flat[0].shape, x.dtype)
