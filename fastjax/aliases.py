@@ -89,6 +89,7 @@ _VALUES = {
         "adamw_torch": "adamw",
         "adamw_torch_fused": "adamw",
         "adamw_hf": "adamw",
+        "adamw_bnb_8bit": "adamw_8bit",
         "lion_32bit": "lion",
     },
     "metric_for_best_model": {
@@ -103,15 +104,14 @@ _VALUES = {
         "false": "no",
     },
 }
-_WIDER_OPTIMIZERS = {
-    "adamw_8bit": "adamw",
-    "adamw_bnb_8bit": "adamw",
-    "paged_adamw_8bit": "adamw",
-    "paged_adamw_32bit": "adamw",
-    "paged_adamw": "adamw",
-    "lion_8bit": "lion",
-    "paged_lion_8bit": "lion",
-    "paged_lion_32bit": "lion",
+# Name -> (what it is here, how its states differ from those that were asked for).
+_NEAREST_OPTIMIZERS = {
+    "paged_adamw_8bit": ("adamw_8bit", "states that stay on the device"),
+    "paged_adamw_32bit": ("adamw", "states that stay on the device"),
+    "paged_adamw": ("adamw", "states that stay on the device"),
+    "lion_8bit": ("lion", "float32 states"),
+    "paged_lion_8bit": ("lion", "float32 states on the device"),
+    "paged_lion_32bit": ("lion", "states that stay on the device"),
 }
 
 # A switch that is on, or off, sets a field.
@@ -250,10 +250,10 @@ def translation(name: str, value: Any) -> Translation:
         return Translation(name=name, value=())
     if name == "resume_from_checkpoint" and value is None:
         return Translation()
-    if name == "optim" and str(value) in _WIDER_OPTIMIZERS:
-        wider = _WIDER_OPTIMIZERS[str(value)]
-        note = f"optim={value} runs as {wider} with float32 states on the device"
-        return Translation(name=name, value=wider, note=note)
+    if name == "optim" and str(value) in _NEAREST_OPTIMIZERS:
+        nearest, states = _NEAREST_OPTIMIZERS[str(value)]
+        note = f"optim={value} runs as {nearest} with {states}"
+        return Translation(name=name, value=nearest, note=note)
     if name == "dtype":
         value = str(value).removeprefix("torch.")
     return Translation(name=name, value=_VALUES.get(name, {}).get(str(value), value))

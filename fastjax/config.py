@@ -19,7 +19,7 @@ LoRABias = Literal["none", "all", "lora_only"]
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr"
 ]
-Optimizer = Literal["adamw", "adafactor", "lion", "sgd"]
+Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "lion", "sgd"]
 DataFormat = Literal[
     "auto",
     "text",

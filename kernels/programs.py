@@ -1,5 +1,6 @@
 """Every op at real shapes."""
 
+from .adam8bit import programs as adam8bit
 from .attention import programs as attention
 from .cross_entropy import programs as cross_entropy
 from .gated_mlp import programs as gated_mlp
@@ -20,4 +21,5 @@ def all_programs() -> tuple[Program, ...]:
         *gated_mlp.programs(),
         *attention.programs(),
         *cross_entropy.programs(),
+        *adam8bit.programs(),
     )

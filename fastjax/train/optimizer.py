@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from fastjax.config import OptimizerConfig
+from fastjax.train.adam8bit import scale_by_adam8bit
 from fastjax.train.schedule import make_schedule
 
 
@@ -27,7 +28,7 @@ class Optimizer:
     schedule: optax.Schedule
 
     def init(self, trainable: PyTree) -> PyTree:
-        """Returns the state before the first step, in float32."""
+        """Returns the state before the first step, in float32 or 8 bits."""
         return self.transform.init(as_float32(trainable))
 
     def update(
@@ -63,7 +64,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     """Returns the optimiser and schedule that the config names.
 
     "adamw" computes what torch.optim.AdamW does (1711.05101), with weight decay on
-    every trained weight. "adafactor" (1804.04235) is used with an explicit rate and
+    every trained weight; "adamw_8bit" keeps its moments in 8 bits, as bitsandbytes
+    does. "adafactor" (1804.04235) is used with an explicit rate and
     no parameter scaling; its second moments are factored over the two largest sides
     of an array where both have at least 128 elements. "lion" is 2302.06675, "sgd" has
     no momentum.
@@ -88,6 +90,8 @@ def _scaling(config: OptimizerConfig) -> list[optax.GradientTransformation]:
     match config.optim:
         case "adamw":
             return [optax.scale_by_adam(b1=b1, b2=b2, eps=config.adam_epsilon)]
+        case "adamw_8bit":
+            return [scale_by_adam8bit(b1=b1, b2=b2, eps=config.adam_epsilon)]
         case "lion":
             return [optax.scale_by_lion(b1=b1, b2=b2)]
         case "adafactor":

@@ -32,7 +32,8 @@ def read(**flat: Any) -> TrainConfig:
         ({"gradient_checkpointing": "false"}, "remat", "none"),
         ({"gradient_checkpointing": "unsloth"}, "remat", "layer"),
         ({"optim": "adamw_torch_fused"}, "optim", "adamw"),
-        ({"optim": "paged_adamw_8bit"}, "optim", "adamw"),
+        ({"optim": "adamw_bnb_8bit"}, "optim", "adamw_8bit"),
+        ({"optim": "paged_adamw_8bit"}, "optim", "adamw_8bit"),
         ({"optim": "lion_8bit"}, "optim", "lion"),
         ({"evaluation_strategy": "epoch"}, "eval_strategy", "epoch"),
         ({"save_strategy": False}, "save_strategy", "no"),
@@ -115,10 +116,18 @@ def test_no_reporting_is_the_default_under_every_name(value: object) -> None:
     assert train_config({"report_to": value}).config == TrainConfig()
 
 
-def test_eight_bit_optimisers_say_what_runs() -> None:
-    read = train_config({"optim": "adamw_8bit"})
-    assert read.config.optimizer.optim == "adamw"
-    assert any("float32 states" in note for note in read.notes)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adamw_bnb_8bit", ""),
+        ("paged_adamw_8bit", "adamw_8bit with states that stay on the device"),
+        ("lion_8bit", "lion with float32 states"),
+    ],
+)
+def test_optimisers_that_differ_say_what_runs(name: str, expected: str) -> None:
+    notes = train_config({"optim": name}).notes
+    expected_notes = [f"optim={name} runs as {expected}"] if expected else []
+    assert [note for note in notes if "optim" in note] == expected_notes
 
 
 def test_evaluation_by_steps_follows_the_log_unless_told() -> None:

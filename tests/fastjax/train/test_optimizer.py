@@ -74,7 +74,7 @@ def test_sgd_clips_the_global_norm_and_decays() -> None:
     np.testing.assert_allclose(run(config, start), weight, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor", "lion", "sgd"])
 def test_every_optimiser_keeps_the_dtype(name: OptimizerName) -> None:
     start = np.ones((5, 3))
     config = constant(optim=name, learning_rate=0.1)

@@ -1,0 +1,4 @@
+"""Adam with block-wise 8-bit states."""
+
+from .api import adam8bit as adam8bit
+from .blocks import Blocks as Blocks
