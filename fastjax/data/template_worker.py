@@ -7,11 +7,13 @@ transformers.
 """
 
 import json
+import math
 import resource
 import sys
 from pathlib import Path
 
 EXTRA_BYTES = 2**30
+EXTRA_CPU_SECONDS = 2
 _QUESTION = {"role": "user", "content": "What is two and two?"}
 _ANSWER = {"role": "assistant", "content": "Four."}
 
@@ -22,6 +24,7 @@ def render_probe() -> None:
 
     job = json.load(sys.stdin)
     _limit_memory()
+    _limit_time()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     size = 0
@@ -42,6 +45,16 @@ def _limit_memory() -> None:
         used = int(statm.read_text().split()[0]) * resource.getpagesize()
         limit = used + EXTRA_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _limit_time() -> None:
+    """Ends the process by a signal after some seconds of its own computing.
+
+    A busy machine, where little time passes for one process, refuses no template.
+    """
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limit = math.ceil(usage.ru_utime + usage.ru_stime) + EXTRA_CPU_SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
 
 
 if __name__ == "__main__":
