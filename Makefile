@@ -7,7 +7,7 @@ ORACLE := .venv-oracle
 KERNELS_CI := .venv-kernels-ci
 ORACLE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo test check check-kernels test-gpu test-oracle setup clean
+.PHONY: demo test test-slow docs check check-kernels test-gpu test-oracle setup clean
 
 setup: $(VENV)/.ready
 
@@ -22,6 +22,16 @@ demo: setup
 
 test: setup
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -q -n 2 -m "not gpu and not network and not slow"
+
+# Everything, for hours: each fault at each point, 200 kills, 10,000 random inputs.
+test-slow: setup
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -q -m slow
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -q --hypothesis-profile thorough \
+	-k "random or any_bytes or any_rows or any_settings or any_file"
+
+docs: setup
+	$(RUN) -c "from fastjax.cli_help import settings_page as p; print(p(), end='')" \
+	> docs/settings.md
 
 check: setup
 	$(VENV)/bin/ruff format --check .

@@ -23,37 +23,98 @@ _OWN_FLAGS = """\
 """
 
 
+_PAGE = """\
+# Settings
+
+Made from the dataclasses of `fastjax/config.py` by `make docs`. Each is a flag of
+`fastjax train` (`--max_steps 100`), a key of its YAML files, and a field of
+`TrainingArguments`. [training.md](training.md) says which of them matter, and when.
+"""
+_FIELD_ROW = "| `{name}` | {kind} | {default} | {meaning} |\n"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Setting:
+    name: str
+    kind: str
+    default: str
+    meaning: str
+    other_names: tuple[str, ...]
+
+
 def settings_help(command: str) -> str:
     """Returns the help of a command whose flags are the fields of `TrainConfig`."""
-    groups = [_group("run", TrainConfig())]
-    for field in dataclasses.fields(TrainConfig):
-        part = getattr(TrainConfig(), field.name)
-        if dataclasses.is_dataclass(part) and not isinstance(part, Implementations):
-            groups.append(_group(field.name, part))
-    ops = ", ".join(field.name for field in dataclasses.fields(Implementations))
-    groups.append(
-        "implementations:\n  --implementation OP=NAME ...\n"
-        + _wrapped(f"Implementation of each op, for comparisons: {ops}.")
-    )
     usage = f"usage: fastjax {command} [--flag value] ...\n\n{_OWN_FLAGS}"
+    groups = [
+        "".join([f"{title}:\n", *map(_flag, settings)])
+        for title, settings in _groups().items()
+    ]
     return "\n".join([usage, *groups])
 
 
-def _group(title: str, part: Any) -> str:
-    """Returns the flags of one dataclass, each with what its docstring says."""
+def settings_page() -> str:
+    """Returns the page of the documentation that lists every setting."""
+    pages = [_PAGE]
+    for title, settings in _groups().items():
+        head = (
+            f"## {title}\n\n| name | value | default | meaning |\n|---|---|---|---|\n"
+        )
+        pages.append("".join([head, *map(_row, settings)]))
+    return "\n".join(pages)
+
+
+def _flag(setting: _Setting) -> str:
+    old = ", ".join(f"--{name}" for name in setting.other_names)
+    also = f" Also {old}." if old else ""
+    default = f" Default: {setting.default}." if setting.default else ""
+    text = f"{setting.meaning}{also}{default}".strip()
+    return f"  --{setting.name} {setting.kind}\n{_wrapped(text)}"
+
+
+def _row(setting: _Setting) -> str:
+    old = ", ".join(f"`{name}`" for name in setting.other_names)
+    cells = {
+        "name": setting.name,
+        "kind": setting.kind.replace("|", ", "),
+        "default": setting.default,
+        "meaning": setting.meaning + (f" Also {old}." if old else ""),
+    }
+    return _FIELD_ROW.format(**{k: v.replace("|", r"\|") for k, v in cells.items()})
+
+
+def _groups() -> dict[str, list[_Setting]]:
+    """Returns title to settings, in the order of the dataclasses."""
+    groups = {"run": _settings_of(TrainConfig())}
+    for field in dataclasses.fields(TrainConfig):
+        part = getattr(TrainConfig(), field.name)
+        if dataclasses.is_dataclass(part) and not isinstance(part, Implementations):
+            groups[field.name] = _settings_of(part)
+    ops = ", ".join(field.name for field in dataclasses.fields(Implementations))
+    chosen = _Setting(
+        name="implementation",
+        kind="OP=NAME ...",
+        default="",
+        meaning=f"Implementation of each op, for comparisons: {ops}.",
+        other_names=(),
+    )
+    return {**groups, "implementations": [chosen]}
+
+
+def _settings_of(part: Any) -> list[_Setting]:
+    """Returns the fields of one dataclass, each with what its docstring says."""
     said = _attributes(type(part))
     kinds, defaults = field_types(), flat_values(TrainConfig())
-    lines = [f"{title}:\n"]
-    for field in dataclasses.fields(part):
-        if field.name not in kinds:
-            continue
-        old = [f"--{name}" for name, new in ALIASES.items() if new == field.name]
-        also = f" Also {', '.join(old)}." if old else ""
-        default = _shown(defaults[field.name])
-        text = f"{said.get(field.name, '')}{also} Default: {default}."
-        lines.append(f"  --{field.name} {_kind(kinds[field.name])}\n")
-        lines.append(_wrapped(text.strip()))
-    return "".join(lines)
+    return [
+        _Setting(
+            name=field.name,
+            kind=_kind(kinds[field.name]),
+            default=_shown(defaults[field.name]),
+            meaning=said.get(field.name, ""),
+            other_names=tuple(n for n, new in ALIASES.items() if new == field.name),
+        )
+        for field in dataclasses.fields(part)
+        if field.name in kinds
+    ]
 
 
 def _attributes(kind: type) -> dict[str, str]:

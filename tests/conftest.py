@@ -1,5 +1,6 @@
 """Test settings: CPU unless told otherwise, strict dtypes and ranks."""
 
+import contextlib
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,6 +15,15 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Random inputs; `--hypothesis-profile thorough` draws many. Tests of kernels on a GPU
+# need no hypothesis.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("quick", max_examples=200, deadline=None)
+    settings.register_profile("thorough", max_examples=10_000, deadline=None)
+    settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")

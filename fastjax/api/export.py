@@ -1,18 +1,23 @@
 """Models and adapters for other tools: merged, packed, or in llama.cpp's format."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from fastjax import runtime
+from fastjax import files, runtime
 from fastjax.api.finding import FoundModel, find_model
 from fastjax.api.gguf_folder import write_gguf_adapter_folder, write_gguf_folder
 from fastjax.api.loading import load_model
 from fastjax.api.merging import Merge
 from fastjax.config import BasePrecision, DType, ExportFormat, GGUFKind, QuantConfig
-from fastjax.errors import ConfigError
+from fastjax.errors import ConfigError, ModelError
+
+# Relative errors of logits that the rounding of merged weights and of activations may
+# cause: far above what is seen, far below what a wrong merge gives.
+_BOUNDS: dict[DType, float] = {"float32": 1e-2, "float16": 0.1, "bfloat16": 0.3}
 
 
 def run_export(
@@ -72,7 +77,10 @@ def run_export(
     )
     yield f"{_told(found, base_precision)}{output_format}, {dtype}: {folder}"
     if compare_logits:
-        yield _comparison(name, folder, base_precision=base_precision, dtype=dtype)
+        bound = _BOUNDS[dtype] if output_format == "hf" else math.inf
+        yield _comparison(
+            name, folder, base_precision=base_precision, dtype=dtype, bound=bound
+        )
 
 
 def _told(found: FoundModel, base_precision: BasePrecision) -> str:
@@ -80,13 +88,34 @@ def _told(found: FoundModel, base_precision: BasePrecision) -> str:
 
 
 def _comparison(
-    name: str, folder: Path, *, base_precision: BasePrecision, dtype: DType
+    name: str,
+    folder: Path,
+    *,
+    base_precision: BasePrecision,
+    dtype: DType,
+    bound: float,
 ) -> str:
-    """Returns how the logits of a written folder differ from those of its source."""
+    """Returns how the logits of a written folder differ from those of its source.
+
+    Raises:
+      ModelError: They differ by more than `bound`, relative to their spread, or are
+        not finite; the folder has another name then.
+    """
     quant = QuantConfig(load_in_4bit=base_precision == "dequantised")
     expected = _probe_logits(name, dtype, quant)
     actual = _probe_logits(str(folder), dtype, QuantConfig(load_in_4bit=False))
     difference = np.max(np.abs(actual - expected))
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(
+        expected - expected.mean(-1, keepdims=True)
+    )
+    if not (np.isfinite(error) and error <= bound):
+        kept = files.set_aside(folder, "failed")
+        raise ModelError(
+            f"the written model is not its source: its logits are {error:.1%} off",
+            where=f"kept as {kept}",
+            fix="export with --dtype float32, or report this with the names of both",
+            code="FJ-MODEL-EXPORT",
+        )
     agreement = np.mean(np.argmax(actual, -1) == np.argmax(expected, -1))
     return (
         f"written against source on {expected.shape[1]} tokens: largest logit "

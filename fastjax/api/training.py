@@ -21,6 +21,7 @@ from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter, load_model, load_text_side
 from fastjax.api.model_card import write_model_card
 from fastjax.api.samples import make_sampler
+from fastjax.api.serving import serving_notes
 from fastjax.config import LoRAConfig, TrainConfig
 from fastjax.config_file import config_yaml
 from fastjax.data import (
@@ -83,6 +84,8 @@ def run_training(
     model = load_for_training(config)
     model.tokenizer = tokenizer
     config = _with_adapter_of(model, config, console)
+    for note in () if config.full_finetuning else serving_notes(config.lora):
+        _say(console, note)
     settings = folder / "config.yaml"
     if not settings.exists():
         _write_settings(settings, config)

@@ -139,6 +139,11 @@ class _Loop:
         return str(folders[-1]) if folders else "none yet"
 
     @property
+    def _best_kept(self) -> int | None:
+        """Step of the checkpoint that stays because it is the best."""
+        return self.selection.best_step if self.selection.is_on else None
+
+    @property
     def seconds(self) -> float:
         """Wall time of all parts of the run."""
         return self._seconds_before + time.perf_counter() - self._started
@@ -211,6 +216,8 @@ class _Loop:
                 job.output_dir, self.state.trainable, job.write_adapter
             )
             faults.hit("finish:after_adapter", self.step)
+        # Those of a run that died between its last save and its deletions.
+        checkpoint.rotate(job.output_dir, self.keep, self.step, self._best_kept)
         self.reporter.plot()
         self._write_run_file(is_finished=True)
 
@@ -302,7 +309,6 @@ class _Loop:
             "last_eval": self.last_eval,
             "seconds": self.seconds,
         }
-        kept = self.selection.best_step if self.selection.is_on else None
         try:
             folder = checkpoint.save(
                 self.job.output_dir,
@@ -311,7 +317,7 @@ class _Loop:
                 step=self.step,
                 write_adapter=self.job.write_adapter,
                 keep=self.keep,
-                also_keep=kept,
+                also_keep=self._best_kept,
             )
             self.reporter.plot()
         except StorageError as error:

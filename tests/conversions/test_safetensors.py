@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conversions.safetensors_file import SafetensorsFile
@@ -103,7 +103,6 @@ def test_missing_file_is_a_model_error(tmp_path: Path):
         SafetensorsFile(tmp_path / "nope.safetensors")
 
 
-@settings(max_examples=200, deadline=None)
 @given(raw=st.binary(max_size=200), data_bytes=st.integers(0, 100))
 def test_random_bytes_end_in_an_error(raw: bytes, data_bytes: int):
     with pytest.raises(FastJaxError):
@@ -129,7 +128,6 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(entries=st.dictionaries(st.text(max_size=8), JSON, max_size=4))
 def test_random_headers_parse_or_are_refused(entries: dict):
     raw = json.dumps(entries).encode()

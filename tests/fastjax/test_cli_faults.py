@@ -236,8 +236,16 @@ def test_the_first_interrupt_saves_and_tells_the_whole_command(
 ) -> None:
     script = Path(__file__).parents[2] / "scripts" / "train.py"
     words = ["--model", small_model, "--data", alpaca_file, *SETTINGS]
-    command = [sys.executable, script, *words, "--output_dir", tmp_path / "a run"]
-    environment = os.environ | {"FASTJAX_FAULT": "int@step@2"}
+    command = [
+        sys.executable,
+        script,
+        *words,
+        "--output_dir",
+        tmp_path / "ein Lauf für 北",
+    ]
+    # Neither the locale nor the width of the terminal matters.
+    plain = {"LC_ALL": "C", "COLUMNS": "20"}
+    environment = os.environ | plain | {"FASTJAX_FAULT": "int@step@2"}
     done = subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True
     )
@@ -245,8 +253,10 @@ def test_the_first_interrupt_saves_and_tells_the_whole_command(
     assert "SIGINT: stopped after step 2 of 4" in done.stderr
     (line,) = [s for s in done.stderr.splitlines() if "to continue, run" in s]
     assert f"python {script} --model {small_model}" in line
-    assert line.endswith(f"--output_dir '{tmp_path}/a run'")
-    assert (tmp_path / "a run" / "checkpoint-000002" / "manifest.json").is_file()
+    assert line.endswith(f"--output_dir '{tmp_path}/ein Lauf für 北'")
+    assert (
+        tmp_path / "ein Lauf für 北" / "checkpoint-000002" / "manifest.json"
+    ).is_file()
 
 
 def test_an_interrupt_while_loading_is_no_traceback(

@@ -8,7 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conversions.bnb import (
@@ -217,7 +217,6 @@ FIELDS = st.sampled_from(list(json.loads(state_bytes().tobytes())))
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
 @given(changes=st.dictionaries(FIELDS, VALUES | st.lists(VALUES, max_size=3)))
 def test_random_states_parse_or_are_refused(changes: dict):
     with contextlib.suppress(FastJaxError):

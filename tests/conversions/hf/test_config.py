@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conversions.hf import read_config, write_config
@@ -247,7 +247,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     family=st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]) | VALUES,
     values=st.dictionaries(KEYS, VALUES, max_size=6),

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conversions.hf import read_config
@@ -302,7 +302,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(values=st.dictionaries(KEYS, VALUES, max_size=6))
 def test_random_configs_are_read_or_refused(tmp_path_factory, values: dict):
     folder = tmp_path_factory.mktemp("adapter")

@@ -38,6 +38,19 @@ def test_a_merge_is_the_adapter_and_says_so(adapter: Path, tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize("wrong", [0.5, np.nan])
+def test_a_merge_that_is_not_its_source_is_no_result(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    right = np.arange(12.0).reshape(1, 3, 4)
+    logits = iter([right, right * wrong])
+    monkeypatch.setattr("fastjax.api.export._probe_logits", lambda *_: next(logits))
+    with pytest.raises(ModelError, match="not its source") as error:
+        list(run_export(str(adapter), tmp_path / "out", dtype="float32"))
+    assert error.value.exit_code == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
+
+
 def test_the_merge_streams(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

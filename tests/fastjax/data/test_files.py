@@ -192,7 +192,6 @@ COLUMNS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
 @given(rows=st.lists(st.dictionaries(COLUMNS, JSON, max_size=3), max_size=2))
 def test_any_rows_give_examples_or_a_data_error(rows):
     try:
@@ -201,11 +200,7 @@ def test_any_rows_give_examples_or_a_data_error(rows):
         return
 
 
-@settings(
-    max_examples=100,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     raw=st.binary(max_size=60) | st.text('",;\t\r\nab|', max_size=40).map(str.encode),
     name=st.sampled_from(

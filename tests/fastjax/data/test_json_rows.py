@@ -95,11 +95,7 @@ def test_reports_an_unreadable_file(tmp_path):
         list(read_json_rows(tmp_path / "missing.jsonl", BadRows(), START))
 
 
-@settings(
-    max_examples=200,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.binary(max_size=60) | st.text('[]{}":,a1\n \\u', max_size=40))
 def test_any_bytes_give_rows_or_a_data_error(tmp_path, raw):
     try:
