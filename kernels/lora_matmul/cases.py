@@ -92,6 +92,15 @@ INTERPRETED = (
     ),
     Case(name="large_rank", lead=(256,), inputs=128, outputs=(128,), ranks=(72,)),
     Case(
+        name="few_rows",
+        lead=(5,),
+        inputs=512,
+        outputs=(256, 256),
+        ranks=(4, 0),
+        is_quantized=True,
+        has_bias=True,
+    ),
+    Case(
         name="no_adapter",
         lead=(128,),
         inputs=128,
@@ -148,7 +157,7 @@ def _rated(rows: int, shape: str) -> Case:
     )
 
 
-DECIDING = tuple(_rated(rows, "up") for rows in (8192, 2048, 512))
+DECIDING = tuple(_rated(rows, "up") for rows in (8192, 2048, 512, 16))
 """Those whose times choose the default: the largest linear at several row counts."""
 
 RATED = (

@@ -4,6 +4,7 @@ Weights are dequantised once a pass to a scratch matrix, bit-equal with bitsandb
 and multiplied from there (docs/decisions/0007). Of a group, `x` is read once for all
 adapters, and the low-rank products are summed in the accumulators of the large ones.
 A bias joins them: ones times its values, in as many 16-bit parts as make it exact.
+Few rows, as in decoding, have a forward pass of their own, and XLA's backward pass.
 """
 
 import dataclasses
@@ -18,8 +19,10 @@ from kernels.device import multiprocessors, require_hopper
 from kernels.dispatch import UnsupportedOp
 from kernels.nf4 import NF4Array
 
+from . import xla
 from .accumulate import accumulated_products
-from .products import dense
+from .few_rows import MAX_ROWS, check_few_rows, few_rows_product
+from .products import dense, product
 from .projection import Projection
 from .skinny import (
     MAX_COTANGENT_RANK,
@@ -59,6 +62,10 @@ def check(dropout_rate: float, x: jax.Array, projections: Projections, keys: Key
         raise UnsupportedOp("the kernels have no dropout")
     if any(p.magnitude is not None for p in projections):
         raise UnsupportedOp("the kernels have no DoRA")
+    if x.shape[0] <= MAX_ROWS:
+        for projection in projections:
+            check_few_rows(x, projection.weight)
+        return
     if len({_is_packed(p) for p in projections}) > 1:
         raise UnsupportedOp("some weights of the group are packed, others are not")
     if sum(_widths(projections)) > MAX_RANK:
@@ -69,9 +76,10 @@ def check(dropout_rate: float, x: jax.Array, projections: Projections, keys: Key
 
 def forward(
     dropout_rate: float, x: jax.Array, projections: Projections, keys: Keys
-) -> tuple[tuple[jax.Array, ...], Residuals]:
+) -> tuple[tuple[jax.Array, ...], Residuals | xla.Residuals]:
     """Returns the product of each projection, and what its gradient needs."""
-    del dropout_rate, keys
+    if x.shape[0] <= MAX_ROWS:
+        return _few_rows_forward(dropout_rate, x, projections, keys)
     xa = None
     if any(_widths(projections)):
         downs = [_down(p) * p.scale for p in projections if p.has_adapter]
@@ -95,11 +103,29 @@ def forward(
     return tuple(_used_twice(outputs)), Residuals(x, projections, xa)
 
 
+def _few_rows_forward(
+    dropout_rate: float, x: jax.Array, projections: Projections, keys: Keys
+) -> tuple[tuple[jax.Array, ...], xla.Residuals]:
+    """Does as `forward`, reading every weight once, as codes."""
+    xa = xla.scaled_down_products(dropout_rate, x, projections, keys)
+    outputs = []
+    for projection, own in zip(projections, xa, strict=True):
+        y = few_rows_product(x, projection.weight, blocks=multiprocessors())
+        if own is not None:
+            y = y + product(own, xla.up(projection, x.dtype), jnp.float32)
+        outputs.append(xla.epilogue(y, projection, None, x.dtype))
+    norms = (None,) * len(projections)
+    return tuple(outputs), xla.Residuals(x, projections, keys, xa, norms)
+
+
 def backward(
-    dropout_rate: float, residuals: Residuals, douts: tuple[jax.Array, ...]
+    dropout_rate: float,
+    residuals: Residuals | xla.Residuals,
+    douts: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, Projections]:
     """Returns the cotangents of `x` and of all that is trained."""
-    del dropout_rate
+    if isinstance(residuals, xla.Residuals):
+        return xla.backward(dropout_rate, residuals, douts)
     x, projections, xa = residuals
     is_packed = _is_packed(projections[0])
     terms = [

@@ -11,7 +11,7 @@ from kernels.nf4 import mosaic_gpu as nf4
 from kernels.nf4 import quantize
 from kernels.program import Program, nbytes
 
-from . import accumulate, skinny
+from . import accumulate, few_rows, skinny
 from .api import lora_matmul_group
 from .cases import DECIDING, RATED, Case
 from .projection import Projection
@@ -37,9 +37,15 @@ def programs() -> tuple[Program, ...]:
 
 
 def _programs(case: Case) -> tuple[Program, ...]:
+    is_few = math.prod(case.lead) <= few_rows.MAX_ROWS
     sizes = {"rows": math.prod(case.lead), "inputs": case.inputs}
     choice = ("lora_matmul", {**sizes, "outputs": sum(case.outputs)})
-    runs = {"forward": _forward, "dx": _dx, "gradients": _gradients}
+    # Few rows are those of decoding, which has no gradients.
+    runs: dict[str, Any] = {"forward": _forward}
+    readies: list[tuple[str, Any, bool]] = [("ready", _ready_forward, False)]
+    if not is_few:
+        runs |= {"dx": _dx, "gradients": _gradients}
+        readies.append(("ready_dx", _ready_dx, True))
     return (
         *(
             _program(
@@ -47,7 +53,7 @@ def _programs(case: Case) -> tuple[Program, ...]:
                 what,
                 run,
                 functools.partial(_arguments, case, has_douts=what != "forward"),
-                kernels=_KERNELS[what],
+                kernels=(few_rows.KERNEL_NAME,) if is_few else _KERNELS[what],
                 implementations=("mosaic_gpu", "xla"),
                 # The gradients' program has the input's among them.
                 decides=choice if case in DECIDING and what != "dx" else None,
@@ -56,10 +62,7 @@ def _programs(case: Case) -> tuple[Program, ...]:
         ),
         *(
             _program(case, what, run, functools.partial(_ready_arguments, case, is_dx))
-            for what, run, is_dx in (
-                ("ready", _ready_forward, False),
-                ("ready_dx", _ready_dx, True),
-            )
+            for what, run, is_dx in readies
         ),
     )
 

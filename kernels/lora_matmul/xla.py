@@ -44,7 +44,7 @@ def forward(
     dropout_rate: float, x: jax.Array, projections: Projections, keys: Keys
 ) -> tuple[tuple[jax.Array, ...], Residuals]:
     """Returns the product of each projection, and what its gradient needs."""
-    xa = _scaled_down_products(dropout_rate, x, projections, keys)
+    xa = scaled_down_products(dropout_rate, x, projections, keys)
     is_joined = _forward_is_joined(x, projections)
     outputs, norms = [], []
     for index, projection in enumerate(projections):
@@ -54,12 +54,12 @@ def forward(
         is_last = norm is None and projection.bias is None
         dtype = x.dtype if is_last else jnp.dtype(jnp.float32)
         y = _linear(x, weight, xa, projections, index, is_joined, dtype)
-        outputs.append(_epilogue(y, projection, norm, x.dtype))
+        outputs.append(epilogue(y, projection, norm, x.dtype))
         norms.append(norm)
     return tuple(outputs), Residuals(x, projections, keys, xa, tuple(norms))
 
 
-def _scaled_down_products(
+def scaled_down_products(
     dropout_rate: float, x: jax.Array, projections: Projections, keys: Keys
 ) -> tuple[jax.Array | None, ...]:
     """Returns `scaling * drop(x) @ a` of each adapter."""
@@ -103,12 +103,14 @@ def _linear(
     own = xa[index]
     if own is None:
         return product(x, weight, dtype)
-    up = _up(projections[index], x.dtype)
+    weight_up = up(projections[index], x.dtype)
     if not is_joined:
-        return sum_of_products((x, own), (weight, up), is_joined=False, dtype=dtype)
+        return sum_of_products(
+            (x, own), (weight, weight_up), is_joined=False, dtype=dtype
+        )
     ranks = [0 if part is None else part.shape[1] for part in xa]
     before, after = sum(ranks[:index]), sum(ranks[index + 1 :])
-    rows = jnp.pad(up, ((before, after), (0, 0)))
+    rows = jnp.pad(weight_up, ((before, after), (0, 0)))
     shared = jnp.concatenate([part for part in xa if part is not None], axis=1)
     return sum_of_products((x, shared), (weight, rows), is_joined=True, dtype=dtype)
 
@@ -219,7 +221,7 @@ def _scaled_up_product(
     dy: jax.Array, projection: Projection, scale: Float32[Array, ""]
 ) -> jax.Array:
     """Returns `scale * dy @ b^T`, the cotangent of `dropped(x) @ a`."""
-    upstream = product(dy, _up(projection, dy.dtype).T, jnp.float32)
+    upstream = product(dy, up(projection, dy.dtype).T, jnp.float32)
     return (scale * upstream).astype(dy.dtype)
 
 
@@ -230,7 +232,7 @@ def _branch_scale(
     return projection.scale * kept_scale(key, dropout_rate)
 
 
-def _epilogue(
+def epilogue(
     y: Float[Array, "M O"],
     projection: Projection,
     norm: Float32[Array, " O"] | None,
@@ -293,7 +295,8 @@ def _down(projection: Projection, dtype: jax.typing.DTypeLike) -> jax.Array:
     return _present(projection.lora_a).astype(dtype)
 
 
-def _up(projection: Projection, dtype: jax.typing.DTypeLike) -> jax.Array:
+def up(projection: Projection, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns `lora_b`, of (R, O), in a dtype."""
     return _present(projection.lora_b).astype(dtype)
 
 

@@ -7,10 +7,22 @@ import numpy as np
 import pytest
 
 from kernels.nf4 import CODEBOOKS
-from kernels.nf4.ptx import LANES, decode_word
+from kernels.nf4.ptx import LANES, decode_word, look_up, products
 
 WORDS = 512
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def prmt(a, b, selector):
+    """Returns the four bytes of b:a that the nibbles of `selector` choose."""
+    source = np.concatenate([a[:, None].view(np.uint8), b[:, None].view(np.uint8)], 1)
+    chosen = np.zeros_like(a)
+    for byte in range(4):
+        nibble = (selector >> np.uint32(4 * byte)) & 15
+        assert (nibble < 8).all()  # the upper values would replicate a sign
+        picked = np.take_along_axis(source, nibble[:, None].astype(np.int64), 1)[:, 0]
+        chosen |= picked.astype(np.uint32) << np.uint32(8 * byte)
+    return chosen
 
 
 def execute(assembly, registers, memory, dtype):
@@ -19,6 +31,9 @@ def execute(assembly, registers, memory, dtype):
     def value(operand):
         if operand in registers:
             return registers[operand]
+        if operand.startswith("0f"):
+            bits = np.full(WORDS, int(operand[2:], 16), np.uint32)
+            return bits.view(np.float32)
         return np.full(WORDS, int(operand, 0), np.uint32)
 
     def packed(high, low):
@@ -32,7 +47,9 @@ def execute(assembly, registers, memory, dtype):
         "cvt.rn.bf16x2.f32": packed,
         "cvt.rn.f16x2.f32": packed,
         "ld.shared.f32": lambda address: memory[address // 4],
+        "prmt.b32": prmt,
         "and.b32": np.bitwise_and,
+        "or.b32": np.bitwise_or,
         "add.u32": np.add,
         "shl.b32": np.left_shift,
         "shr.u32": np.right_shift,
@@ -58,6 +75,22 @@ def test_every_code_is_scaled_and_rounded_once(code, dtype):
     column = base + 4 * rng.integers(0, LANES, WORDS, dtype=np.uint32)
     registers = {"$4": words, "$5": column, "$6": scales}
     execute(decode_word(dtype), registers, table, DTYPES[dtype])
+    _assert_decoded(registers, words, scales, code, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+def test_products_are_formed_once_and_looked_up(code, dtype):
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**32, WORDS, dtype=np.uint32)
+    scales = rng.lognormal(sigma=2, size=WORDS).astype(np.float32)
+    formed = execute(products(code, dtype), {"$8": scales}, None, DTYPES[dtype])
+    registers = {"$4": words, **{f"${5 + i}": formed[f"${i}"] for i in range(8)}}
+    execute(look_up(), registers, None, DTYPES[dtype])
+    _assert_decoded(registers, words, scales, code, dtype)
+
+
+def _assert_decoded(registers, words, scales, code, dtype):
     pairs = np.stack([registers[f"${i}"] for i in range(4)], axis=1)
     octets = words[:, None].view(np.uint8)
     nibbles = np.stack([octets >> 4, octets & 15], axis=-1).reshape(WORDS, 8)
