@@ -145,14 +145,14 @@ _RATED_SHAPES = {
 }
 
 
-def _rated(rows: int, shape: str) -> Case:
+def _rated(rows: int, shape: str, rank: int = 16) -> Case:
     inputs, outputs = _RATED_SHAPES[shape]
     return Case(
-        name=f"{rows}_{shape}",
+        name=f"{rows}_{shape}" + ("" if rank == 16 else f"_rank{rank}"),
         lead=(rows,),
         inputs=inputs,
         outputs=outputs,
-        ranks=(16,) * len(outputs),
+        ranks=(rank,) * len(outputs),
         is_quantized=True,
     )
 
@@ -163,5 +163,6 @@ DECIDING = tuple(_rated(rows, "up") for rows in (8192, 2048, 512, 16))
 RATED = (
     *DECIDING,
     *(_rated(rows, shape) for rows in (8192, 2048) for shape in ("qkv", "o", "down")),
+    _rated(2048, "qkv", rank=32),
 )
 """The linears of Llama-3-8B at several numbers of tokens."""

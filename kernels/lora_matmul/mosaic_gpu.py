@@ -34,6 +34,7 @@ from .tiles import MAX_RANK, tiles_for
 from .xla import RESIDUAL_NAMES, Keys, Projections
 
 _PAD = 8  # columns: 16 bytes, the least that the copy engine moves
+_TILE = 64  # columns: what it moves at a time, or less in all
 _DTYPES = ("bfloat16", "float16")
 
 
@@ -91,7 +92,8 @@ def forward(
     for index, projection in enumerate(projections):
         terms = [(x, _stored(projection, x.dtype))]
         if narrow is not None:
-            terms.append((narrow, _narrow_weight(projections, index, x.dtype)))
+            up = _narrow_weight(projections, index, x.dtype)
+            terms.append((_filled(narrow, axis=1), up))
         sums.append(terms)
     is_packed = _is_packed(projections[0])
     outputs = accumulated_products(
@@ -136,8 +138,8 @@ def backward(
     if xa is not None:
         dxa, db = _narrow_cotangents(douts, xa, projections)
         down = jnp.concatenate([_down(p) for p in projections if p.has_adapter])
-        down = down.astype(x.dtype)
-        terms.append((dxa, down if is_packed else down.T))
+        down = _filled(down.astype(x.dtype), axis=0)
+        terms.append((_filled(dxa, axis=1), down if is_packed else down.T))
         da = _down_gradients(x, dxa, projections)
     (dx,) = accumulated_products(
         [terms],
@@ -235,8 +237,15 @@ def _narrow_weight(
     rows = [jnp.pad(up, ((before, after), (0, 0)))]
     if any(p.bias is not None for p in projections):
         rows.append(_bias_rows(projection.bias, outputs, dtype))
-    joined = jnp.concatenate(rows)
+    joined = _filled(jnp.concatenate(rows), axis=0)
     return joined.T if _is_packed(projection) else joined
+
+
+def _filled(narrow: jax.Array, *, axis: int) -> jax.Array:
+    """Fills up with zeros to a width that the copy engine takes in tiles of 64."""
+    size = narrow.shape[axis]
+    missing = 0 if size <= _TILE else -size % _TILE
+    return jnp.pad(narrow, [(0, missing if i == axis else 0) for i in range(2)])
 
 
 def _with_ones(

@@ -71,6 +71,13 @@ def _value_and_grads(
     case: Case, x: jax.Array, projections: tuple, keys: tuple, implementation: str
 ) -> tuple[tuple[jax.Array, ...], Any]:
     """Outputs, and the gradients of a fixed random combination of them."""
+    run = _gradients(case, projections, keys, implementation)
+    gradients, outputs = run(x, [_trained(p) for p in projections])
+    return outputs, gradients
+
+
+def _gradients(case: Case, projections: tuple, keys: tuple, implementation: str) -> Any:
+    """Compiled: from x and what is trained to their gradients and the outputs."""
 
     def loss(x: jax.Array, trained: list[dict]) -> tuple[jax.Array, tuple]:
         group = tuple(map(_with, projections, trained))
@@ -90,10 +97,7 @@ def _value_and_grads(
         ]
         return sum(terms[1:], terms[0]), outputs
 
-    trained = [_trained(p) for p in projections]
-    run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    gradients, outputs = run(x, trained)
-    return outputs, gradients
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,16 @@ def test_kernels_match_in_the_interpreter(case: Case) -> None:
     with interpreted():
         actual = _value_and_grads(case, x, projections, keys, "mosaic_gpu")
     _assert_exact(case, actual, "bfloat16")
+
+
+@pytest.mark.parametrize("case", INTERPRETED[1:3], ids=lambda case: case.name)
+def test_kernels_lower_for_hopper(case: Case) -> None:
+    """The interpreter copies what the copy engine would refuse."""
+    x, projections, keys = _inputs(case, "bfloat16")
+    run = _gradients(case, projections, (None,) * len(keys), "mosaic_gpu")
+    with assume_compute_capability(HOPPER):
+        traced = run.trace(x, [_trained(p) for p in projections])
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.gpu
