@@ -18,6 +18,8 @@ _OWN_FLAGS = """\
       Settings from a YAML file of the same names; flags win over it.
   --print_config
       Write all settings as such a file and stop.
+  --plan
+      Tell what memory the run needs, and what would fit, and stop.
   --debug
       Show the traceback of an error.
 """

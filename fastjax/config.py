@@ -15,6 +15,7 @@ from fastjax.report_config import ReportConfig as ReportConfig
 
 DType = Literal["bfloat16", "float16", "float32"]
 RematPolicy = Literal["none", "attention", "layer", "offload"]
+RematChoice = Literal["none", "attention", "layer", "offload", "auto"]
 LoRABias = Literal["none", "all", "lora_only"]
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr"
@@ -246,7 +247,11 @@ class TrainConfig:
       full_finetuning: Train every weight instead of adapters.
       dtype: Of activations and matrix products; sums are always float32.
       remat: What the backward pass recomputes: "none" only norms and activations,
-        "attention" the attention blocks too, "layer" everything but layer inputs.
+        "attention" the attention blocks too, "layer" everything but layer inputs,
+        "offload" as much, and keeps these in host memory; "auto" measures them and
+        picks for each layer what is fastest within the memory.
+      unroll_layers: Write layers that keep much out in the program, for a faster step,
+        a longer compilation and more memory; else they are scanned.
       max_steps: Optimiser steps; -1 follows `num_train_epochs`.
       logging_steps: Steps between lines of metrics.jsonl.
       logging_first_step: Write a line for the first step too.
@@ -271,7 +276,8 @@ class TrainConfig:
     output_dir: str | None = None
     full_finetuning: bool = False
     dtype: DType = "bfloat16"
-    remat: RematPolicy = "attention"
+    remat: RematChoice = "attention"
+    unroll_layers: bool = False
     per_device_train_batch_size: int = 2
     per_device_eval_batch_size: int = 2
     gradient_accumulation_steps: int = 8

@@ -14,10 +14,12 @@ and 8 key heads of 128):
 policy ever keeps a dequantised weight: the matmul's own VJP keeps the packed one.
 
 "offload" also holds the residual after the attention in host memory, and, where the
-implementation names them ("xla"), the attention's output and statistics: 25 KB a token
-and layer. cuDNN's attention has no names for what it saves and is computed again.
+implementation names them ("xla", "mosaic_gpu"), the attention's output and statistics:
+25 KB a token and layer. cuDNN's attention has no names for what it saves and is
+computed again.
 """
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
@@ -48,12 +50,28 @@ class RematPlan:
 
     Attributes:
       policies: Of each layer of the decoder.
-      is_unrolled: Layers are written out in the program instead of being scanned: no
-        copies into and out of stacks, a longer compilation, and a little more memory.
+      is_unrolled: Layers that keep much are written out in the program instead of
+        being scanned: no copies into and out of stacks, a longer compilation, and a
+        little more memory.
     """
 
     policies: tuple[RematPolicy, ...]
     is_unrolled: bool = False
+
+    def writes_out(self, policy: RematPolicy) -> bool:
+        """Whether layers of that policy are written out.
+
+        The others keep so little that a scan copies next to nothing, and of what is
+        written out XLA moves hardly anything to the host.
+        """
+        return self.is_unrolled and policy in ("none", "attention")
+
+    def __str__(self) -> str:
+        counts = collections.Counter(self.policies)
+        parts = [f"{count} x {policy}" for policy, count in counts.items()]
+        text = ", ".join(parts) if len(parts) > 1 else self.policies[0]
+        is_written_out = any(map(self.writes_out, self.policies))
+        return text + (", written out" if is_written_out else "")
 
     def groups(self, layers: range) -> Iterator[tuple[range, RematPolicy]]:
         """Yields the runs of consecutive layers with one policy, and that policy.
@@ -96,6 +114,8 @@ def _saveable(policy: RematPolicy) -> Callable[..., Any]:
     policies = jax.checkpoint_policies
     if policy == "layer":
         return policies.nothing_saveable
+    if policy == "attention":
+        return policies.save_only_these_names(*_MLP_NAMES)
     if policy == "offload":
         return policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
@@ -103,8 +123,6 @@ def _saveable(policy: RematPolicy) -> Callable[..., Any]:
             offload_src="device",
             offload_dst="pinned_host",
         )
-    if policy == "attention":
-        return policies.save_only_these_names(*_MLP_NAMES)
     names = policies.save_only_these_names(*_MLP_NAMES, *_ATTENTION_NAMES)
 
     def saveable(primitive: Any, *args: Any, **params: Any) -> bool:

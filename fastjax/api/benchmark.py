@@ -7,7 +7,8 @@ from typing import Any
 
 from fastjax import runtime
 from fastjax.api.benchmark_report import device_bytes, environment, gib, write_json
-from fastjax.api.random_step import RandomStep, StepArgs
+from fastjax.api.random_step import RandomStep, StepArgs, planner_of
+from fastjax.api.remat_auto import planned_remat, prediction
 from fastjax.api.roofline import roofline_share
 from fastjax.models.registry import preset
 
@@ -20,24 +21,30 @@ class BenchmarkArgs(StepArgs):
 
     Attributes:
       steps: Timed steps, after three that are not.
+      batches: Random batches that the steps go round, so that there is something to
+        learn; 0 draws a new one for each step.
       out: JSON file that is written; None writes none.
     """
 
     steps: int = 10
+    batches: int = 0
     out: str | None = None
 
 
 def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     """Returns, and writes, what one process measured; peak memory is of this run."""
     runtime.configure()
+    planner = planner_of(args)
+    spec, shape = planner.spec, planner.shape
+    remat, choice = planned_remat(planner, documents=args.documents)
     started = time.perf_counter()
-    step = RandomStep(args)
+    step = RandomStep(spec, remat, shape, documents=args.documents)
     resident = device_bytes("bytes_in_use")
     loaded = time.perf_counter()
     seconds, losses = [], []
     for seed in range(_WARM_UP_STEPS + args.steps):
         start = time.perf_counter()
-        losses.append(step(seed))
+        losses.append(step(seed % args.batches if args.batches else seed))
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[_WARM_UP_STEPS:])
     memory = step.compiled.memory
@@ -45,6 +52,8 @@ def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         **dataclasses.asdict(args),
         "tokens_per_second": args.batch * args.seq / median,
         "step_milliseconds": median * 1e3,
+        "remat_plan": str(remat),
+        "predicted": None if choice is None else prediction(choice, shape),
         "share_of_h200_roofline": roofline_share(
             preset(args.model).config, batch=args.batch, seq=args.seq, seconds=median
         ),
@@ -53,8 +62,7 @@ def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         "temp_gib": None if memory is None else gib(memory.temp_bytes),
         "compile_seconds": step.compiled.compile_seconds,
         "weights_seconds": loaded - started,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "losses": losses,
         "implementations": step.compiled.implementations,
         **environment(),
     }

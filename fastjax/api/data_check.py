@@ -10,8 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fastjax.api.loaders import data_loader
 from fastjax.api.loading import load_text_side
-from fastjax.api.training import data_loader
 from fastjax.config import TrainConfig
 from fastjax.data import DataReport, Document, TrainingData, load_data
 from fastjax.errors import printable

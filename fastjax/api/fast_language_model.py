@@ -9,7 +9,7 @@ from fastjax import runtime
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter, load_model
 from fastjax.api.tokenizer import Tokenizer
-from fastjax.config import ALL_LINEAR, DType, LoRABias, LoRAConfig, RematPolicy
+from fastjax.config import ALL_LINEAR, DType, LoRABias, LoRAConfig, RematChoice
 from fastjax.errors import ConfigError
 from fastjax.flat_config import train_config
 from kernels.device import compute_capability
@@ -169,7 +169,7 @@ def is_bfloat16_supported() -> bool:
     return capability is None or capability >= _AMPERE
 
 
-def _remat(use_gradient_checkpointing: bool | str) -> RematPolicy:
+def _remat(use_gradient_checkpointing: bool | str) -> RematChoice:
     return train_config({"remat": use_gradient_checkpointing}).config.remat
 
 

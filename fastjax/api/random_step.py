@@ -9,19 +9,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from fastjax import lora as adapters
 from fastjax import runtime
-from fastjax.config import Implementations, LoRAConfig, OptimizerConfig, RematPolicy
+from fastjax.api.memory import Planner, planned_spec
+from fastjax.config import (
+    DType,
+    Implementations,
+    OptimizerConfig,
+    RematChoice,
+    TrainConfig,
+)
 from fastjax.losses import cross_entropy
-from fastjax.models.build import DecoderSpec, abstract_decoder, linear_names
+from fastjax.models.build import DecoderSpec, abstract_decoder
 from fastjax.models.registry import preset
-from fastjax.nn.decoder import Decoder
 from fastjax.nn.linear import PackedFormat
 from fastjax.remat import RematPlan
 from fastjax.train import CompiledSteps, init_state, make_optimizer, make_train_step
 from fastjax.train.batches import DeviceBatch
+from fastjax.train.compiled import StepMemory
+from fastjax.train.memory_plan import BatchShape
 from fastjax.train.state import TrainState
+
+type Parts = tuple[nnx.GraphDef, PyTree, PyTree]
+"""Structure, trained variables and all others of a decoder."""
 
 _CODE_DEVIATION = 0.02
 
@@ -37,21 +49,25 @@ class StepArgs:
       remat: What the backward pass recomputes.
       unroll_layers: The layers are written out in the program: a faster step, a longer
         compilation.
+      memory_gib: Of the device, for remat "auto"; 0 takes all that JAX may take.
       documents: Documents packed into each row, of equal length.
       attention: Implementation of attention; None takes the first able one.
+      dtype: Of activations and products; the weights are the same in each.
     """
 
     model: str = "llama3-8b"
     batch: int = 2
     seq: int = 4096
-    remat: RematPolicy = "attention"
+    remat: RematChoice = "attention"
     unroll_layers: bool = False
+    memory_gib: float = 0.0
     documents: int = 1
     attention: str | None = None
+    dtype: DType = "bfloat16"
 
 
 class RandomStep:
-    """A compiled step, its state and its batches.
+    """A step, its state and its batches.
 
     Attributes:
       compiled: Step of each shape of batch.
@@ -59,24 +75,39 @@ class RandomStep:
     """
 
     def __init__(
-        self, args: StepArgs, *, compiler_options: Mapping[str, Any] | None = None
+        self,
+        spec: DecoderSpec,
+        remat: RematPlan,
+        shape: BatchShape,
+        *,
+        documents: int = 1,
+        parts: Parts | None = None,
+        compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
-        layers = preset(args.model).config.num_hidden_layers
-        remat = RematPlan(
-            policies=(args.remat,) * layers, is_unrolled=args.unroll_layers
-        )
-        self.args = args
-        graphdef, trainable, frozen = nnx.split(random_decoder(args), nnx.Param, ...)
-        jax.block_until_ready((trainable, frozen))
+        """Takes weights, or makes random ones.
+
+        Args:
+          spec: Structure of the model, with its adapters.
+          remat: What the backward pass recomputes.
+          shape: Of the batches.
+          documents: Packed into each row, of equal length.
+          parts: Structure and weights, whose trained ones the step consumes; with
+            shapes in the place of weights the step can be compiled, not run.
+          compiler_options: Beside those of training.
+        """
+        graphdef, trainable, frozen = parts or random_parts(spec)
+        self.vocab_size = spec.config.vocab_size
+        self.shape, self.documents = shape, documents
         optimizer = make_optimizer(OptimizerConfig(max_grad_norm=1.0), 1000)
         loss = functools.partial(
             cross_entropy,
             graphdef,
-            max_segments=args.documents,
+            max_segments=documents,
             remat=remat,
+            head_is_trainable=spec.trains_weights,
         )
         self.compiled = CompiledSteps(
-            make_train_step(loss, optimizer, seed=0, dtype="bfloat16"),
+            make_train_step(loss, optimizer, seed=0, dtype=spec.compute_dtype),
             frozen,
             before_compile=lambda: None,
             compiler_options={
@@ -84,52 +115,79 @@ class RandomStep:
                 **(compiler_options or {}),
             },
         )
-        self.state: TrainState = init_state(trainable, optimizer, "bfloat16")
+        start = functools.partial(
+            init_state, optimizer=optimizer, dtype=spec.compute_dtype
+        )
+        is_abstract = isinstance(jax.tree.leaves(trainable)[0], jax.ShapeDtypeStruct)
+        self.state: TrainState = (
+            jax.eval_shape(start, trainable) if is_abstract else start(trainable)
+        )
 
     def __call__(self, seed: int) -> float:
         """Runs a step on the batch of that seed, to its end, and returns the loss."""
-        self.state, metrics = self.compiled(self.state, random_batch(self.args, seed))
+        self.state, metrics = self.compiled(self.state, self._batch(seed))
         return float(metrics["loss"])
 
+    def compile(self) -> StepMemory | None:
+        """Compiles the step and returns its memory, None where XLA does not tell."""
+        self.compiled.compile(self.state, self._batch(0))
+        return self.compiled.memory
 
-def random_decoder(args: StepArgs) -> Decoder:
-    """Returns a QLoRA decoder whose weights are drawn on the device."""
-    config = preset(args.model).config
-    plain = DecoderSpec(
-        config=config,
-        packed=dict.fromkeys(linear_names(config), PackedFormat()),
+    def _batch(self, seed: int) -> DeviceBatch:
+        """Returns a batch of random tokens without padding."""
+        shape = (self.shape.accumulation, self.shape.rows, self.shape.tokens)
+        generator = np.random.default_rng(seed)
+        ids = generator.integers(0, self.vocab_size, shape, np.int32)
+        length = -(-self.shape.tokens // self.documents)
+        places = np.arange(self.shape.tokens, dtype=np.int32)
+        arrays = {
+            "input_ids": ids,
+            "targets": np.roll(ids, -1, axis=-1),
+            "positions": np.broadcast_to(places % length, shape),
+            "segment_ids": np.broadcast_to(places // length + 1, shape),
+        }
+        return DeviceBatch(
+            arrays=jax.device_put(arrays),
+            num_tokens=ids.size,
+            num_rows=shape[0] * shape[1],
+        )
+
+
+def planner_of(args: StepArgs) -> Planner:
+    """Returns the planner of the preset with NF4 weights and adapters."""
+    settings = TrainConfig(
+        model=args.model,
+        remat=args.remat,
+        dtype=args.dtype,
+        unroll_layers=args.unroll_layers,
+        memory_gib=args.memory_gib,
+        per_device_train_batch_size=args.batch,
+        gradient_accumulation_steps=1,
         implementations=Implementations(attention=args.attention),
     )
-    adapted = adapters.adapted_spec(plain, LoRAConfig())
+    spec = planned_spec(settings, preset(args.model).config)
+    packed = dict.fromkeys(spec.packed, PackedFormat())
+    spec = dataclasses.replace(spec, param_dtype="bfloat16", packed=packed)
+    return Planner.of(settings, spec, tokens=args.seq)
+
+
+def random_parts(spec: DecoderSpec) -> Parts:
+    """Returns a decoder whose weights are drawn on the device, in parts."""
+    plain = adapters.plain_spec(spec)
     decoder = abstract_decoder(plain)
     for index, (path, variable) in enumerate(nnx.to_flat_state(nnx.state(decoder))):
+        if path[-1] in ("windows", "ropes"):
+            continue
         key = jax.random.key(index)
         is_norm = "norm" in str(path[-2])
         like = variable.get_value()
         # Compiled, so that no wider copy of a stack of weights ever exists.
         make = jax.jit(functools.partial(_random_value, like, is_norm=is_norm))
         variable.set_value(make(key))
-    return adapters.with_adapters(decoder, plain, adapted, jax.random.key(0))
-
-
-def random_batch(args: StepArgs, seed: int) -> DeviceBatch:
-    """Returns a batch of random tokens without padding."""
-    vocabulary = preset(args.model).config.vocab_size
-    shape = (1, args.batch, args.seq)
-    ids = np.random.default_rng(seed).integers(0, vocabulary, shape, np.int32)
-    length = -(-args.seq // args.documents)
-    places = np.arange(args.seq, dtype=np.int32)
-    arrays = {
-        "input_ids": ids,
-        "targets": np.roll(ids, -1, axis=-1),
-        "positions": np.broadcast_to(places % length, shape),
-        "segment_ids": np.broadcast_to(places // length + 1, shape),
-    }
-    return DeviceBatch(
-        arrays=jax.device_put(arrays),
-        num_tokens=args.batch * args.seq,
-        num_rows=args.batch,
-    )
+    if spec.adapters:
+        decoder = adapters.with_adapters(decoder, plain, spec, jax.random.key(0))
+    graphdef, trainable, frozen = nnx.split(decoder, nnx.Param, ...)
+    return graphdef, *jax.block_until_ready((trainable, frozen))
 
 
 def _random_value(value: Any, key: Any, *, is_norm: bool) -> Any:

@@ -6,6 +6,7 @@ and so the gaps, are those of the step as training runs it.
 """
 
 import dataclasses
+import functools
 import re
 import statistics
 import tempfile
@@ -20,7 +21,8 @@ from jax.profiler import ProfileData
 
 from fastjax import runtime
 from fastjax.api.benchmark_report import device_bytes, environment, gib, write_json
-from fastjax.api.random_step import RandomStep, StepArgs
+from fastjax.api.random_step import RandomStep, StepArgs, planner_of
+from fastjax.api.remat_auto import planned_remat
 
 _WITHOUT_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 _WARM_UP_STEPS = 3
@@ -87,8 +89,13 @@ class Instruction(NamedTuple):
 def run_profile(args: ProfileArgs) -> dict[str, Any]:
     """Returns, and writes, the milliseconds of one warm step by kind of kernel."""
     runtime.configure()
-    wall, implementations = _wall_milliseconds(args)
-    step = RandomStep(args, compiler_options=_WITHOUT_GRAPHS)
+    planner = planner_of(args)
+    remat, _ = planned_remat(planner, documents=args.documents)
+    make = functools.partial(
+        RandomStep, planner.spec, remat, planner.shape, documents=args.documents
+    )
+    wall, implementations = _wall_milliseconds(make())
+    step = make(compiler_options=_WITHOUT_GRAPHS)
     step(0)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -97,6 +104,7 @@ def run_profile(args: ProfileArgs) -> dict[str, Any]:
     program = instructions(step.compiled.program_text())
     result = {
         **dataclasses.asdict(args),
+        "remat_plan": str(remat),
         "step_milliseconds": wall,
         **summary(kernels, program, wall, args.kernels),
         "peak_gib": gib(device_bytes("peak_bytes_in_use")),
@@ -107,9 +115,8 @@ def run_profile(args: ProfileArgs) -> dict[str, Any]:
     return result
 
 
-def _wall_milliseconds(args: ProfileArgs) -> tuple[float, dict[str, list[str]]]:
+def _wall_milliseconds(step: RandomStep) -> tuple[float, dict[str, list[str]]]:
     """Returns the median time of a step as training runs it, and its choices."""
-    step = RandomStep(args)
     seconds = []
     for seed in range(_WARM_UP_STEPS + _TIMED_STEPS):
         start = time.perf_counter()

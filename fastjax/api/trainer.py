@@ -16,8 +16,9 @@ from rich.console import Console
 from fastjax.api.arguments import TrainingArguments
 from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import LanguageModel
+from fastjax.api.loaders import evaluation_loader
 from fastjax.api.tokenizer import Tokenizer
-from fastjax.api.training import evaluate_model, evaluation_loader, prepare_data, train
+from fastjax.api.training import evaluate_model, prepare_data, train
 from fastjax.config import TrainConfig
 from fastjax.data import ResponseMarkers, Source, TrainingData
 from fastjax.data import get_chat_template as set_chat_template

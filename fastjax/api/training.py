@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -18,15 +19,15 @@ from fastjax import files, nvidia, requirements, runtime
 from fastjax.api.device_faults import device_faults
 from fastjax.api.hub import push_folder
 from fastjax.api.language_model import LanguageModel
+from fastjax.api.loaders import data_seed, eval_loader, evaluation_loader
 from fastjax.api.loading import add_adapter, load_model, load_text_side
 from fastjax.api.model_card import write_model_card
+from fastjax.api.run_plan import PlannedRun, planned_run
 from fastjax.api.samples import make_sampler
 from fastjax.api.serving import serving_notes
 from fastjax.config import LoRAConfig, TrainConfig
 from fastjax.config_file import config_yaml
 from fastjax.data import (
-    Documents,
-    Loader,
     ResponseMarkers,
     Source,
     TrainingData,
@@ -77,8 +78,11 @@ def run_training(
     data = load_data(
         config.data,
         tokenizer,
-        seed=_data_seed(config),
+        seed=data_seed(config),
         vocab_size=sizes.vocab_size,
+    )
+    planned = planned_run(
+        config, data, sizes=sizes, note=functools.partial(_say, console)
     )
     _say(console, f"loading {config.model}")
     model = load_for_training(config)
@@ -89,7 +93,14 @@ def run_training(
     settings = folder / "config.yaml"
     if not settings.exists():
         _write_settings(settings, config)
-    result = train(model, config, data, console=console, resume_command=resume_command)
+    result = train(
+        model,
+        config,
+        data,
+        console=console,
+        resume_command=resume_command,
+        planned=planned,
+    )
     if not result.was_finished:
         _write_settings(settings, config)
     if config.report.push_to_hub and config.report.hub_model_id:
@@ -140,7 +151,7 @@ def prepare_data(
     return load_data(
         config.data,
         model.tokenizer,
-        seed=_data_seed(config),
+        seed=data_seed(config),
         vocab_size=model.config.vocab_size,
         train_source=train_source,
         eval_source=eval_source,
@@ -155,6 +166,7 @@ def train(
     *,
     console: Console | None = None,
     resume_command: str = _SAME,
+    planned: PlannedRun | None = None,
 ) -> TrainResult:
     """Trains the model in place and writes the result to `config.output_dir`.
 
@@ -166,6 +178,7 @@ def train(
       data: From `prepare_data`.
       console: Takes notes and progress; None writes to the standard error.
       resume_command: Continues the run; shown when it is interrupted.
+      planned: From `planned_run`; None plans now, beside the loaded model.
 
     Raises:
       ConfigError: Evaluation is asked for and there is nothing to evaluate on, or
@@ -183,7 +196,10 @@ def train(
         _say(console, f"rows may be longer than the model's context of {context:,}")
     graphdef, trainable, frozen = model.split()
     folder = Path(config.output_dir or default_output_dir(config))
-    loader = train_loader(config, data)
+    if planned is None:
+        note = functools.partial(_say, console)
+        planned = planned_run(config, data, spec=model.spec, note=note)
+    loader = planned.loader
     job = Job(
         config=_in_steps(config, loader.steps_per_epoch),
         graphdef=graphdef,
@@ -192,6 +208,7 @@ def train(
         train_loader=loader,
         eval_loader=eval_loader(config, data),
         output_dir=folder,
+        remat=planned.remat,
         write_adapter=_adapter_writer(model),
         on_exit=model.update,
         resume_command=resume_command,
@@ -242,24 +259,6 @@ def evaluate_model(
     step = make_eval_step(job.loss_function(loader, None))
     with device_faults("evaluate", memory_fix="lower per_device_eval_batch_size"):
         return evaluate(step, trainable, frozen, loader).metrics()
-
-
-def train_loader(config: TrainConfig, data: TrainingData) -> Loader:
-    """Returns the shuffled batches of the training documents."""
-    return data_loader(config, data, data.train, for_training=True)
-
-
-def eval_loader(config: TrainConfig, data: TrainingData) -> Loader | None:
-    """Returns the ordered batches of the evaluation documents, None without any."""
-    if not data.evaluation or config.eval_strategy == "no":
-        return None
-    return data_loader(config, data, data.evaluation, for_training=False)
-
-
-def evaluation_loader(config: TrainConfig, data: TrainingData) -> Loader:
-    """Returns ordered batches of the evaluation documents, or of all when none are."""
-    documents = data.evaluation or data.train
-    return data_loader(config, data, documents, for_training=False)
 
 
 def default_output_dir(config: TrainConfig) -> str:
@@ -331,28 +330,6 @@ def _in_steps(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
         is_epoch = config.save_strategy == "epoch"
         changes["save_steps"] = steps_per_epoch if is_epoch else 0
     return dataclasses.replace(config, **changes) if changes else config
-
-
-def data_loader(
-    config: TrainConfig, data: TrainingData, documents: Documents, *, for_training: bool
-) -> Loader:
-    """Returns batches of documents: shuffled for training, in order for evaluation."""
-    batch_size = config.per_device_eval_batch_size
-    if for_training:
-        batch_size = config.per_device_train_batch_size
-    return Loader(
-        documents,
-        batch_size=batch_size,
-        accumulation=config.gradient_accumulation_steps if for_training else 1,
-        max_length=config.data.max_length,
-        packing=data.packing,
-        seed=_data_seed(config),
-        shuffle=for_training,
-    )
-
-
-def _data_seed(config: TrainConfig) -> int:
-    return config.seed if config.data_seed is None else config.data_seed
 
 
 def _flops_per_token(model: LanguageModel) -> float:

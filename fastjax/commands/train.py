@@ -1,16 +1,21 @@
 """`fastjax train`: a configuration in, an adapter or a model out."""
 
+import dataclasses
 import sys
 
 from fastjax.cli_flags import Call, read_settings, shows_settings_help
+from fastjax.commands import plan
 
 _PRINT_CONFIG = ("--print_config", "--print-config")
 
 
 def run(call: Call) -> None:
-    """Trains, or prints the resolved settings and stops."""
+    """Trains, or prints the memory plan or the resolved settings and stops."""
     if shows_settings_help(call):
         return
+    if "--plan" in call.words:
+        words = tuple(word for word in call.words if word != "--plan")
+        return plan.run(dataclasses.replace(call, words=words))
     words = [word for word in call.words if word not in _PRINT_CONFIG]
     settings = read_settings(words)
     if len(words) < len(call.words):

@@ -98,11 +98,12 @@ class Segment(nnx.Module):
             range(first_layer, first_layer + self.num_layers)
         ):
             own = range(run.start - first_layer, run.stop - first_layer)
-            if remat.is_unrolled:
+            if remat.writes_out(policy):
+                # One function for all, so that it is traced and lowered once.
+                kept = jax.jit(rematerialised(layer, policy, is_scanned=False))
                 for index in own:
-                    function = functools.partial(layer, index)
-                    kept = rematerialised(function, policy, is_scanned=False)
-                    x = kept(x, jax.tree.map(lambda leaf, i=index: leaf[i], inputs))
+                    part = jax.tree.map(lambda leaf, i=index: leaf[i], inputs)
+                    x = kept(jnp.int32(index), x, part)
             else:
                 x = _scanned(rematerialised(layer, policy), x, inputs, own)
         return x

@@ -75,7 +75,7 @@ class CompiledSteps:
     ) -> tuple[TrainState, Metrics]:
         """Returns the next state and the metrics, which the device may still owe."""
         if batch.shape not in self._steps:
-            self._compile(state, batch)
+            self.compile(state, batch)
         step = self._steps[batch.shape]
         with out_of_memory(self.memory):
             return step(state, self._frozen, batch.arrays)
@@ -94,7 +94,13 @@ class CompiledSteps:
         ]
         return [*lines, "implementations: " + ", ".join(chosen)] if chosen else lines
 
-    def _compile(self, state: TrainState, batch: DeviceBatch) -> None:
+    def compile(self, state: TrainState, batch: DeviceBatch) -> None:
+        """Compiles the step for one shape of batch.
+
+        Args:
+          state: Its arrays, or their shapes.
+          batch: Of that shape.
+        """
         self._before_compile()
         start = time.perf_counter()
         with dispatch.record() as chosen, out_of_memory(None):

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from fastjax.config import TrainConfig
 from fastjax.losses import cross_entropy
-from fastjax.remat import Remat
+from fastjax.remat import Remat, RematPlan
 from fastjax.train.batches import Loader
 from fastjax.train.checkpoint import WriteAdapter
 from fastjax.train.step import LossFunction
@@ -30,6 +30,7 @@ class Job:
       train_loader: Batches of shape (A, B, S).
       eval_loader: Batches of the held-out set; None evaluates nothing.
       output_dir: Folder of this run alone.
+      remat: What the backward pass recomputes; None where there is none.
       base: Fingerprint of the model's folder: a resumed run must have the same; empty
         when it is not known.
       write_adapter: Writes an adapter's files into a folder. None, for full
@@ -49,6 +50,7 @@ class Job:
     frozen: PyTree
     train_loader: Loader
     output_dir: Path
+    remat: RematPlan | None = None
     eval_loader: Loader | None = None
     base: str = ""
     write_adapter: WriteAdapter | None = None

@@ -100,7 +100,7 @@ class _Loop:
         optimizer = make_optimizer(config.optimizer, total)
         self.steps = CompiledSteps(
             make_train_step(
-                job.loss_function(job.train_loader, config.remat),
+                job.loss_function(job.train_loader, job.remat),
                 optimizer,
                 seed=config.seed,
                 has_dropout=job.has_dropout,
@@ -108,7 +108,9 @@ class _Loop:
             ),
             job.frozen,
             before_compile=lambda: progress.note(COMPILING),
-            compiler_options=runtime.step_compiler_options((config.remat,)),
+            compiler_options=runtime.step_compiler_options(
+                job.remat.policies if job.remat else ()
+            ),
         )
         if job.eval_loader is not None:
             self.eval_step = make_eval_step(job.loss_function(job.eval_loader, None))
@@ -301,7 +303,7 @@ class _Loop:
         self.log.flush_to_disk()
         content = {
             "identity": start.identity(self.job),
-            "environment": record.environment(self.config),
+            "environment": record.environment(self.config, self.job.remat),
             "seed": self.config.seed,
             "log": self.log.state(),
             "bad_steps": self.bad_steps,
@@ -346,7 +348,7 @@ class _Loop:
             "total_steps": self.total,
             "data": self.job.train_loader.fingerprint,
             "settings": record.settings(self.config),
-            "environment": record.environment(self.config),
+            "environment": record.environment(self.config, self.job.remat),
             "implementations": self.steps.implementations,
             "memory": None if memory is None else dataclasses.asdict(memory),
             "compile_seconds": self.steps.compile_seconds,

@@ -11,6 +11,7 @@ import jax
 
 import fastjax
 from fastjax.config import Implementations, ReportConfig, TrainConfig
+from fastjax.remat import RematPlan
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -20,6 +21,7 @@ _FREE = frozenset(
     {
         "output_dir",
         "remat",
+        "unroll_layers",
         "full_determinism",
         "per_device_eval_batch_size",
         "logging_steps",
@@ -72,8 +74,13 @@ def identity(
     return {**fixed, "total_steps": total_steps, **fingerprints}
 
 
-def environment(config: TrainConfig) -> dict[str, Any]:
-    """Returns what the last bits of a result may depend on."""
+def environment(config: TrainConfig, remat: RematPlan | None = None) -> dict[str, Any]:
+    """Returns what the last bits of a result may depend on.
+
+    Args:
+      config: Of the run.
+      remat: The plan that it took.
+    """
     devices = jax.devices()
     return {
         "fastjax": fastjax.__version__,
@@ -81,7 +88,7 @@ def environment(config: TrainConfig) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": devices[0].device_kind,
         "device_count": len(devices),
-        "remat": config.remat,
+        "remat": str(remat or config.remat),
         **{
             f"implementation of {op}": name
             for op, name in dataclasses.asdict(config.implementations).items()

@@ -8,6 +8,7 @@ from typing import Any
 from fastjax import files
 from fastjax.config import TrainConfig
 from fastjax.errors import ConfigError, ModelError, printable
+from fastjax.remat import RematPlan
 from fastjax.train import checkpoint, manifest, metrics, record
 
 Note = Callable[[str], None]
@@ -64,7 +65,12 @@ def find(output_dir: Path, mode: str, note: Note) -> Found | None:
 
 
 def require_same_run(
-    found: Found, config: TrainConfig, identity: Mapping[str, Any], note: Note
+    found: Found,
+    config: TrainConfig,
+    identity: Mapping[str, Any],
+    note: Note,
+    *,
+    remat: RematPlan | None = None,
 ) -> None:
     """Returns when the checkpoint is one of this very run, or changes are allowed.
 
@@ -73,6 +79,7 @@ def require_same_run(
       config: Of this run.
       identity: From `record.identity`.
       note: Is told of what may change the last bits.
+      remat: Plan of this run.
 
     Raises:
       ConfigError: Settings that change the mathematics differ; lists them.
@@ -87,7 +94,7 @@ def require_same_run(
         )
     for name, before, now in changed:
         note(f"changed by request: {name} was {printable(before)}, is {now}")
-    here = record.environment(config)
+    here = record.environment(config, remat)
     moved = record.differences(found.record.get("environment", {}), here)
     if moved:
         reasons = ", ".join(f"{n} was {printable(b)}, is {now}" for n, b, now in moved)

@@ -33,7 +33,7 @@ def find(job: Job, note: resume.Note) -> resume.Found | None:
         mode = job.config.resume_from_checkpoint
         found = resume.find(job.output_dir, mode, note)
     if found is not None:
-        resume.require_same_run(found, job.config, identity(job), note)
+        resume.require_same_run(found, job.config, identity(job), note, remat=job.remat)
         checkpoint.require_fitting(found.folder, shapes(job), found.record)
         note(f"continuing from {found.folder}")
     return found

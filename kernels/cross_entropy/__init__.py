@@ -2,3 +2,4 @@
 
 from .api import linear_cross_entropy as linear_cross_entropy
 from .api import token_log_probs as token_log_probs
+from .options import CHUNK_TOKENS as CHUNK_TOKENS

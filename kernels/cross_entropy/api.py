@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Float32, Int
 from kernels import dispatch
 
 from . import reference, vjp
-from .options import Options
+from .options import CHUNK_TOKENS, Options
 
 _LOSS = {
     "xla": vjp.linear_cross_entropy,
@@ -21,7 +21,7 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     ignore_index: int = -100,
-    chunk_tokens: int = 2048,
+    chunk_tokens: int = CHUNK_TOKENS,
     head_is_trainable: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
@@ -63,7 +63,7 @@ def token_log_probs(
     *,
     softcap: float | None = None,
     ignore_index: int = -100,
-    chunk_tokens: int = 2048,
+    chunk_tokens: int = CHUNK_TOKENS,
     head_is_trainable: bool = False,
     implementation: str | None = None,
 ) -> Float32[Array, " M"]:

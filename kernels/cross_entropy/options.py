@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+CHUNK_TOKENS = 2048
+"""Rows whose logits exist at a time, unless the caller says otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:

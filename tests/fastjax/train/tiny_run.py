@@ -18,6 +18,7 @@ from fastjax.config import (
     ReportConfig,
     TrainConfig,
 )
+from fastjax.remat import RematPlan
 from fastjax.train.job import Job
 from fastjax.train.loop import run
 from fastjax.train.result import TrainResult
@@ -50,7 +51,7 @@ class TinyModel(nnx.Module):
         max_segments: int | None = None,
         dropout_key: jax.Array | None = None,
         embedding_noise: jax.Array | None = None,
-        remat: str | None = None,
+        remat: RematPlan | None = None,
     ) -> jax.Array:
         """Returns hidden states (B, S, WIDTH)."""
         table = self.table.get_value()
@@ -161,8 +162,10 @@ def train(
 ) -> TrainResult:
     """Runs the tiny job, with some settings and some arguments changed."""
     graphdef, trainable, frozen = split()
+    settings = config(**{"fallback_dir": f"{output_dir}-rescue"} | changes)
     arguments = {
-        "config": config(**{"fallback_dir": f"{output_dir}-rescue"} | changes),
+        "config": settings,
+        "remat": RematPlan(policies=(settings.remat,)),
         "graphdef": graphdef,
         "trainable": trainable,
         "frozen": frozen,

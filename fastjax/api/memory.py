@@ -1,0 +1,249 @@
+"""What a run will need, told before any weight is read, and what to do if too much."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from fastjax import lora as adapters
+from fastjax.api.benchmark_report import device_bytes
+from fastjax.config import QuantConfig, RematPolicy, TrainConfig
+from fastjax.errors import OutOfMemory
+from fastjax.models.build import DecoderSpec, linear_names
+from fastjax.models.transformer_config import TransformerConfig
+from fastjax.nn.linear import PackedFormat
+from fastjax.remat import RematPlan
+from fastjax.train.memory_plan import (
+    BatchShape,
+    MemoryPlan,
+    ModelBytes,
+    memory_plan,
+)
+
+_GIB = 2**30
+_FORMULA_ERROR = 0.1
+_LEANER: tuple[RematPolicy, ...] = ("none", "attention", "layer", "offload")
+_MOST_ROWS, _TOKEN_UNIT, _MOST_TOKENS = 4096, 256, 2**22
+_ADVICES = 4
+
+
+def planned_spec(config: TrainConfig, sizes: TransformerConfig) -> DecoderSpec:
+    """Returns the structure that a run gives a model of these sizes.
+
+    All linears are taken as packed where 4 bits are asked for; a checkpoint that is
+    quantised already may hold some of them in 16 bits.
+    """
+    spec = DecoderSpec(
+        config=sizes,
+        param_dtype="float32" if config.full_finetuning else config.dtype,
+        compute_dtype=config.dtype,
+        trains_weights=config.full_finetuning,
+        packed=_packed(config.quant, sizes, config.dtype),
+        implementations=config.implementations,
+    )
+    return spec if config.full_finetuning else adapters.adapted_spec(spec, config.lora)
+
+
+def memory_limit(config: TrainConfig) -> int | None:
+    """Returns the bytes that a run may take of the device; None when not known."""
+    if config.memory_gib > 0:
+        return int(config.memory_gib * _GIB)
+    return device_bytes("bytes_limit")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Planner:
+    """Foretells the memory of a run, and of runs like it.
+
+    Attributes:
+      config: Of the run.
+      spec: Structure of the model.
+      shape: Of the batches.
+      model: Bytes that do not depend on the batch.
+    """
+
+    config: TrainConfig
+    spec: DecoderSpec
+    shape: BatchShape
+    model: ModelBytes
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        spec: DecoderSpec,
+        *,
+        tokens: int | None = None,
+    ) -> "Planner":
+        """Returns the planner of a run.
+
+        Args:
+          config: Of the run.
+          spec: Structure of its model; see `planned_spec`.
+          tokens: Of a row; None takes the longest that the run allows.
+        """
+        shape = BatchShape(
+            rows=config.per_device_train_batch_size,
+            tokens=tokens or config.data.max_length,
+            accumulation=config.gradient_accumulation_steps,
+        )
+        return cls(
+            config=config,
+            spec=spec,
+            shape=shape,
+            model=ModelBytes.of(spec, config.optimizer),
+        )
+
+    def remat(self, policy: RematPolicy) -> RematPlan:
+        """Returns the plan with one policy for all layers."""
+        layers = self.spec.config.num_hidden_layers
+        return RematPlan(
+            policies=(policy,) * layers, is_unrolled=self.config.unroll_layers
+        )
+
+    @property
+    def policy(self) -> RematPolicy:
+        """The policy to plan with; that of "auto" is the leanest it may choose."""
+        return "offload" if self.config.remat == "auto" else self.config.remat
+
+    def plan(
+        self,
+        policy: RematPolicy | None = None,
+        *,
+        rows: int | None = None,
+        tokens: int | None = None,
+    ) -> MemoryPlan:
+        """Returns the bytes of a step with some of its settings changed."""
+        shape = dataclasses.replace(
+            self.shape, rows=rows or self.shape.rows, tokens=tokens or self.shape.tokens
+        )
+        remat = self.remat(policy or self.policy)
+        return memory_plan(self.spec, self.model, remat, shape)
+
+    def most_rows(self, limit: int, policy: RematPolicy | None = None) -> int:
+        """Returns the most rows of a micro-batch that fit, 0 when not even one does."""
+        return _most(lambda n: self.plan(policy, rows=n).peak <= limit, _MOST_ROWS)
+
+    def most_tokens(self, limit: int, policy: RematPolicy | None = None) -> int:
+        """Returns the longest row that fits at this batch, in steps of 256 tokens."""
+        most = _MOST_TOKENS // _TOKEN_UNIT
+        return _TOKEN_UNIT * _most(
+            lambda n: self.plan(policy, tokens=n * _TOKEN_UNIT).peak <= limit, most
+        )
+
+    def lines(self, limit: int | None) -> Iterator[str]:
+        """Yields what the plan says, for people."""
+        plan, shape = self.plan(), self.shape
+        yield (
+            f"memory of a step of {shape.rows} x {shape.tokens:,} tokens, "
+            f"remat {self.config.remat}:"
+        )
+        for name, count in dataclasses.asdict(plan).items():
+            if count or name != "host":
+                yield f"  {_NAMES[name]:24} {_gib(count)}"
+        yield f"  {'peak on the device':24} {_gib(plan.peak)}"
+        if limit is None:
+            yield "no GPU here: --memory_gib N says what would fit into N GiB"
+            return
+        yield f"within {_gib(limit)} at most:"
+        for policy in _LEANER:
+            rows, tokens = (
+                self.most_rows(limit, policy),
+                self.most_tokens(limit, policy),
+            )
+            yield (
+                f"  remat {policy:10} {rows:,} rows of {shape.tokens:,} tokens, or "
+                f"{shape.rows} of {tokens:,}"
+            )
+
+    def require_fit(self, limit: int | None) -> None:
+        """Stops a run that cannot fit, with what would.
+
+        Raises:
+          OutOfMemory: The formula's error aside, the step needs more than the limit.
+        """
+        need = self.plan().peak
+        if limit is not None and need * (1 - _FORMULA_ERROR) > limit:
+            self.refuse(limit, need=need)
+
+    def refuse(self, limit: int, *, need: int) -> NoReturn:
+        """Says that the run does not fit, and what would.
+
+        Args:
+          limit: Bytes of the device that the run may take.
+          need: Bytes that it would take.
+
+        Raises:
+          OutOfMemory: Always.
+        """
+        advice = list(self.advice(limit))[:_ADVICES]
+        none = "a smaller model, or a GPU with more memory: not even a row of 256 fits"
+        raise OutOfMemory(
+            f"the run needs about {_gib(need)}, and {_gib(limit)} are there",
+            where=f"{self.shape.rows} rows of {self.shape.tokens:,} tokens, "
+            f"remat {self.config.remat}",
+            fix="\n         or ".join(advice) if advice else none,
+        )
+
+    def advice(self, limit: int) -> Iterator[str]:
+        """Yields changes that make the run fit, those that cost least time first."""
+        rows, steps = self.shape.rows, self.shape.accumulation
+        if fitting := min(self.most_rows(limit), rows - 1):
+            fitting = 1 << (fitting.bit_length() - 1)
+            more = -(-rows * steps // fitting)
+            yield (
+                f"--per_device_train_batch_size {fitting} "
+                f"--gradient_accumulation_steps {more}: "
+                f"{_gib(self.plan(rows=fitting).peak)}, the same steps"
+            )
+        for policy in _LEANER[_LEANER.index(self.policy) + 1 :]:
+            if (need := self.plan(policy).peak) <= limit:
+                yield f"--remat {policy}: {_gib(need)}"
+        if not self.config.full_finetuning and not self.spec.packed:
+            packed = dataclasses.replace(self.config, quant=QuantConfig())
+            spec = planned_spec(packed, self.spec.config)
+            other = Planner.of(packed, spec, tokens=self.shape.tokens)
+            if (peak := other.plan().peak) <= limit:
+                yield f"--load_in_4bit: {_gib(peak)}"
+        if tokens := self.most_tokens(limit):
+            need = self.plan(tokens=tokens).peak
+            yield f"--max_length {tokens}: {_gib(need)}, shorter rows"
+        elif fitting := self.most_rows(limit, "offload"):
+            need = self.plan("offload", rows=fitting).peak
+            rows = f"--per_device_train_batch_size {fitting}"
+            yield f"--remat offload {rows}: {_gib(need)}"
+
+
+_NAMES = {
+    "weights": "frozen weights",
+    "trained": "trained weights",
+    "optimizer": "optimiser",
+    "saved": "saved activations",
+    "workspace": "workspace",
+    "host": "in host memory",
+}
+
+
+def _packed(
+    quant: QuantConfig, sizes: TransformerConfig, dtype: str
+) -> dict[str, PackedFormat]:
+    if not quant.load_in_4bit:
+        return {}
+    packed = PackedFormat(
+        code=quant.bnb_4bit_quant_type,
+        double_quant=quant.bnb_4bit_use_double_quant,
+        dtype=dtype,
+    )
+    return dict.fromkeys(linear_names(sizes), packed)
+
+
+def _most(fits: Callable[[int], bool], limit: int) -> int:
+    """Returns the largest number up to the limit that fits; 0 fits always."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _gib(count: int) -> str:
+    return f"{count / _GIB:.2f} GiB"

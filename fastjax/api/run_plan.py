@@ -1,0 +1,98 @@
+"""What a run settles before any weight is read: its batches, its memory, its remat."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from conversions.hf import read_config
+from fastjax import runtime
+from fastjax.api.finding import find_model
+from fastjax.api.loaders import train_loader
+from fastjax.api.memory import Planner, memory_limit, planned_spec
+from fastjax.api.remat_auto import compiled_memory, planned_remat
+from fastjax.config import TrainConfig
+from fastjax.data import Loader, TrainingData
+from fastjax.models.build import DecoderSpec
+from fastjax.models.registry import PRESETS
+from fastjax.models.transformer_config import TransformerConfig
+from fastjax.remat import RematPlan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRun:
+    """What is settled.
+
+    Attributes:
+      loader: Of the training batches.
+      remat: What the backward pass recomputes, layer by layer.
+    """
+
+    loader: Loader
+    remat: RematPlan
+
+
+def planned_run(
+    config: TrainConfig,
+    data: TrainingData,
+    *,
+    note: Callable[[str], None],
+    spec: DecoderSpec | None = None,
+    sizes: TransformerConfig | None = None,
+) -> PlannedRun:
+    """Returns the plan of a run that fits.
+
+    Args:
+      config: Of the run.
+      data: Its rows decide how long a batch is.
+      note: Is told what is going on.
+      spec: Structure of the model.
+      sizes: Of the model, when no structure is known yet.
+
+    Raises:
+      OutOfMemory: The run cannot fit; says what would.
+    """
+    if spec is None:
+        assert sizes is not None
+        spec = planned_spec(config, sizes)
+    loader = train_loader(config, data)
+    planner = Planner.of(config, spec, tokens=loader.row_length)
+    planner.require_fit(memory_limit(config))
+    remat, _ = planned_remat(planner, documents=loader.max_segments, note=note)
+    return PlannedRun(loader=loader, remat=remat)
+
+
+def plan_lines(config: TrainConfig) -> Iterator[str]:
+    """Yields what a run will need, for people; reads no weight and no data.
+
+    Rows are taken to be `max_length` long. On a GPU the step is compiled on shapes and
+    its memory is the compiler's; elsewhere the closed formula's, which a measured peak
+    meets within 10 %.
+
+    Raises:
+      FastJaxError: The model is not found, or the run cannot fit; says what would.
+    """
+    runtime.configure()
+    planner = Planner.of(config, planned_spec(config, _sizes(config)))
+    limit = memory_limit(config)
+    yield from planner.lines(limit)
+    planner.require_fit(limit)
+    if jax.default_backend() == "gpu":
+        notes: list[str] = []
+        remat, _ = planned_remat(planner, note=notes.append)
+        yield from notes
+        memory = compiled_memory(planner.spec, remat, planner.shape)
+        if memory is not None:
+            yield f"compiled: {memory.total_bytes / 2**30:.2f} GiB on the device"
+            if limit is not None and memory.total_bytes > limit:
+                planner.refuse(limit, need=memory.total_bytes)
+
+
+def _sizes(config: TrainConfig) -> TransformerConfig:
+    """Returns the sizes of a preset as it is listed, of others as their files say."""
+    found = PRESETS.get(config.model.lower())
+    if found is not None and not Path(config.model).is_dir():
+        return found.config
+    model = find_model(config.model, revision=config.model_revision, with_weights=False)
+    return read_config(model.folder)

@@ -1,0 +1,16 @@
+"""`fastjax plan`: the memory of a run, before any weight is read."""
+
+import sys
+
+from fastjax.cli_flags import Call, read_settings, shows_settings_help
+
+
+def run(call: Call) -> None:
+    """Prints the plan of the run that `fastjax train` would do with these flags."""
+    if shows_settings_help(call):
+        return
+    settings = read_settings(call.words)
+    from fastjax.api.run_plan import plan_lines
+
+    for line in plan_lines(settings.config):
+        sys.stdout.write(f"{line}\n")

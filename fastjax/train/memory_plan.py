@@ -1,0 +1,161 @@
+"""What a training step will hold on the device, by a closed formula of its sizes.
+
+Saved activations are counted exactly. The workspace is what the largest of three
+phases holds beside them: the loss with one chunk of logits, the backward pass of one
+layer, and, with all weights trained, the optimiser.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import PyTree
+
+from fastjax.config import OptimizerConfig, RematPolicy
+from fastjax.models.build import DecoderSpec, abstract_decoder, layer_linears
+from fastjax.remat import RematPlan
+from fastjax.train.optimizer import make_optimizer
+from kernels.cross_entropy import CHUNK_TOKENS
+
+_FLOAT32 = 4
+_LOGIT_COPIES = 6  # bytes: a chunk of logits in float32, their cotangent in 16 bits
+_RESIDUAL_ROWS = 5  # rows of D: the stream, its cotangent, norms and what they keep
+UNROLLED_SLACK = 1.15
+"""What layers that are written out keep, to what they save."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BatchShape:
+    """Rows and tokens of a micro-batch, and how many of them make a step."""
+
+    rows: int
+    tokens: int
+    accumulation: int = 1
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens that are on the device at once."""
+        return self.rows * self.tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Bytes of a training step.
+
+    Attributes:
+      weights: Frozen ones, as they are stored.
+      trained: Adapters, or all weights in full fine-tuning.
+      optimizer: Its state.
+      saved: Activations kept for the backward pass.
+      workspace: The most that the step holds beside all this.
+      host: Activations kept in pinned host memory.
+    """
+
+    weights: int
+    trained: int
+    optimizer: int
+    saved: int
+    workspace: int
+    host: int
+
+    @property
+    def resident(self) -> int:
+        """What is on the device between steps."""
+        return self.weights + self.trained + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """The most that is on the device at once."""
+        return self.resident + self.saved + self.workspace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelBytes:
+    """Bytes that do not depend on the batch; see `MemoryPlan`."""
+
+    weights: int
+    trained: int
+    optimizer: int
+    gradients: int
+
+    @classmethod
+    def of(cls, spec: DecoderSpec, optimizer: OptimizerConfig) -> "ModelBytes":
+        """Returns those of a structure, with its adapters, and an optimiser."""
+        _, trainable, frozen = nnx.split(abstract_decoder(spec), nnx.Param, ...)
+        state = jax.eval_shape(make_optimizer(optimizer, 1).init, trainable)
+        return cls(
+            weights=_bytes(frozen),
+            trained=_bytes(trainable),
+            optimizer=_bytes(state),
+            gradients=_FLOAT32 * sum(leaf.size for leaf in jax.tree.leaves(trainable)),
+        )
+
+
+def memory_plan(
+    spec: DecoderSpec, model: ModelBytes, remat: RematPlan, shape: BatchShape
+) -> MemoryPlan:
+    """Returns the bytes of a step.
+
+    Args:
+      spec: Structure of the model, with its adapters.
+      model: Of that structure.
+      remat: What the backward pass recomputes, layer by layer.
+      shape: Of the batches.
+    """
+    saved = host = 0
+    for layer, policy in enumerate(remat.policies):
+        device_bytes, host_bytes = saved_bytes(spec, layer, policy)
+        slack = UNROLLED_SLACK if remat.writes_out(policy) else 1.0
+        saved += int(device_bytes * slack) * shape.micro_batch_tokens
+        host += host_bytes * shape.micro_batch_tokens
+    return MemoryPlan(
+        weights=model.weights,
+        trained=model.trained,
+        optimizer=model.optimizer,
+        saved=saved,
+        workspace=_workspace(spec, model, remat, shape),
+        host=host,
+    )
+
+
+def saved_bytes(spec: DecoderSpec, layer: int, policy: RematPolicy) -> tuple[int, int]:
+    """Returns the bytes a token that one layer keeps: on the device, on the host."""
+    config, width = spec.config, jnp.dtype(spec.compute_dtype).itemsize
+    wide = config.hidden_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    names = (f"layers.{layer}.{name}" for name in layer_linears(config))
+    ranks = sum(spec.adapters[name].rank for name in names if name in spec.adapters)
+    statistics = _FLOAT32 * config.num_attention_heads
+    if policy == "offload":
+        return 0, width * (2 * wide + queries) + statistics
+    kept = wide
+    if policy in ("attention", "none"):
+        kept += wide + 2 * config.intermediate_size + ranks
+    if policy != "none":
+        return width * kept, 0
+    raw = queries + keys if config.qk_norm else 0
+    kept += 2 * queries + 2 * keys + raw
+    return width * kept + statistics, 0
+
+
+def _workspace(
+    spec: DecoderSpec, model: ModelBytes, remat: RematPlan, shape: BatchShape
+) -> int:
+    config, width = spec.config, jnp.dtype(spec.compute_dtype).itemsize
+    wide, inner = config.hidden_size, config.intermediate_size
+    tokens = shape.micro_batch_tokens
+    # Those of the micro-batch, and their sum over micro-batches.
+    gradients = model.gradients * (2 if shape.accumulation > 1 else 1)
+    logits = _LOGIT_COPIES * min(CHUNK_TOKENS, tokens) * config.vocab_size
+    loss = logits + 2 * width * tokens * wide
+    # Gate, up, their product and the cotangents of all; the first two may be saved.
+    recomputes = set(remat.policies) & {"layer", "offload"}
+    rows = (6 if recomputes else 4) * inner + _RESIDUAL_ROWS * wide
+    dense = 2 * width * inner * wide if spec.packed or spec.trains_weights else 0
+    return max(loss, width * tokens * rows + dense + gradients)
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

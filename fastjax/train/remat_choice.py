@@ -1,0 +1,93 @@
+"""The fastest remat plan that fits: what each layer keeps, from measured costs."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+
+from fastjax.config import RematPolicy
+from fastjax.remat import RematPlan
+
+_EARLIEST_FIRST: tuple[RematPolicy, ...] = ("offload", "layer", "attention", "none")
+"""Order of the layers of a plan.
+
+The last layers are the first of the backward pass: what they keep is gone when the
+early ones recompute, and an early layer has the most time to travel to the host.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyCost:
+    """What one policy costs: of a step without layers, and of each layer.
+
+    Attributes:
+      base_seconds: Embedding, loss, optimiser and all else that is done once.
+      base_bytes: The workspace of a step.
+      layer_seconds: Of one layer, forward and backward.
+      layer_bytes: That one layer keeps on the device.
+    """
+
+    base_seconds: float
+    base_bytes: float
+    layer_seconds: float
+    layer_bytes: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A plan and what it is predicted to cost.
+
+    Attributes:
+      remat: The plan.
+      seconds: Of a micro-batch.
+      bytes: Of activations and workspace.
+    """
+
+    remat: RematPlan
+    seconds: float
+    bytes: float
+
+
+def fastest(
+    costs: Mapping[RematPolicy, PolicyCost],
+    *,
+    num_layers: int,
+    limit_bytes: float,
+    is_unrolled: bool = False,
+) -> Choice | None:
+    """Returns the fastest plan within the limit, None when no plan is.
+
+    Every way to share the layers out among the policies is compared: what a layer
+    costs does not depend on its place.
+
+    Args:
+      costs: Of the policies that may be used.
+      num_layers: Of the decoder.
+      limit_bytes: Of activations and workspace.
+      is_unrolled: The plan writes layers out.
+    """
+    names: list[RematPolicy] = [name for name in _EARLIEST_FIRST if name in costs]
+    best: Choice | None = None
+    for counts in _shares(num_layers, len(names)):
+        used = [(costs[name], n) for name, n in zip(names, counts, strict=True) if n]
+        size = max(cost.base_bytes for cost, _ in used)
+        size += sum(n * cost.layer_bytes for cost, n in used)
+        seconds = max(cost.base_seconds for cost, _ in used)
+        seconds += sum(n * cost.layer_seconds for cost, n in used)
+        if size > limit_bytes or (best is not None and seconds >= best.seconds):
+            continue
+        policies: list[RematPolicy] = []
+        for name, count in zip(names, counts, strict=True):
+            policies.extend(itertools.repeat(name, count))
+        remat = RematPlan(policies=tuple(policies), is_unrolled=is_unrolled)
+        best = Choice(remat=remat, seconds=seconds, bytes=size)
+    return best
+
+
+def _shares(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Yields every way to write `total` as an ordered sum of so many parts."""
+    if parts == 1:
+        yield (total,)
+        return
+    for first in range(total + 1):
+        for rest in _shares(total - first, parts - 1):
+            yield (first, *rest)

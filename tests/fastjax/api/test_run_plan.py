@@ -1,0 +1,82 @@
+"""The memory of a run, told beforehand, against what was measured on a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastjax import cli
+from fastjax.api.memory import Planner, planned_spec
+from fastjax.api.remat_auto import planned_remat
+from fastjax.config import DataConfig, RematChoice, TrainConfig
+from fastjax.errors import ConfigError, OutOfMemory
+from fastjax.models.registry import preset
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "nvidia-h200"
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    """Of Llama-3-8B, 2 rows of 4,096 tokens."""
+    config = TrainConfig(
+        gradient_accumulation_steps=1,
+        data=DataConfig(max_length=4096),
+        unroll_layers=False,
+    )
+    return Planner.of(config, planned_spec(config, preset("llama3-8b").config))
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "layer"])
+def test_the_formula_meets_measured_peaks(planner: Planner, remat: str) -> None:
+    path = RESULTS / f"step-llama3-8b-b2-s4096-{remat}.json"
+    measured = json.loads(path.read_text())["peak_gib"] * GIB
+    assert planner.plan(remat).peak == pytest.approx(measured, rel=0.1)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_largest_batch_and_row_just_fit(planner: Planner) -> None:
+    limit = 24 * GIB
+    rows, tokens = (
+        planner.most_rows(limit, "layer"),
+        planner.most_tokens(limit, "layer"),
+    )
+    assert planner.plan("layer", rows=rows).peak <= limit
+    assert planner.plan("layer", rows=rows + 1).peak > limit
+    assert planner.plan("layer", tokens=tokens).peak <= limit
+    assert planner.plan("layer", tokens=tokens + 256).peak > limit
+
+
+def test_a_run_that_cannot_fit_is_stopped_with_what_would(planner: Planner) -> None:
+    planner.require_fit(None)
+    planner.require_fit(26 * GIB)
+    with pytest.raises(OutOfMemory) as caught:
+        planner.require_fit(12 * GIB)
+    advice = str(caught.value).split("fix:")[1].splitlines()
+    assert "--remat layer" in advice[0]
+    assert "--remat offload" in advice[1]
+    with pytest.raises(OutOfMemory, match="smaller model"):
+        planner.require_fit(5 * GIB)
+
+
+def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "tiny", "--memory_gib", "1"]
+    assert cli.run("train", [*words, "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert cli.run("plan", words) == 0
+    assert capsys.readouterr().out == said
+    assert "frozen weights" in said
+    assert "within 1.00 GiB" in said
+    assert cli.run("plan", ["--model", "tiny", "--memory_gib", "0.001"]) == 6
+
+
+@pytest.mark.parametrize("remat", ["auto", "layer"])
+def test_auto_wants_to_know_the_memory(planner: Planner, remat: RematChoice) -> None:
+    config = TrainConfig(remat=remat)
+    other = Planner(
+        config=config, spec=planner.spec, shape=planner.shape, model=planner.model
+    )
+    if remat == "auto":
+        with pytest.raises(ConfigError, match="how much memory"):
+            planned_remat(other)
+    else:
+        assert planned_remat(other) == (other.remat("layer"), None)

@@ -1,0 +1,39 @@
+"""The fastest plan that fits."""
+
+from fastjax.config import RematPolicy
+from fastjax.train.remat_choice import Choice, PolicyCost, fastest
+
+COSTS: dict[RematPolicy, PolicyCost] = {
+    "none": PolicyCost(
+        base_seconds=2.0, base_bytes=10.0, layer_seconds=1.0, layer_bytes=8.0
+    ),
+    "layer": PolicyCost(
+        base_seconds=2.0, base_bytes=12.0, layer_seconds=1.5, layer_bytes=1.0
+    ),
+    "offload": PolicyCost(
+        base_seconds=2.5, base_bytes=12.0, layer_seconds=1.4, layer_bytes=0.0
+    ),
+}
+
+
+def _choice(limit: float) -> Choice:
+    found = fastest(COSTS, num_layers=4, limit_bytes=limit)
+    assert found is not None
+    return found
+
+
+def test_all_is_kept_where_it_fits() -> None:
+    choice = _choice(42.0)
+    assert choice.remat.policies == ("none",) * 4
+    assert (choice.seconds, choice.bytes) == (6.0, 42.0)
+
+
+def test_a_layer_gives_way_before_its_neighbours_do() -> None:
+    # One layer of the other policies frees 7 bytes, or 8 and costs the graphs too.
+    assert _choice(41.0).remat.policies == ("layer", "none", "none", "none")
+    assert str(_choice(41.0).remat) == "1 x layer, 3 x none"
+
+
+def test_the_leanest_plan_is_the_last_to_fit() -> None:
+    assert set(_choice(12.0).remat.policies) == {"offload"}
+    assert fastest(COSTS, num_layers=4, limit_bytes=11.0) is None
