@@ -32,12 +32,14 @@ test-slow: setup
 docs: setup
 	$(RUN) -c "from fastjax.cli_help import settings_page as p; print(p(), end='')" \
 	> docs/settings.md
+	$(RUN) -m sphinx -q -W -b html docs build/site
 
 check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
+	$(RUN) -m sphinx -q -W -b dummy docs build/site-check
 
 test-gpu:
 	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/kernels

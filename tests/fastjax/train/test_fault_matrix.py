@@ -74,7 +74,6 @@ def test_a_run_that_fails_anywhere_ends_the_same(
             pass
         else:
             pytest.fail(f"{kind}@{point}@{step} was not told")
-        assert not list(tmp_path.glob(".tmp-*/manifest.json"))
     monkeypatch.delenv(faults.VARIABLE)
     tiny.train(tmp_path)
     assert outcome(tmp_path) == outcome(whole)
@@ -203,11 +202,11 @@ def trained_until(
     process = context.Process(target=runpy.run_path, args=arguments)
     process.start()
     process.join(deadline)
-    if is_killed := process.exitcode is None:
-        process.kill()
-        process.join()
-    assert process.exitcode == (-signal.SIGKILL if is_killed else 0)
-    return not is_killed
+    process.kill()
+    process.join()
+    # It may have ended between the two.
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
 
 
 @pytest.mark.slow
