@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .adam8bit import Blocks, adam8bit
 from .attention import attention
 from .cross_entropy import linear_cross_entropy
 from .dispatch import UnknownImplementation, UnsupportedOp, record
@@ -86,12 +87,14 @@ class _Op:
       call: Takes the operands and `implementation`.
       operands: Makes them; those of floats are differentiated.
       terms: Roundings in a row; 0 where every bit must be right.
+      has_gradient: Whether anybody differentiates it.
     """
 
     name: str
     call: Callable[..., Any]
     operands: Callable[[_Sizes], tuple[Any, ...]]
     terms: int = 4
+    has_gradient: bool = True
 
 
 def chosen_for_llama3_8b() -> dict[str, str]:
@@ -144,6 +147,8 @@ def _results(op: _Op, operands: tuple[Any, ...], name: str) -> list[jax.Array]:
             arguments = [next(left) if wanted else o for o, wanted in pairs]
             return jax.tree.leaves(op.call(*arguments, implementation=name))
 
+        if not op.has_gradient:
+            return call(*floats)
         results, pullback = jax.vjp(call, *floats)
         keys = jax.random.split(jax.random.key(1), len(results))
         douts = [
@@ -218,6 +223,14 @@ def _loss(hidden: jax.Array, head: jax.Array, targets: jax.Array, **options: Any
     return total
 
 
+def _adam8bit(first: jax.Array, second: jax.Array, **options: Any) -> jax.Array:
+    """Two steps: the direction of the second reads the moments that the first wrote."""
+    step = functools.partial(adam8bit, b1=0.9, b2=0.999, eps=1e-8, **options)
+    start = Blocks.zeros(first.size)
+    _, mu, nu = step(first.astype(jnp.float32), start, start, jnp.int32(1))
+    return step(second.astype(jnp.float32), mu, nu, jnp.int32(2))[0]
+
+
 def _norm_operands(s: _Sizes, inputs: int) -> tuple[jax.Array, ...]:
     arrays = [_normal(i, s.rows, s.tokens, s.features) for i in range(inputs)]
     return *arrays, 1 + _normal(9, s.features, scale=0.1)
@@ -256,4 +269,13 @@ _OPS = (
         ),
     ),
     _Op(name="cross_entropy", call=_loss, operands=_loss_operands),
+    _Op(
+        name="adam8bit",
+        call=_adam8bit,
+        operands=lambda s: (
+            _normal(0, s.features, s.rank),
+            _normal(1, s.features, s.rank),
+        ),
+        has_gradient=False,
+    ),
 )
