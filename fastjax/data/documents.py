@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -117,9 +118,10 @@ class Documents(Sequence[Document]):
 
     def content_hashes(self) -> Int64[np.ndarray, " D"]:
         """Returns a hash of the tokens of each document, true in this process alone."""
-        places = zip(self._starts.tolist(), self.lengths.tolist(), strict=True)
+        # Not `tolist`: a million Python numbers take more than their documents' places.
+        places = zip(self._starts, self._starts + self.lengths, strict=True)
         tokens = self._tokens
-        hashes = (hash(tokens[start : start + n].tobytes()) for start, n in places)
+        hashes = (hash(tokens[start:end].tobytes()) for start, end in places)
         return np.fromiter(hashes, np.int64, len(self))
 
     def fingerprint(self) -> str:
@@ -158,8 +160,7 @@ class DocumentWriter:
             self._opened(TOKENS_NAME),
             self._opened(TRAINED_NAME),
         )
-        self._lengths: list[int] = []
-        self._rows: list[int] = []
+        self._lengths, self._rows = array("q"), array("q")
 
     def add(self, document: Document, row: int) -> None:
         """Appends a document that comes from a row.
