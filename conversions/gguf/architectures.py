@@ -1,6 +1,7 @@
 """What llama.cpp calls the tensors and sizes of each family."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -8,8 +9,9 @@ import numpy as np
 from conversions.gguf.file import Value
 from fastjax.errors import ModelError
 from fastjax.models.transformer_config import TransformerConfig
+from fastjax.rope_config import RopeConfig
 
-_ROPES = ("default", "linear", "llama3")
+_ROPES = ("default", "linear", "llama3", "yarn")
 _NAMES = {
     "embed_tokens": "token_embd",
     "norm": "output_norm",
@@ -25,7 +27,14 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
+_OUTPUT_NORMS = {"post_attention_layernorm": "post_attention_norm"}
+_GELU = "gelu_pytorch_tanh"
+_LAYERS_OF_GEMMA2_27B = 46
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +44,8 @@ class Architecture:
     Attributes:
       name: `general.architecture`.
       hidden_act: The only activation that it computes.
+      ropes: Kinds of RoPE that it knows.
+      window_period: Every so manieth layer has no window; None ignores windows.
       pairs_neighbours: RoPE turns features 2i and 2i+1 together, so the rows of q and
         k change places; else features i and i + H/2, as in Hugging Face.
       metadata: Keys that only this architecture has.
@@ -43,6 +54,8 @@ class Architecture:
     name: str
     hidden_act: str = "silu"
     pairs_neighbours: bool = False
+    ropes: tuple[str, ...] = _ROPES
+    window_period: int | None = None
     metadata: Callable[[TransformerConfig], Mapping[str, Value]] = lambda config: {}
 
 
@@ -54,9 +67,57 @@ _LLAMA = Architecture(
         "rope.dimension_count": np.uint32(config.head_dim),
     },
 )
+
+
+def _window(config: TransformerConfig) -> dict[str, Value]:
+    sizes = {window for window in config.windows if window is not None}
+    return {"attention.sliding_window": np.uint32(max(sizes))} if sizes else {}
+
+
+def _gemma2_metadata(config: TransformerConfig) -> dict[str, Value]:
+    return _window(config) | {
+        "attn_logit_softcapping": np.float32(config.attention_softcap or 0),
+        "final_logit_softcapping": np.float32(config.logit_softcap or 0),
+    }
+
+
+def _gemma3_metadata(config: TransformerConfig) -> dict[str, Value]:
+    local = config.local_rope or config.rope
+    return _window(config) | {"rope.freq_base_swa": np.float32(local.theta)}
+
+
+def _phi3_metadata(config: TransformerConfig) -> dict[str, Value]:
+    rope = config.rope
+    keys: dict[str, Value] = {
+        "rope.dimension_count": np.uint32(rope.rotary_dim(config.head_dim))
+    }
+    if rope.kind == "longrope":
+        trained = rope.original_max_position_embeddings
+        keys["rope.scaling.original_context_length"] = np.uint32(trained)
+        keys["rope.scaling.attn_factor"] = np.float32(rope.attention_factor)
+    return keys
+
+
 ARCHITECTURES: dict[str, Architecture] = {
+    "gemma2": Architecture(
+        name="gemma2",
+        hidden_act=_GELU,
+        ropes=("default",),
+        window_period=2,
+        metadata=_gemma2_metadata,
+    ),
+    "gemma3_text": Architecture(
+        name="gemma3",
+        hidden_act=_GELU,
+        ropes=("default", "linear"),
+        window_period=6,
+        metadata=_gemma3_metadata,
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "phi3": Architecture(
+        name="phi3", ropes=("default", "longrope"), metadata=_phi3_metadata
+    ),
     "qwen2": Architecture(name="qwen2"),
     "qwen3": Architecture(name="qwen3"),
 }
@@ -80,13 +141,53 @@ def architecture_of(config: TransformerConfig) -> Architecture:
             f"llama.cpp computes {config.family} with {found.hidden_act}, this model "
             f"has hidden_act={config.hidden_act}"
         )
-    if config.rope.kind not in _ROPES:
+    differing = [name for name, is_so in _fixed(config, found).items() if not is_so]
+    if differing:
         raise ModelError(
-            f"rope_type={config.rope.kind} is not written as GGUF",
-            fix=f"these are: {', '.join(_ROPES)}; for others write a merged folder and "
-            "use llama.cpp's own converter",
+            f"llama.cpp computes {config.family} with another {', '.join(differing)} "
+            "than this model's",
+            fix="write a merged folder and use transformers or vLLM",
+        )
+    if config.rope.kind not in found.ropes:
+        raise ModelError(
+            f"rope_type={config.rope.kind} is not written as GGUF for {config.family}",
+            fix=f"these are: {', '.join(found.ropes)}; for others write a merged "
+            "folder and use llama.cpp's own converter",
         )
     return found
+
+
+def _fixed(config: TransformerConfig, found: Architecture) -> dict[str, bool]:
+    """Returns what the files have no key for, and whether the model has it so."""
+    scale = config.head_dim**-0.5
+    if config.family == "gemma2" and config.num_hidden_layers == _LAYERS_OF_GEMMA2_27B:
+        scale = (config.hidden_size / config.num_attention_heads) ** -0.5
+    is_gemma = found.hidden_act == _GELU
+    factor = config.hidden_size**0.5 if is_gemma else 1.0
+    period = found.window_period
+    has_place = [
+        (window is None) == (layer % period == period - 1)
+        for layer, window in enumerate(config.windows)
+        if period is not None
+    ]
+    rope, local = config.rope, config.local_rope
+    plain = RopeConfig(kind="yarn", factor=rope.factor)
+    kept = ("beta_fast", "beta_slow", "truncate")
+    is_yarn = rope.kind != "yarn" or (
+        all(getattr(rope, key) == getattr(plain, key) for key in kept)
+        and math.isclose(rope.attention_factor, 1 + 0.1 * math.log(rope.factor))
+    )
+    width = config.num_attention_heads * config.head_dim
+    return {
+        "attention scale": math.isclose(config.attention_scale or scale, scale),
+        "embedding scale": math.isclose(config.embedding_scale, factor, rel_tol=1e-2),
+        "pattern of sliding windows": all(has_place),
+        "soft bound of the logits": is_gemma or config.logit_softcap is None,
+        "RoPE of sliding layers": local is None or local.kind == "default",
+        "kind of yarn": is_yarn,
+        "width of the heads": not config.has_fused_projections
+        or width == config.hidden_size,
+    }
 
 
 def gguf_name(name: str, config: TransformerConfig) -> str:
@@ -96,7 +197,10 @@ def gguf_name(name: str, config: TransformerConfig) -> str:
     if module.startswith("layers."):
         _, layer, module = module.split(".", 2)
         prefix = f"blk.{layer}."
-    return f"{prefix}{_NAMES[module]}.{leaf}"
+    names = _NAMES
+    if config.norm_placement != "before":
+        names = _NAMES | _OUTPUT_NORMS
+    return f"{prefix}{names[module]}.{leaf}"
 
 
 def heads_to_reorder(name: str, config: TransformerConfig) -> int | None:
@@ -132,6 +236,11 @@ def model_metadata(config: TransformerConfig) -> dict[str, Value]:
     if config.rope.kind == "linear":
         keys["rope.scaling.type"] = "linear"
         keys["rope.scaling.factor"] = np.float32(config.rope.factor)
+    if config.rope.kind == "yarn":
+        trained = config.rope.original_max_position_embeddings
+        keys["rope.scaling.type"] = "yarn"
+        keys["rope.scaling.factor"] = np.float32(config.rope.factor)
+        keys["rope.scaling.original_context_length"] = np.uint32(trained)
     keys |= architecture.metadata(config)
     return {f"{architecture.name}.{key}": value for key, value in keys.items()}
 
@@ -139,6 +248,12 @@ def model_metadata(config: TransformerConfig) -> dict[str, Value]:
 def rope_tensors(config: TransformerConfig) -> dict[str, np.ndarray]:
     """Returns what the wavelengths of single features are stretched by, if they are."""
     rope = config.rope
+    if rope.kind == "longrope":
+        sides = {"long": rope.long_factors, "short": rope.short_factors}
+        return {
+            f"rope_factors_{side}.weight": np.asarray(factors, np.float32)
+            for side, factors in sides.items()
+        }
     if rope.kind != "llama3":
         return {}
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
@@ -152,9 +267,17 @@ def rope_tensors(config: TransformerConfig) -> dict[str, np.ndarray]:
 def differences(config: TransformerConfig) -> list[str]:
     """Returns what llama.cpp will compute otherwise, one sentence each."""
     windows = {window for window in config.windows if window is not None}
-    if windows:
-        return [
-            f"llama.cpp ignores the sliding window of {min(windows)} tokens of "
-            f"{config.family} models: longer texts give other answers there"
+    remarks = []
+    if config.rope.kind == "longrope":
+        trained = config.rope.original_max_position_embeddings
+        remarks = [
+            "llama.cpp takes the long or the short factors of RoPE by the size of its "
+            f"context: give it at most {trained} tokens (-c {trained}) for short texts"
         ]
-    return []
+    if windows and architecture_of(config).window_period is None:
+        return [
+            *remarks,
+            f"llama.cpp ignores the sliding window of {min(windows)} tokens of "
+            f"{config.family} models: longer texts give other answers there",
+        ]
+    return remarks

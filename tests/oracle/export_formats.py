@@ -19,6 +19,7 @@ from fastjax.api import load_model, run_export
 from fastjax.config import QuantConfig
 from kernels.nf4 import NF4Array, dequantize
 
+VOCABULARY = 512
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GGUF_MODELS = (
     "tiny_llama3",
@@ -28,6 +29,28 @@ GGUF_MODELS = (
     "tiny_qwen3",
 )
 GGUF_TYPES = {"tiny_llama3": ("f32", "f16", "bf16", "q8_0", "q4_0", "q5_1")}
+# llama.cpp fixes these by the family; the other numbers stay those of the fixtures.
+SIX_LAYERS = [*["sliding_attention"] * 5, "full_attention"]
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "gemma2": ("tiny_gemma2", 1, {"query_pre_attn_scalar": 16}),
+    "gemma3": (
+        "tiny_gemma3_text",
+        2,
+        {
+            "query_pre_attn_scalar": 16,
+            "num_hidden_layers": 6,
+            "layer_types": SIX_LAYERS,
+        },
+    ),
+    # llama.cpp wants the tokens of Phi-3 in every model with "phi3" in its name.
+    "fused-longrope": ("tiny_phi3", 1, {"sliding_window": None}),
+    "qwen2-yarn": (
+        "tiny_qwen2",
+        1,
+        {"rope_parameters": YARN | {"original_max_position_embeddings": 16}},
+    ),
+}
 WINDOWS = {"tiny_mistral": 8}  # llama.cpp sees beyond it
 ADAPTERS = ("peft_lora_default", "peft_lora_rslora")
 MERGES = ("peft_lora_dora", "peft_lora_bias")
@@ -41,6 +64,8 @@ def main(out: Path) -> None:
     for name in (*GGUF_MODELS, *PREQUANTISED):
         shutil.copytree(FIXTURES / name, bases / name)
         shutil.copytree(FIXTURES / "tokenizer_v5", bases / name, dirs_exist_ok=True)
+    for name, (fixture, copies, values) in VARIANTS.items():
+        write_variant(FIXTURES / fixture, bases / name, copies, values)
     for name in (*ADAPTERS, *MERGES):
         write_adapter(FIXTURES / name, bases / name)
     ids = np.random.default_rng(1).integers(6, 400, (1, 48)).astype(np.int32)
@@ -58,6 +83,33 @@ def write_adapter(fixture: Path, folder: Path) -> None:
     path.write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
 
 
+def write_variant(
+    fixture: Path, folder: Path, copies: int, values: dict[str, Any]
+) -> None:
+    """Writes a fixture with other settings, and its layers several times over.
+
+    The vocabulary grows to that of the tokenizer by repeating rows.
+    """
+    shutil.copytree(FIXTURES / "tokenizer_v5", folder)
+    config = json.loads((fixture / "config.json").read_text()) | values
+    tensors = dict(jax_files.load_file(fixture / "model.safetensors"))
+    layers = config["num_hidden_layers"] // copies
+    for name in list(tensors):
+        head, mark, tail = name.partition("layers.")
+        layer, _, tail = tail.partition(".")
+        for copy in range(1, copies if mark else 1):
+            place = int(layer) + copy * layers
+            tensors[f"{head}{mark}{place}.{tail}"] = tensors[name]
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
+        rows = jnp.arange(VOCABULARY) % len(tensors[name])
+        # Rows that are alike would leave the likeliest token open.
+        tensors[name] = tensors[name][rows] * (1 + 1e-2 * (rows[:, None] % 7))
+    config["vocab_size"] = VOCABULARY
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    weights = folder / "model.safetensors"
+    jax_files.save_file(tensors, weights, metadata={"format": "pt"})
+
+
 def export(source: Path, target: Path, **options: Any) -> None:
     """Runs the export and prints what it says."""
     for line in run_export(str(source), target, **options):
@@ -67,7 +119,7 @@ def export(source: Path, target: Path, **options: Any) -> None:
 def gguf_cases(bases: Path, work: Path, ids: np.ndarray) -> list[dict[str, Any]]:
     """Writes GGUF models and adapters; returns their entries of the manifest."""
     cases = []
-    for name in (*GGUF_MODELS, *MERGES):
+    for name in (*GGUF_MODELS, *MERGES, *VARIANTS):
         for kind in GGUF_TYPES.get(name, ("f32",)):
             target = work / f"{name}-{kind}"
             export(bases / name, target, output_format="gguf", gguf_type=kind)

@@ -1,5 +1,6 @@
 """GGUF files against those that llama.cpp's own package wrote and llama.cpp read."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from conversions.gguf import (
     require_llama_quantize,
     write_gguf,
     write_gguf_lora,
+)
+from conversions.gguf.architectures import (
+    architecture_of,
+    differences,
+    gguf_name,
+    model_metadata,
+    rope_tensors,
 )
 from conversions.gguf.file import GGUFTensor, gguf_writer
 from conversions.hf import Checkpoint, read_config, stream_weights
@@ -140,8 +148,7 @@ def test_an_adapter_is_what_the_package_writes(fixtures: Path, tmp_path: Path) -
     config = read_config(fixtures / "tiny_llama3")
     adapter = read_adapter(fixtures / "peft_lora_default", config)
     modules = {name.rpartition(".")[0] for name in adapter.weights}
-    lora = adapter.lora
-    spec = AdapterSpec(rank=lora.lora_r, scaling=lora.scaling)
+    spec = AdapterSpec(rank=8, scaling=2.0)
     path = tmp_path / "a.gguf"
     write_gguf_lora(path, adapter.weights, config, dict.fromkeys(modules, spec))
     metadata, tensors = contents(path)
@@ -196,3 +203,32 @@ def test_k_quants_ask_for_the_program(
     program.write_text("#!/bin/sh\n/bin/echo unknown type >&2; exit 3\n")
     with pytest.raises(EnvironmentFault, match="unknown type"):
         requantise(source, target, "q4_k_m")
+
+
+def test_output_norms_and_windows_of_gemma(fixtures: Path) -> None:
+    config = read_config(fixtures / "tiny_gemma2")
+    with pytest.raises(ModelError, match="another attention scale than"):
+        architecture_of(config)
+    config = dataclasses.replace(config, attention_scale=config.head_dim**-0.5)
+    metadata = model_metadata(config)
+    assert metadata["gemma2.attention.sliding_window"] == 8
+    assert metadata["gemma2.attn_logit_softcapping"] == 5.0
+    name = "layers.1.post_attention_layernorm.weight"
+    assert gguf_name(name, config) == "blk.1.post_attention_norm.weight"
+    assert not differences(config)
+    windows = dataclasses.replace(config, layer_windows=(8,))
+    with pytest.raises(ModelError, match="another pattern of sliding windows than"):
+        architecture_of(windows)
+
+
+def test_fused_projections_and_longrope_of_phi(fixtures: Path) -> None:
+    config = read_config(fixtures / "tiny_phi3")
+    name = "layers.0.self_attn.qkv_proj.weight"
+    assert gguf_name(name, config) == "blk.0.attn_qkv.weight"
+    assert rope_tensors(config)["rope_factors_long.weight"].tolist()[-1] == 6.0
+    metadata = model_metadata(config)
+    assert metadata["phi3.rope.dimension_count"] == 12
+    assert metadata["phi3.rope.scaling.original_context_length"] == 16
+    remarks = differences(config)
+    assert "-c 16" in remarks[0]
+    assert "ignores the sliding window" in remarks[1]
