@@ -32,6 +32,7 @@ DTYPES: dict[str, np.dtype] = {
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -159,8 +160,8 @@ def _dtype(shown: str, name: Any, where: str) -> np.dtype:
         return DTYPES[name]
     if isinstance(name, str) and name.startswith(("F8", "F4", "F6")):
         raise ModelError(
-            f"tensor {shown} is stored in {printable(name)}: FP8 and FP4 weights are "
-            "not supported",
+            f"tensor {shown} is stored in {printable(name)}: of the FP8 and FP4 kinds "
+            "only F8_E4M3 is read",
             where=where,
             fix="use the BF16 version of this model",
         )

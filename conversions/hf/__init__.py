@@ -6,6 +6,7 @@ from .config import write_config as write_config
 from .families import checkpoint_tensors as checkpoint_tensors
 from .fingerprint import folder_fingerprint as folder_fingerprint
 from .folder import resolve as resolve
+from .load import check_tensors as check_tensors
 from .load import load_weights as load_weights
 from .load import stored_formats as stored_formats
 from .load import stream_weights as stream_weights

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from conversions.hf.config_fields import ConfigFields
+from conversions.hf.eight_bit import BLOCK
 from conversions.hf.families import find_family
 from conversions.hf.family import Family
 from conversions.strict_json import read_json_object
@@ -20,6 +21,7 @@ GENERATION_NAME = "generation_config.json"
 MAX_CONFIG_BYTES = 1_000_000
 
 _BNB = "bitsandbytes"
+_BNB_SWITCHES = ("load_in_4bit", "load_in_8bit")
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
@@ -167,11 +169,18 @@ def _refuse_code_and_foreign_quantisation(
         defaults={"quant_method": None},
     )
     method = fields.get("quant_method")
-    if method in (_BNB, None) and fields.values.get("load_in_4bit") is True:
+    is_bnb = any(fields.values.get(key) is True for key in _BNB_SWITCHES)
+    if method in (_BNB, None) and is_bnb:
         return
-    kind = f"8-bit {_BNB}" if method == _BNB else printable(repr(method))
+    block = fields.values.get("weight_block_size")
+    if method == "fp8" and block == [BLOCK, BLOCK]:
+        return
+    shown = printable(repr(method))
+    kind = f"fp8 with weight_block_size={block}" if method == "fp8" else shown
     raise ModelError(
         f"weights quantised by {kind} are not supported",
         where=fields.where,
-        fix="use the 16-bit model, or one quantised to 4 bits by bitsandbytes",
+        fix="use the 16-bit model that these were made of (load_in_4bit quantises it "
+        "on the way), or one of bitsandbytes (4 or 8 bits) or FP8 in blocks of "
+        f"{BLOCK} x {BLOCK}",
     )

@@ -17,6 +17,7 @@ from conversions.bnb import (
     read_nf4,
 )
 from conversions.hf.checkpoint import Checkpoint
+from conversions.hf.eight_bit import companions, is_eight_bit, read_eight_bit
 from conversions.hf.families import checkpoint_tensors
 from conversions.report import TensorReport, compare_shapes
 from conversions.rules import Layout, Tensor, relaid
@@ -79,11 +80,7 @@ def stream_weights(
         or misshapen tensor.
       ModelError: A tensor holds NaN or infinite values, or broken 4-bit data.
     """
-    expected = {tensor.hf: tensor for tensor in checkpoint_tensors(config)}
-    states = _quant_states(checkpoint, expected)
-    _check_tensors(checkpoint, expected, states)
-    if config.tie_word_embeddings and _HEAD in checkpoint.tensors:
-        _check_tied_head(checkpoint)
+    expected, states = check_tensors(checkpoint, config)
     is_dense = states or quant is None or not quant.load_in_4bit
     for hf_name in checkpoint.tensors:
         if hf_name not in expected:
@@ -105,6 +102,23 @@ def stream_weights(
                     double_quant=quant.bnb_4bit_use_double_quant,
                 ),
             )
+
+
+def check_tensors(
+    checkpoint: Checkpoint, config: TransformerConfig
+) -> tuple[dict[str, Tensor], dict[str, QuantState]]:
+    """Returns the tensors that the model needs by name, and how 4-bit ones are stored.
+
+    Raises:
+      CheckpointMismatch: Names every missing, unexpected or misshapen tensor.
+      ModelError: A quant_state is broken.
+    """
+    expected = {tensor.hf: tensor for tensor in checkpoint_tensors(config)}
+    states = _quant_states(checkpoint, expected)
+    _check_names_and_shapes(checkpoint, expected, states)
+    if config.tie_word_embeddings and _HEAD in checkpoint.tensors:
+        _check_tied_head(checkpoint)
+    return expected, states
 
 
 def stored_formats(
@@ -137,7 +151,7 @@ def _quant_states(
     return states
 
 
-def _check_tensors(
+def _check_names_and_shapes(
     checkpoint: Checkpoint,
     expected: Mapping[str, Tensor],
     states: Mapping[str, QuantState],
@@ -151,6 +165,13 @@ def _check_tensors(
         needed[key] = found[key]
         for companion in companion_keys(weight, states[weight]):
             needed[companion] = found.get(companion, ())
+    eight_bit = {
+        name: spec.dtype
+        for name, spec in checkpoint.tensors.items()
+        if name in expected and expected[name].is_linear and is_eight_bit(spec.dtype)
+    }
+    for name, dtype in eight_bit.items():
+        needed |= companions(name, dtype, expected[name].shape)
     for name in list(found):
         if name.endswith(_IGNORED_END) or _is_spare_head(name, expected):
             del found[name]
@@ -160,6 +181,7 @@ def _check_tensors(
         for name in expected
         if name in checkpoint.tensors
         and name not in states
+        and name not in eight_bit
         and checkpoint.tensors[name].dtype.name not in _FLOATS
     }
     TensorReport(
@@ -198,10 +220,13 @@ def _check_tied_head(checkpoint: Checkpoint) -> None:
 
 def _read_dense(checkpoint: Checkpoint, name: str, dtype: DType) -> Array:
     """Returns a tensor on the device, in the file's layout."""
-    stored = checkpoint.read(name)
-    if stored.dtype == np.float64:
-        stored = stored.astype(np.float32)
-    array = jax.device_put(stored, may_alias=False).astype(dtype)
+    if is_eight_bit(checkpoint.tensors[name].dtype):
+        array = read_eight_bit(checkpoint, name).astype(dtype)
+    else:
+        stored = checkpoint.read(name)
+        if stored.dtype == np.float64:
+            stored = stored.astype(np.float32)
+        array = jax.device_put(stored, may_alias=False).astype(dtype)
     count = int(_not_finite(array))
     if count:
         raise ModelError(

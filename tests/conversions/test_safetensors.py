@@ -79,7 +79,7 @@ def test_every_hostile_file_is_covered(fixtures: Path):
         ({"a": entry("F32", [-1], 0, 4)}, "integers"),
         ({"a": entry("F32", [1], 4, 0)}, "bytes"),
         ({"a": entry("F32", [1], 0, 4.0)}, "two integers"),
-        ({"a": entry("F8_E4M3", [4], 0, 4)}, "FP8"),
+        ({"a": entry("F8_E5M2", [4], 0, 4)}, "FP8"),
         ({"a": entry("F32", [2**30, 2**30], 0, 2**62)}, "truncated"),
         ({"a": entry("U8", [2], 2, 4)}, "hole"),
         ({"a": entry("U8", [2], 0, 2)}, "follow the last tensor"),
@@ -151,7 +151,9 @@ def test_writer_writes_the_bytes_of_the_safetensors_library(
 
 def test_every_dtype_survives_the_round_trip(tmp_path: Path):
     tensors = {
-        name: np.arange(6).reshape(2, 3).astype(dtype) for name, dtype in DTYPES.items()
+        name: np.arange(6).reshape(2, 3).astype(dtype)
+        for name, dtype in DTYPES.items()
+        if name != "F8_E4M3"  # the library's reader for NumPy has none
     }
     tensors |= {"scalar": np.float32(3)[...], "none": np.empty((0, 2), np.float32)}
     path = tmp_path / "x.safetensors"

@@ -187,7 +187,7 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] 
         ({"quantization_config": "x"}, ["None"]),
         (
             {"quantization_config": {"quant_method": "bitsandbytes"}},
-            ["8-bit bitsandbytes"],
+            ["quantised by 'bitsandbytes'"],
         ),
     ],
 )
