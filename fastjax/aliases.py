@@ -7,6 +7,7 @@ refused with the reason.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from fastjax.errors import ConfigError, printable
@@ -43,6 +44,7 @@ ALIASES = {
     "lora_rank": "lora_r",
     "r": "lora_r",
     "lora_target": "lora_target_modules",
+    "lora_modules_to_save": "modules_to_save",
     "target_modules": "lora_target_modules",
     "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
     "torch_dtype": "dtype",
@@ -85,6 +87,7 @@ _VALUES = {
         "full": "layer",
         "unsloth": "layer",
     },
+    "init_lora_weights": {"True": "default", "true": "default"},
     "optim": {
         "adamw_torch": "adamw",
         "adamw_torch_fused": "adamw",
@@ -113,6 +116,11 @@ _NEAREST_OPTIMIZERS = {
     "paged_lion_8bit": ("lion", "float32 states on the device"),
     "paged_lion_32bit": ("lion", "states that stay on the device"),
 }
+
+_ADAPTER_LISTS = (
+    *("alpha_pattern", "layers_to_transform", "modules_to_save", "rank_pattern"),
+    "trainable_token_indices",
+)
 
 # A switch that is on, or off, sets a field.
 _SWITCHES = {
@@ -146,9 +154,6 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "auto_find_batch_size": (_OFF, "set per_device_train_batch_size"),
     "dataloader_drop_last": (_OFF, "the last, smaller batch trains too"),
     "activation_offloading": (_OFF, "use remat layer to save memory"),
-    "lora_modules_to_save": (_OFF, "only linear layers get adapters"),
-    "modules_to_save": (_OFF, "only linear layers get adapters"),
-    "embedding_learning_rate": (_OFF, "only linear layers get adapters"),
     "eos_token": (_OFF, "set it on the tokenizer"),
     "pad_token": (_OFF, "padding is known by its length; set it on the tokenizer"),
     "use_cpu": (_OFF, "set JAX_PLATFORMS=cpu in the environment"),
@@ -246,6 +251,8 @@ def translation(name: str, value: Any) -> Translation:
     if name in _SWITCHES:
         found = _SWITCHES[name].get(boolean(name, value), ("", None))
         return Translation(name=found[0], value=found[1])
+    if name in _ADAPTER_LISTS:
+        return Translation(name=name, value=_entries(value))
     if name == "report_to" and value in (None, "", "no", "none", "None", ["none"]):
         return Translation(name=name, value=())
     if name == "resume_from_checkpoint" and value is None:
@@ -257,6 +264,17 @@ def translation(name: str, value: Any) -> Translation:
     if name == "dtype":
         value = str(value).removeprefix("torch.")
     return Translation(name=name, value=_VALUES.get(name, {}).get(str(value), value))
+
+
+def _entries(value: Any) -> Any:
+    """Returns null as an empty list, one number as a list, and PEFT's objects of
+    expressions and numbers as "EXPRESSION=NUMBER".
+    """
+    if value is None or value in ("", "none", "None", "null"):
+        return []
+    if isinstance(value, Mapping):
+        return [f"{expression}={number}" for expression, number in value.items()]
+    return [value] if isinstance(value, int) else value
 
 
 def boolean(name: str, value: Any) -> bool:

@@ -31,6 +31,8 @@ _COMMANDS = {
     "generate": "answer prompts",
     "chat": "talk with a model or adapter, turn by turn",
     "export": "write a model or merged adapter: Hugging Face, 4-bit, GGUF",
+    "combine": "make one adapter of several of one base",
+    "inspect": "show what a model or adapter folder holds, and what is wrong",
     "push": "upload an adapter or model to the Hugging Face hub",
     "models": "list the presets",
     "doctor": "check the installation, the GPU and every op",

@@ -11,12 +11,16 @@ from typing import Literal, get_args
 from fastjax.config_rules import Number as Number
 from fastjax.config_rules import is_positive, keep_floats, require
 from fastjax.errors import ConfigError
+from fastjax.lora_config import ALL_LINEAR as ALL_LINEAR
+from fastjax.lora_config import LoRABias as LoRABias
+from fastjax.lora_config import LoRAConfig as LoRAConfig
+from fastjax.lora_config import LoRAStart as LoRAStart
+from fastjax.lora_config import Table as Table
 from fastjax.report_config import ReportConfig as ReportConfig
 
 DType = Literal["bfloat16", "float16", "float32"]
 RematPolicy = Literal["none", "attention", "layer", "offload"]
 RematChoice = Literal["none", "attention", "layer", "offload", "auto"]
-LoRABias = Literal["none", "all", "lora_only"]
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr"
 ]
@@ -36,7 +40,8 @@ SpecialTokens = Literal["keep", "error"]
 TrainOn = Literal["auto", "assistant", "last", "completion", "all"]
 When = Literal["no", "steps", "epoch"]
 BasePrecision = Literal["original", "dequantised"]
-ExportFormat = Literal["hf", "bnb-4bit", "gguf", "gguf-lora"]
+CombineMethod = Literal["concat", "linear", "svd"]
+ExportFormat = Literal["hf", "bnb-4bit", "bnb-dynamic", "gguf", "gguf-lora"]
 GGUFKind = Literal[
     "f32",
     "f16",
@@ -59,8 +64,6 @@ GGUFKind = Literal[
     "iq4_xs",
 ]
 
-ALL_LINEAR = "all-linear"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Implementations:
@@ -72,49 +75,6 @@ class Implementations:
     rope: str | None = None
     gated_mlp: str | None = None
     cross_entropy: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class LoRAConfig:
-    """Which layers get adapters (2106.09685), and of what kind.
-
-    Attributes:
-      lora_r: Rank.
-      lora_alpha: The adapter is multiplied by alpha / r.
-      lora_dropout: Share of the adapter's input that is dropped while training.
-      lora_target_modules: "all-linear", a regular expression over full module names,
-        or names that match by suffix, as in PEFT.
-      lora_bias: Biases that train: none, all, or those of adapted layers.
-      use_rslora: Multiply by alpha / sqrt(r) instead (2312.03732).
-      use_dora: Train a magnitude for each output feature (2402.09353).
-    """
-
-    lora_r: int = 16
-    lora_alpha: Number = 16.0
-    lora_dropout: Number = 0.0
-    lora_target_modules: str | tuple[str, ...] = ALL_LINEAR
-    lora_bias: LoRABias = "none"
-    use_rslora: bool = False
-    use_dora: bool = False
-
-    def __post_init__(self) -> None:
-        keep_floats(self)
-        require(
-            self,
-            lora_r=(self.lora_r >= 1, "at least 1"),
-            lora_alpha=(is_positive(self.lora_alpha), "a positive number"),
-            lora_dropout=(0.0 <= self.lora_dropout < 1.0, "in [0, 1)"),
-            lora_target_modules=(
-                bool(self.lora_target_modules),
-                "all-linear, or names of modules",
-            ),
-        )
-
-    @property
-    def scaling(self) -> float:
-        """The factor of the adapter's product."""
-        r = math.sqrt(self.lora_r) if self.use_rslora else self.lora_r
-        return self.lora_alpha / r
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,11 +163,14 @@ class OptimizerConfig:
     """How gradients become updates.
 
     Attributes:
+      embedding_learning_rate: Of embeddings and output head where these train; 0 is
+        `learning_rate`.
       warmup_steps: Steps of rising learning rate; below 1, a share of all steps.
     """
 
     optim: Optimizer = "adamw"
     learning_rate: Number = 2e-4
+    embedding_learning_rate: Number = 0.0
     lr_scheduler_type: Schedule = "linear"
     warmup_steps: Number = 0.03
     weight_decay: Number = 0.0
@@ -230,6 +193,10 @@ class OptimizerConfig:
         require(
             self,
             learning_rate=(is_positive(self.learning_rate), "a positive number"),
+            embedding_learning_rate=(
+                0 <= self.embedding_learning_rate < math.inf,
+                "0 or more",
+            ),
             adam_epsilon=(is_positive(self.adam_epsilon), "a positive number"),
             **shares,
             **amounts,

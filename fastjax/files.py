@@ -111,6 +111,14 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def require_free_name(path: Path, *, overwrite: bool) -> None:
+    """Raises `StorageError` if the name is taken and may not be replaced."""
+    if os.path.lexists(path) and not overwrite:
+        raise StorageError(
+            f"{path} exists already", fix="choose another name, or allow overwriting"
+        )
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder that takes the name `path` at the end.
@@ -122,10 +130,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
       StorageError: The name is taken, or the folder cannot be written.
     """
-    if os.path.lexists(path) and not overwrite:
-        raise StorageError(
-            f"{path} exists already", fix="choose another name, or allow overwriting"
-        )
+    require_free_name(path, overwrite=overwrite)
     temporary, old = _beside(path), _beside(path, "old")
     try:
         with storage_errors(f"write {path.name}", path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from fastjax.config import LoRAConfig
+from fastjax.config import LoRAConfig, Table
 from fastjax.errors import ConfigError
 from fastjax.models.build import (
     Adapters,
@@ -22,11 +22,12 @@ from fastjax.models.build import (
 )
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.decoder import Decoder
+from fastjax.nn.embedding import with_rows
 from fastjax.nn.linear import AdapterSpec, Linear
 from fastjax.target_modules import matched_modules
 from kernels.nf4 import NF4Array, dequantize
 
-ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_magnitude")
+ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_magnitude", "rows")
 _HF_PREFIX = "model."
 
 
@@ -36,20 +37,39 @@ def adapted_names(config: TransformerConfig, lora: LoRAConfig) -> tuple[str, ...
     Raises:
       ConfigError: The targets match nothing; it lists what exists.
     """
+    layers = set(lora.layers_to_transform)
+    missing = sorted(layer for layer in layers if layer >= config.num_hidden_layers)
+    if missing:
+        raise ConfigError(
+            f"layers_to_transform names {missing}; the model has the layers 0 to "
+            f"{config.num_hidden_layers - 1}"
+        )
     names = [_HF_PREFIX + name for name in linear_names(config)]
     matched = matched_modules(lora.lora_target_modules, names)
-    return tuple(name.removeprefix(_HF_PREFIX) for name in matched)
+    kept = tuple(name.removeprefix(_HF_PREFIX) for name in matched)
+    if layers:
+        kept = tuple(name for name in kept if _layer_of(name) in layers)
+    if not kept:
+        raise ConfigError("layers_to_transform leaves no layer to adapt")
+    return kept
 
 
 def adapted_spec(spec: DecoderSpec, lora: LoRAConfig) -> DecoderSpec:
-    """Returns `spec` with the adapters and trained biases of `lora`."""
-    adapter = AdapterSpec(
-        rank=lora.lora_r,
-        scaling=lora.scaling,
-        dropout=lora.lora_dropout,
-        is_dora=lora.use_dora,
-    )
+    """Returns `spec` with the adapters, trained biases and tables of `lora`.
+
+    Raises:
+      ConfigError: The model has no such modules.
+    """
     names = adapted_names(spec.config, lora)
+    adapters = {
+        name: AdapterSpec(
+            rank=lora.rank(_HF_PREFIX + name),
+            scaling=lora.scaling(_HF_PREFIX + name),
+            dropout=lora.lora_dropout,
+            is_dora=lora.use_dora,
+        )
+        for name in names
+    }
     biases = {
         "none": frozenset(),
         "lora_only": frozenset(names),
@@ -57,34 +77,53 @@ def adapted_spec(spec: DecoderSpec, lora: LoRAConfig) -> DecoderSpec:
     }
     return dataclasses.replace(
         spec,
-        adapters=dict.fromkeys(names, adapter),
+        adapters=adapters,
         trained_biases=biases[lora.lora_bias],
+        trained_tables=_trained_tables(spec.config, lora),
+        trained_tokens=_trained_tokens(spec.config, lora),
     )
 
 
 def plain_spec(spec: DecoderSpec) -> DecoderSpec:
     """Returns `spec` without adapters."""
-    return dataclasses.replace(spec, adapters={}, trained_biases=frozenset())
+    nothing = frozenset()
+    return dataclasses.replace(
+        spec,
+        adapters={},
+        trained_biases=nothing,
+        trained_tables=nothing,
+        trained_tokens=(),
+    )
 
 
 def with_adapters(
-    decoder: Decoder, spec: DecoderSpec, adapted: DecoderSpec, key: PRNGKeyArray
+    decoder: Decoder,
+    spec: DecoderSpec,
+    adapted: DecoderSpec,
+    key: PRNGKeyArray,
+    *,
+    is_gaussian: bool = False,
 ) -> Decoder:
     """Returns the decoder with fresh adapters over the same weights.
 
-    `lora_a` is uniform in +-1/sqrt(I) and `lora_b` zero, so that training starts from
-    the base model; a DoRA magnitude starts at the norm of its column.
+    `lora_a` is random and `lora_b` zero, so that training starts from the base model;
+    a DoRA magnitude starts at the norm of its column.
 
     Args:
       decoder: A decoder of `spec`.
       spec: Its structure.
       adapted: The wanted structure, from `adapted_spec`.
       key: Of the random start.
+      is_gaussian: `lora_a` is normal of deviation 1/R, else uniform in +-1/sqrt(I).
     """
-    _require_frozen_biases(spec)
+    _require_frozen_base(spec)
     fresh = _rehoused(decoder, spec, adapted)
     for index, linear in enumerate(_linears(fresh, adapted)):
-        _initialise(linear, jax.random.fold_in(key, index))
+        _initialise(linear, jax.random.fold_in(key, index), is_gaussian=is_gaussian)
+    table = fresh.embed_tokens
+    if table.rows is not None:
+        rows = table.weight.get_value()[jnp.asarray(table.tokens)]
+        table.rows.set_value(rows.astype(jnp.float32))
     return fresh
 
 
@@ -92,14 +131,16 @@ def without_adapters(decoder: Decoder, spec: DecoderSpec) -> Decoder:
     """Returns the base model of an adapted decoder, which shares its arrays.
 
     Raises:
-      ConfigError: Biases of the base were trained.
+      ConfigError: Biases or tables of the base were trained.
     """
-    _require_frozen_biases(spec)
+    _require_frozen_base(spec)
     return _rehoused(decoder, spec, plain_spec(spec))
 
 
 def adapters_act(decoder: Decoder, spec: DecoderSpec) -> bool:
     """Whether any adapter changes the model's output: `lora_b` not zero, or DoRA."""
+    if spec.trained_tables or spec.trained_tokens:
+        return True
     for linear in _linears(decoder, spec):
         is_dora = linear.lora_magnitude is not None
         if is_dora or isinstance(linear.bias, nnx.Param):
@@ -110,16 +151,16 @@ def adapters_act(decoder: Decoder, spec: DecoderSpec) -> bool:
 
 
 def adapter_weights(decoder: Decoder, spec: DecoderSpec) -> dict[str, Array]:
-    """Returns adapters and trained biases by canonical name."""
+    """Returns adapters, trained biases and tables by canonical name."""
 
     def wanted(name: str) -> bool:
-        return _is_adapter(name) or _is_trained_bias(name, spec)
+        return _is_adapter(name) or _is_trained_beside(name, spec)
 
     return dict(flat_weights(decoder, spec, wanted=wanted))
 
 
 def set_adapter_weights(decoder: Decoder, spec: DecoderSpec, weights: Adapters) -> None:
-    """Puts adapters and trained biases, by canonical name, into the decoder.
+    """Puts what `adapter_weights` gives into the decoder.
 
     Raises:
       ValueError: Some have no place.
@@ -150,6 +191,10 @@ def merged_weights(
         if leaf == "weight" and module in spec.adapters:
             weight = dequantize(value) if isinstance(value, NF4Array) else value
             yield name, _merged(weight, module, adapters, spec.adapters[module])
+        elif f"{module}.rows" in adapters:
+            rows = adapters[f"{module}.rows"]
+            table = jnp.asarray(value).astype(jnp.float32)
+            yield name, with_rows(table, spec.trained_tokens, rows)
         else:
             yield name, adapters.get(name, value)
 
@@ -187,16 +232,40 @@ def _rehoused(decoder: Decoder, old: DecoderSpec, new: DecoderSpec) -> Decoder:
         base = flat_weights(decoder, old, wanted=lambda n: not _is_adapter(n))
         place_weights(housed, new, dict(base))
     for path, variable in nnx.to_flat_state(nnx.state(housed)):
-        if path[-1] == "bias" and isinstance(variable, nnx.Param):
+        is_beside = path[-1] == "bias" or path[0] in new.trained_tables
+        if is_beside and isinstance(variable, nnx.Param):
             variable.set_value(variable.get_value().astype(jnp.float32))
     return housed
 
 
-def _require_frozen_biases(spec: DecoderSpec) -> None:
-    if spec.trained_biases:
+def _trained_tables(config: TransformerConfig, lora: LoRAConfig) -> frozenset[Table]:
+    tables = frozenset(lora.modules_to_save)
+    if not config.tie_word_embeddings or not tables:
+        return tables
+    # One table is both; PEFT wants it named by the embedding.
+    return frozenset[Table](["embed_tokens"])
+
+
+def _trained_tokens(config: TransformerConfig, lora: LoRAConfig) -> tuple[int, ...]:
+    tokens = lora.trainable_token_indices
+    unknown = [token for token in tokens if token >= config.vocab_size]
+    if unknown:
         raise ConfigError(
-            "the biases of the base model were trained with the adapters, so the base "
-            "is not here any more",
+            f"trainable_token_indices names {unknown}; the vocabulary has "
+            f"{config.vocab_size} tokens"
+        )
+    return tokens
+
+
+def _layer_of(name: str) -> int:
+    return int(name.split(".")[1])
+
+
+def _require_frozen_base(spec: DecoderSpec) -> None:
+    if spec.trained_biases or spec.trained_tables:
+        raise ConfigError(
+            "biases or embeddings of the base model were trained with the adapters, so "
+            "the base is not here any more",
             fix="load the base model again",
         )
 
@@ -209,12 +278,16 @@ def _linears(decoder: Decoder, spec: DecoderSpec) -> Iterator[Linear]:
             yield getattr(getattr(segment.block, part), name)
 
 
-def _initialise(linear: Linear, key: PRNGKeyArray) -> None:
+def _initialise(linear: Linear, key: PRNGKeyArray, *, is_gaussian: bool) -> None:
     if linear.lora_a is None or linear.lora_b is None:
         return
     shape = linear.lora_a.get_value().shape
-    bound = shape[-2] ** -0.5
-    linear.lora_a.set_value(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
+    if is_gaussian:
+        start = jax.random.normal(key, shape, jnp.float32) / shape[-1]
+    else:
+        bound = shape[-2] ** -0.5
+        start = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    linear.lora_a.set_value(start)
     linear.lora_b.set_value(jnp.zeros(linear.lora_b.get_value().shape, jnp.float32))
     if linear.lora_magnitude is not None:
         weight = linear.weight.get_value()
@@ -227,9 +300,10 @@ def _magnitude(weight: Array | NF4Array) -> Float[Array, " O"]:
 
 
 def _is_adapter(name: str) -> bool:
-    return name.endswith(ADAPTER_LEAVES)
+    return name.rpartition(".")[2] in ADAPTER_LEAVES
 
 
-def _is_trained_bias(name: str, spec: DecoderSpec) -> bool:
+def _is_trained_beside(name: str, spec: DecoderSpec) -> bool:
     module, _, leaf = name.rpartition(".")
-    return leaf == "bias" and module in spec.trained_biases
+    is_bias = leaf == "bias" and module in spec.trained_biases
+    return is_bias or module in spec.trained_tables

@@ -1,50 +1,64 @@
-"""adapter_config.json <-> LoRAConfig."""
+"""adapter_config.json -> LoRAConfig."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from conversions.hf.config_fields import ConfigFields
 from conversions.strict_json import read_json_object
-from fastjax.config import ALL_LINEAR, LoRABias, LoRAConfig, choices
+from fastjax.config import (
+    LoRABias,
+    LoRAConfig,
+    LoRAStart,
+    Table,
+    choices,
+)
 from fastjax.errors import ConfigError, ModelError, printable
-from fastjax.files import new_file
 from fastjax.target_modules import ends_with_module, matched_modules
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1_000_000
-PEFT_VERSION = "0.21.2"
 
+_EMBEDDING: Table = "embed_tokens"
 # Keys that this reader obeys, or that say nothing about a finished adapter. Any other
 # key with a value asks for something that the model cannot hold.
 _KNOWN = frozenset(
     (
-        *("auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying"),
-        *("eva_config", "exclude_modules", "inference_mode", "init_lora_weights"),
-        *("layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout"),
-        *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "r"),
-        *("revision", "runtime_config", "target_modules", "task_type", "use_dora"),
-        "use_rslora",
+        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias"),
+        *("ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode"),
+        *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
+        *("lora_alpha", "lora_dropout", "megatron_core", "modules_to_save"),
+        *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
+        *("revision", "runtime_config", "target_modules", "task_type"),
+        *("trainable_token_indices", "use_dora", "use_rslora"),
     )
 )
 _DEFAULTS: dict[str, Any] = {
+    "alpha_pattern": {},
     "base_model_name_or_path": None,
     "bias": "none",
+    "ensure_weight_tying": False,
     "exclude_modules": None,
     "init_lora_weights": True,
     "layers_pattern": None,
     "layers_to_transform": None,
+    "loftq_config": {},
     "lora_dropout": 0.0,
+    "modules_to_save": None,
+    "rank_pattern": {},
     "revision": None,
     "task_type": None,
+    "trainable_token_indices": None,
     "use_dora": False,
     "use_rslora": False,
 }
-# Other ways to start (PiSSA, OLoRA, LoftQ, CorDA) change the base weights as well.
+# Other ways to start (PiSSA, OLoRA, CorDA) change the base weights as well.
 _STARTS = ("gaussian", "eva", "orthogonal")
+# How we note a start from what 4 bits lose: PEFT keeps it and does nothing.
+LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
+_LAYER_LISTS = ((), ("layers",))
 _OUTSIDE_BLOCKS = ("embed_tokens", "lm_head")
 # Nested repetition can make a match take exponential time.
 _NESTED_REPETITION = re.compile(r"[*+}]\??\)[*+{]")
@@ -62,6 +76,7 @@ class AdapterConfig:
       excluded: Target that the target modules leave out.
       layers: Only these layers have adapters; None for all.
       layers_pattern: Names of the lists that `layers` counts in; empty for any.
+      ties_tables: Of tied embeddings, both ends are trained as one table.
       where: The file.
     """
 
@@ -71,6 +86,7 @@ class AdapterConfig:
     excluded: str | tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
+    ties_tables: bool = False
     where: str = CONFIG_NAME
 
     def resolved(self, names: Sequence[str]) -> tuple[LoRAConfig, tuple[str, ...]]:
@@ -97,8 +113,28 @@ class AdapterConfig:
         kept = tuple(name for name in matched if self._is_kept(name))
         if not kept:
             raise ModelError("no layer is left to adapt", where=self.where)
-        target = target if kept == matched else kept
-        return dataclasses.replace(self.lora, lora_target_modules=target), kept
+        lora = dataclasses.replace(self.lora, lora_target_modules=target)
+        if kept != matched:
+            is_by_layer = self.excluded is None and self.layers_pattern in _LAYER_LISTS
+            lora = dataclasses.replace(
+                lora,
+                lora_target_modules=target if is_by_layer else kept,
+                layers_to_transform=(self.layers or ()) if is_by_layer else (),
+            )
+        return lora, kept
+
+    def check_tables(self, *, is_tied: bool) -> None:
+        """Checks that trained tables are those of the base.
+
+        Raises:
+          ModelError: PEFT trained one end of tied embeddings apart from the other.
+        """
+        if is_tied and self.lora.modules_to_save and not self.ties_tables:
+            raise ModelError(
+                "modules_to_save trains one end of tied embeddings without the other",
+                where=self.where,
+                fix="train it with ensure_weight_tying=true, or merge it with PEFT",
+            )
 
     def _is_kept(self, name: str) -> bool:
         if isinstance(self.excluded, str) and re.fullmatch(self.excluded, name):
@@ -140,58 +176,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             excluded=_target(fields, "exclude_modules"),
             layers=_layers(fields),
             layers_pattern=_names(fields, "layers_pattern"),
+            ties_tables=fields.flag("ensure_weight_tying"),
             where=str(path),
         )
     except ConfigError as error:
         raise ModelError(error.what, where=str(path), fix=error.fix) from error
-
-
-def write_adapter_config(
-    folder: Path,
-    lora: LoRAConfig,
-    modules: Sequence[str],
-    *,
-    base_model_name_or_path: str,
-    revision: str | None,
-) -> None:
-    """Writes the keys that every version of PEFT understands, sorted.
-
-    Args:
-      folder: Folder of the adapter.
-      lora: Kind of the adapter.
-      modules: Full names of the adapted modules, which replace "all-linear".
-      base_model_name_or_path: Folder or hub name of the base model.
-      revision: Of the base model.
-    """
-    target = lora.lora_target_modules
-    listed = modules if target == ALL_LINEAR else target
-    alpha = lora.lora_alpha
-    values = {
-        "alpha_pattern": {},
-        "auto_mapping": None,
-        "base_model_name_or_path": base_model_name_or_path,
-        "bias": lora.lora_bias,
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": lora.lora_dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
-        "r": lora.lora_r,
-        "rank_pattern": {},
-        "revision": revision,
-        "target_modules": listed if isinstance(listed, str) else sorted(listed),
-        "task_type": "CAUSAL_LM",
-        "use_dora": lora.use_dora,
-        "use_rslora": lora.use_rslora,
-    }
-    with new_file(folder / CONFIG_NAME) as file:
-        file.write(json.dumps(values, indent=2).encode("utf-8"))
 
 
 def _lora(fields: ConfigFields) -> LoRAConfig:
@@ -210,7 +199,61 @@ def _lora(fields: ConfigFields) -> LoRAConfig:
         lora_bias=cast(LoRABias, fields.choice("bias", choices(LoRABias))),
         use_rslora=fields.flag("use_rslora"),
         use_dora=fields.flag("use_dora"),
+        rank_pattern=_pattern(fields, "rank_pattern"),
+        alpha_pattern=_pattern(fields, "alpha_pattern"),
+        init_lora_weights=_start(fields),
+        modules_to_save=_tables(fields),
+        trainable_token_indices=_tokens(fields),
     )
+
+
+def _start(fields: ConfigFields) -> LoRAStart:
+    start, note = fields.get("init_lora_weights"), fields.get("loftq_config")
+    if note and note != LOFTQ:
+        raise _unsupported(fields, "loftq_config")
+    if note:
+        return "loftq"
+    return "gaussian" if start == "gaussian" else "default"
+
+
+def _pattern(fields: ConfigFields, key: str) -> tuple[str, ...]:
+    """Returns an object of expressions and numbers, as `LoRAConfig` writes it."""
+    value = fields.get(key) or {}
+    if not isinstance(value, dict):
+        raise fields.error(key, "an object of names and numbers")
+    entries = []
+    for expression, number in value.items():
+        _check_expression(fields, key, expression)
+        section = ConfigFields({expression: number}, where=f"{fields.where}, {key}")
+        entries.append(f"{expression}={plain_number(section.number(expression))}")
+    return tuple(entries)
+
+
+def plain_number(value: float) -> float | int:
+    """Returns a whole number without its point, as JSON files of PEFT have it."""
+    return int(value) if value == int(value) else value
+
+
+def _tables(fields: ConfigFields) -> tuple[Table, ...]:
+    ends = [name.rpartition(".")[2] for name in _names(fields, "modules_to_save")]
+    if any(end not in get_args(Table) for end in ends):
+        raise _unsupported(fields, "modules_to_save")
+    return tuple(cast(list[Table], list(dict.fromkeys(ends))))
+
+
+def _tokens(fields: ConfigFields) -> tuple[int, ...]:
+    key = "trainable_token_indices"
+    value = fields.get(key)
+    if isinstance(value, dict) and set(value) == {_EMBEDDING}:
+        value = value[_EMBEDDING]
+    if isinstance(value, dict):
+        raise _unsupported(fields, key)
+    tokens = value or []
+    if not isinstance(tokens, list) or not all(
+        type(token) is int and 0 <= token < 2**31 for token in tokens
+    ):
+        raise fields.error(key, "token ids")
+    return tuple(tokens)
 
 
 def _target(fields: ConfigFields, key: str) -> str | tuple[str, ...] | None:
@@ -220,13 +263,17 @@ def _target(fields: ConfigFields, key: str) -> str | tuple[str, ...] | None:
         return _names(fields, key) or None
     if not isinstance(value, str):
         raise fields.error(key, "a list of names or an expression")
-    if len(value) > _MAX_EXPRESSION or _NESTED_REPETITION.search(value):
+    _check_expression(fields, key, value)
+    return value
+
+
+def _check_expression(fields: ConfigFields, key: str, expression: str) -> None:
+    if len(expression) > _MAX_EXPRESSION or _NESTED_REPETITION.search(expression):
         raise fields.error(key, "a shorter expression without nested repetition")
     try:
-        re.compile(value)
+        re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
         raise fields.error(key, f"a regular expression ({error})") from error
-    return value
 
 
 def _names(fields: ConfigFields, key: str) -> tuple[str, ...]:
@@ -261,5 +308,6 @@ def _unsupported(fields: ConfigFields, key: str) -> ModelError:
         f"{key}={printable(repr(fields.get(key)))} is not supported yet",
         where=fields.where,
         fix="adapters may be LoRA, rsLoRA or DoRA on the linear layers inside blocks, "
-        "all of one rank, with biases; merge this one with PEFT first",
+        "with biases, and embeddings and output head may train whole or by token; "
+        "merge this one with PEFT first",
     )

@@ -1,7 +1,6 @@
 """PEFT adapter folder -> weights; what PEFT only warns about is an error here."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -10,7 +9,14 @@ from jaxtyping import Array
 
 from conversions.hf.families import checkpoint_tensors
 from conversions.peft.adapter_config import read_adapter_config
-from conversions.peft.names import full_name, own_name, peft_key, plain_key
+from conversions.peft.names import (
+    TABLES,
+    full_name,
+    is_of_table,
+    own_name,
+    peft_key,
+    plain_key,
+)
 from conversions.report import TensorReport, compare_shapes
 from conversions.rules import Tensor, relaid
 from conversions.safetensors_file import SafetensorsFile
@@ -52,9 +58,12 @@ def read_adapter(folder: Path, config: TransformerConfig) -> Adapter:
     base = checkpoint_tensors(config)
     names = [full_name(_module(tensor)) for tensor in base if tensor.is_linear]
     lora, modules = recorded.resolved(names)
+    recorded.check_tables(is_tied=config.tie_word_embeddings)
     expected = _expected(base, {own_name(name) for name in modules}, lora)
     file = SafetensorsFile(_weights_path(folder))
     keys = _keys(file)
+    if config.tie_word_embeddings and lora.modules_to_save:
+        _drop_second_end(file, keys)
     found = {plain: file.tensors[key].shape for plain, key in keys.items()}
     report = compare_shapes({t.hf: t.shape for t in expected}, found)
     wrong_dtypes = {
@@ -85,12 +94,18 @@ def _expected(
         module = _module(tensor)
         if tensor.is_linear and module in adapted:
             outputs, inputs = tensor.shape
-            shapes[f"{module}.lora_a"] = (lora.lora_r, inputs)
-            shapes[f"{module}.lora_b"] = (outputs, lora.lora_r)
+            rank = lora.rank(full_name(module))
+            shapes[f"{module}.lora_a"] = (rank, inputs)
+            shapes[f"{module}.lora_b"] = (outputs, rank)
             if lora.use_dora:
                 shapes[f"{module}.lora_magnitude"] = (outputs,)
         is_trained = lora.lora_bias == "all" or module in adapted
         if tensor.name.endswith(".bias") and lora.lora_bias != "none" and is_trained:
+            shapes[tensor.name] = tensor.shape
+        if tensor.name == "embed_tokens.weight" and lora.trainable_token_indices:
+            count = len(lora.trainable_token_indices)
+            shapes["embed_tokens.rows"] = (count, tensor.shape[1])
+        if is_of_table(tensor.name) and _is_trained(module, base, lora):
             shapes[tensor.name] = tensor.shape
     tensors = []
     for name, shape in shapes.items():
@@ -99,11 +114,35 @@ def _expected(
     return tensors
 
 
+def _is_trained(table: str, base: tuple[Tensor, ...], lora: LoRAConfig) -> bool:
+    """Says whether a table trains; where one is both ends, either name means it."""
+    ends = [_module(tensor) for tensor in base if is_of_table(tensor.name)]
+    return bool(lora.modules_to_save) and (
+        table in lora.modules_to_save or ends == [table]
+    )
+
+
+def _drop_second_end(file: SafetensorsFile, keys: dict[str, str]) -> None:
+    """Leaves out the output head of tied embeddings, which PEFT stores twice."""
+    first, second = (peft_key(f"{table}.weight", set())[0] for table in TABLES)
+    if second not in keys:
+        return
+    if first not in keys:
+        keys[first] = keys.pop(second)
+        return
+    head = file.read(keys.pop(second))
+    if not np.array_equal(head, file.read(keys[first])):
+        raise ModelError(
+            "embeddings and output head are one table, but differ here",
+            where=str(file.path),
+        )
+
+
 def _module(tensor: Tensor) -> str:
     return tensor.name.rpartition(".")[0]
 
 
-def _keys(file: SafetensorsFile) -> Mapping[str, str]:
+def _keys(file: SafetensorsFile) -> dict[str, str]:
     """Returns the keys of the file by what they mean."""
     keys: dict[str, str] = {}
     for key in file.tensors:

@@ -1,20 +1,22 @@
 """Weights -> PEFT adapter folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Array
 
-from conversions.peft.adapter_config import write_adapter_config
-from conversions.peft.names import full_name, peft_key
+from conversions.peft.adapter_config import CONFIG_NAME, LOFTQ, plain_number
+from conversions.peft.names import TABLES, full_name, is_of_table, peft_key
 from conversions.peft.read import ADAPTER_NAME
 from conversions.rules import relaid
 from conversions.safetensors_writer import write_safetensors
-from fastjax.config import LoRAConfig
+from fastjax.config import ALL_LINEAR, LoRAConfig
 from fastjax.files import make_folder, new_file
 
+PEFT_VERSION = "0.21.2"
+_EMBEDDING, _HEAD = (peft_key(f"{t}.weight", set())[0] for t in TABLES)
 _CARD = """\
 ---
 base_model: {base}
@@ -43,6 +45,7 @@ def write_adapter(
     *,
     base_model_name_or_path: str,
     revision: str | None = None,
+    is_tied: bool = False,
 ) -> None:
     """Writes an adapter as PEFT does: float32 tensors, config and a model card.
 
@@ -52,6 +55,7 @@ def write_adapter(
       lora: Kind of the adapter.
       base_model_name_or_path: Folder or hub name of the base model.
       revision: Of the base model.
+      is_tied: Its embeddings are its output head as well.
 
     Raises:
       ValueError: The weights are not those of one adapter.
@@ -62,14 +66,17 @@ def write_adapter(
     for name, array in weights.items():
         key, layout = peft_key(name, adapted)
         tensors[key] = relaid(np.asarray(array).astype(np.float32, copy=False), layout)
+    if is_tied and _EMBEDDING in tensors:
+        tensors[_HEAD] = tensors[_EMBEDDING]
     make_folder(folder)
     write_safetensors(folder / ADAPTER_NAME, tensors)
-    write_adapter_config(
+    _write_config(
         folder,
         lora,
         [full_name(module) for module in sorted(adapted)],
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
+        is_tied=is_tied,
     )
     with new_file(folder / "README.md") as file:
         # JSON strings are YAML strings: no name can add lines to the front matter.
@@ -77,18 +84,85 @@ def write_adapter(
         file.write(card.encode("utf-8"))
 
 
+def _write_config(
+    folder: Path,
+    lora: LoRAConfig,
+    modules: Sequence[str],
+    *,
+    base_model_name_or_path: str,
+    revision: str | None,
+    is_tied: bool,
+) -> None:
+    """Writes the keys that every version of PEFT understands, sorted.
+
+    Keys that only newer versions know are written where they say something.
+
+    Args:
+      folder: Folder of the adapter.
+      lora: Kind of the adapter.
+      modules: Full names of the adapted modules, which replace "all-linear".
+      base_model_name_or_path: Folder or hub name of the base model.
+      revision: Of the base model.
+      is_tied: Its embeddings are its output head as well.
+    """
+    target = lora.lora_target_modules
+    # PEFT takes no expression together with layers_to_transform.
+    is_listed = target == ALL_LINEAR or bool(lora.layers_to_transform)
+    listed = modules if is_listed and isinstance(target, str) else target
+    start = lora.init_lora_weights
+    is_loftq = start == "loftq"
+    tokens = list(lora.trainable_token_indices)
+    values = {
+        "alpha_pattern": _as_object(lora.alpha_pattern),
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model_name_or_path,
+        "bias": lora.lora_bias,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": "gaussian" if start == "gaussian" else True,
+        "layers_pattern": None,
+        "layers_to_transform": list(lora.layers_to_transform) or None,
+        "lora_alpha": plain_number(lora.lora_alpha),
+        "lora_dropout": lora.lora_dropout,
+        "modules_to_save": list(lora.modules_to_save) or None,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": lora.lora_r,
+        "rank_pattern": _as_object(lora.rank_pattern),
+        "revision": revision,
+        "target_modules": listed if isinstance(listed, str) else sorted(listed),
+        "task_type": "CAUSAL_LM",
+        "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
+    }
+    values |= {"loftq_config": LOFTQ} if is_loftq else {}
+    values |= {"trainable_token_indices": tokens} if tokens else {}
+    if is_tied and lora.modules_to_save:
+        values |= {"ensure_weight_tying": True, "modules_to_save": TABLES[:1]}
+    values = dict(sorted(values.items()))
+    with new_file(folder / CONFIG_NAME) as file:
+        file.write(json.dumps(values, indent=2).encode("utf-8"))
+
+
+def _as_object(pattern: tuple[str, ...]) -> dict[str, float | int]:
+    pairs = (entry.rpartition("=") for entry in pattern)
+    return {expression: plain_number(float(number)) for expression, _, number in pairs}
+
+
 def _adapted(weights: Mapping[str, Array], lora: LoRAConfig) -> set[str]:
-    """Returns the adapted modules, each of which has all its tensors of one rank."""
+    """Returns the adapted modules, each of which has all its tensors of its rank."""
     leaves = {"lora_a", "lora_b"} | ({"lora_magnitude"} if lora.use_dora else set())
     held: dict[str, set[str]] = {}
     for name, array in weights.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "bias":
+        if leaf == "bias" or is_of_table(name):
             continue
         held.setdefault(module, set()).add(leaf)
         rank = {"lora_a": array.shape[-1], "lora_b": array.shape[0]}.get(leaf)
-        if rank not in (None, lora.lora_r):
-            raise ValueError(f"{name} has rank {rank}, not {lora.lora_r}")
+        expected = lora.rank(full_name(module))
+        if rank not in (None, expected):
+            raise ValueError(f"{name} has rank {rank}, not {expected}")
     wrong = [module for module, found in held.items() if found != leaves]
     if wrong or not held:
         raise ValueError(f"each adapted module needs {leaves}; these do not: {wrong}")

@@ -3,6 +3,7 @@
 from fastjax.api.arguments import SFTConfig as SFTConfig
 from fastjax.api.arguments import TrainingArguments as TrainingArguments
 from fastjax.api.chat import Conversation as Conversation
+from fastjax.api.combination import combine_adapters as combine_adapters
 from fastjax.api.data_check import DataCheck as DataCheck
 from fastjax.api.data_check import check_data as check_data
 from fastjax.api.export import run_export as run_export
@@ -13,6 +14,8 @@ from fastjax.api.fast_language_model import (
 from fastjax.api.generation import answer as answer
 from fastjax.api.generation import run_generation as run_generation
 from fastjax.api.hub import push_folder as push_folder
+from fastjax.api.inspection import Inspection as Inspection
+from fastjax.api.inspection import inspect_folder as inspect_folder
 from fastjax.api.language_model import LanguageModel as LanguageModel
 from fastjax.api.loading import load_model as load_model
 from fastjax.api.random_checkpoint import (

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from fastjax import files, runtime
+from fastjax.api.calibration import plan_dynamic
 from fastjax.api.finding import FoundModel, find_model
 from fastjax.api.gguf_folder import write_gguf_adapter_folder, write_gguf_folder
 from fastjax.api.loading import load_model
@@ -28,6 +29,8 @@ def run_export(
     base_precision: BasePrecision = "original",
     dtype: DType = "bfloat16",
     gguf_type: GGUFKind = "q8_0",
+    calibration_data: str | None = None,
+    extra_memory: float = 0.1,
     compare_logits: bool = True,
     overwrite: bool = False,
 ) -> Iterator[str]:
@@ -40,10 +43,14 @@ def run_export(
       name: Preset, folder or hub name of a model, or folder of an adapter.
       folder: Made, whole or not at all.
       output_format: "hf" is a folder of 16 or 32 bits; "bnb-4bit" the same with linears
-        in NF4; "gguf" one file for llama.cpp; "gguf-lora" the adapter alone for it.
+        in NF4; "bnb-dynamic" keeps some of these in 16 bits; "gguf" one file for
+        llama.cpp; "gguf-lora" the adapter alone for it.
       base_precision: Merge onto the weights of the base, or onto its 4-bit ones.
       dtype: Of the weights in a Hugging Face folder.
       gguf_type: Of the matrices in a GGUF file.
+      calibration_data: Text that decides what "bnb-dynamic" keeps; None takes the
+        embedded set.
+      extra_memory: What it may spend, as a share of the plain 4-bit model.
       compare_logits: False leaves out the comparison.
       overwrite: Replace an existing folder.
 
@@ -53,34 +60,72 @@ def run_export(
     runtime.configure()
     found = find_model(name)
     merge = Merge.of(found)
-    if output_format == "gguf-lora":
-        if found.adapter is None:
-            raise ConfigError(
-                "format=gguf-lora needs an adapter", fix="give the adapter's folder"
-            )
-        yield from write_gguf_adapter_folder(folder, merge, overwrite=overwrite)
-        yield f"adapter for llama.cpp and Ollama: {folder}"
-        return
-    if output_format == "gguf":
-        weights = merge.weights(base_precision, dtype)
-        yield from write_gguf_folder(
-            folder, merge, weights, kind=gguf_type, overwrite=overwrite
+    told = _told(found, base_precision)
+    if output_format in ("gguf", "gguf-lora"):
+        yield from _gguf(
+            merge,
+            folder,
+            None if output_format == "gguf-lora" else gguf_type,
+            base_precision=base_precision,
+            dtype=dtype,
+            overwrite=overwrite,
+            told=told,
         )
-        yield f"{_told(found, base_precision)}{gguf_type} for llama.cpp: {folder}"
         return
+    plan = None
+    if output_format == "bnb-dynamic":
+        files.require_free_name(folder, overwrite=overwrite)
+        plan = plan_dynamic(
+            found,
+            merge,
+            base_precision,
+            dtype,
+            calibration_data=calibration_data,
+            extra_memory=extra_memory,
+        )
     merge.write_folder(
         folder,
         base_precision=base_precision,
         dtype=dtype,
-        is_4bit=output_format == "bnb-4bit",
+        is_4bit=output_format in ("bnb-4bit", "bnb-dynamic"),
         overwrite=overwrite,
+        formats=None if plan is None else plan.formats,
     )
-    yield f"{_told(found, base_precision)}{output_format}, {dtype}: {folder}"
+    if plan is not None:
+        plan.write(folder)
+        yield from plan.lines()
+    yield f"{told}{output_format}, {dtype}: {folder}"
     if compare_logits:
         bound = _BOUNDS[dtype] if output_format == "hf" else math.inf
         yield _comparison(
             name, folder, base_precision=base_precision, dtype=dtype, bound=bound
         )
+
+
+def _gguf(
+    merge: Merge,
+    folder: Path,
+    kind: GGUFKind | None,
+    *,
+    base_precision: BasePrecision,
+    dtype: DType,
+    overwrite: bool,
+    told: str,
+) -> Iterator[str]:
+    """Writes a model of a kind, or with None its adapter alone; yields lines on it."""
+    if kind is not None:
+        weights = merge.weights(base_precision, dtype)
+        yield from write_gguf_folder(
+            folder, merge, weights, kind=kind, overwrite=overwrite
+        )
+        yield f"{told}{kind} for llama.cpp: {folder}"
+        return
+    if not merge.adapter:
+        raise ConfigError(
+            "format=gguf-lora needs an adapter", fix="give the adapter's folder"
+        )
+    yield from write_gguf_adapter_folder(folder, merge, overwrite=overwrite)
+    yield f"adapter for llama.cpp and Ollama: {folder}"
 
 
 def _told(found: FoundModel, base_precision: BasePrecision) -> str:

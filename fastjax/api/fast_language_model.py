@@ -1,6 +1,7 @@
 """`FastLanguageModel`: loading and adapting models by the calls that users know."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from fastjax import runtime
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter, load_model
 from fastjax.api.tokenizer import Tokenizer
-from fastjax.config import ALL_LINEAR, DType, LoRABias, LoRAConfig, RematChoice
+from fastjax.config import ALL_LINEAR, DType, LoRABias, RematChoice
 from fastjax.errors import ConfigError
 from fastjax.flat_config import train_config
 from kernels.device import compute_capability
@@ -95,7 +96,11 @@ class FastLanguageModel:
         random_state: int = 3407,
         max_seq_length: int | None = None,
         modules_to_save: Sequence[str] | None = None,
-        layers_to_transform: Sequence[int] | None = None,
+        layers_to_transform: int | Sequence[int] | None = None,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float | int] | None = None,
+        trainable_token_indices: Sequence[int] | None = None,
+        init_lora_weights: bool | str = True,
         loftq_config: dict[str, Any] | None = None,
     ) -> LanguageModel:
         """Returns the model with fresh adapters on the targeted linear layers.
@@ -113,20 +118,29 @@ class FastLanguageModel:
             pass, "unsloth" whole layers, False only norms and activations.
           random_state: Seed of the adapters' start.
           max_seq_length: Replaces the model's.
-          modules_to_save: Must be empty: only linear layers of the blocks train.
-          layers_to_transform: Must be empty: name layers in `target_modules`, such as
-            r"model\\.layers\\.(0|1)\\..*_proj".
-          loftq_config: Must be empty: LoftQ is not supported.
+          modules_to_save: "embed_tokens" and "lm_head" train whole when named.
+          layers_to_transform: Only these layers get adapters.
+          rank_pattern: Other ranks by the end of module names, or expressions for it.
+          alpha_pattern: Other alphas, likewise.
+          trainable_token_indices: Tokens whose embeddings train.
+          init_lora_weights: True or "gaussian" start from the base model, "loftq" from
+            what its 4 bits lose.
+          loftq_config: Has no effect: LoftQ is for 4 bits and one iteration.
 
         Raises:
           ConfigError: A value is out of range, or the targets match nothing.
         """
-        _require_empty(
-            modules_to_save=modules_to_save,
-            layers_to_transform=layers_to_transform,
-            loftq_config=loftq_config,
-        )
-        lora = LoRAConfig(
+        del loftq_config
+        kinds = {
+            "modules_to_save": modules_to_save,
+            "layers_to_transform": layers_to_transform,
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
+            "trainable_token_indices": trainable_token_indices,
+            "init_lora_weights": init_lora_weights,
+        }
+        lora = dataclasses.replace(
+            train_config(kinds).config.lora,
             lora_r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
@@ -154,12 +168,6 @@ class FastLanguageModel:
 
 def _targets(given: str | Sequence[str]) -> str | tuple[str, ...]:
     return given if isinstance(given, str) else tuple(given)
-
-
-def _require_empty(**unsupported: Any) -> None:
-    asked = [f"{name} is not supported" for name, v in unsupported.items() if v]
-    if asked:
-        raise ConfigError.of(asked, fix="leave it out")
 
 
 def is_bfloat16_supported() -> bool:

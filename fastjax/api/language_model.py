@@ -253,6 +253,7 @@ class LanguageModel:
             self.lora,
             base_model_name_or_path=self.source.name,
             revision=self.source.revision,
+            is_tied=self.config.tie_word_embeddings,
         )
 
     def save_pretrained_merged(
@@ -330,6 +331,7 @@ class LanguageModel:
             spec=self.spec,
             adapter=adapters.adapter_weights(self.decoder, self.spec),
             decoder=self.decoder,
+            needs_4bit=self.lora is not None and self.lora.init_lora_weights == "loftq",
         )
 
     def stop_ids(

@@ -1,5 +1,6 @@
 """From a name to a `LanguageModel`: presets, folders, hub names and adapter folders."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from fastjax import lora as adapters
 from fastjax import runtime
 from fastjax.api.finding import find_model, load_tokenizer
 from fastjax.api.language_model import LanguageModel, ModelSource
+from fastjax.api.starting import start_from_loss
 from fastjax.config import DType, Implementations, LoRAConfig, QuantConfig
 from fastjax.errors import ModelError
 from fastjax.models.build import DecoderSpec, build_decoder
@@ -101,9 +103,15 @@ def add_adapter(model: LanguageModel, lora: LoRAConfig, *, seed: int) -> None:
     """Gives the model fresh adapters; those it had are dropped."""
     adapted = adapters.adapted_spec(adapters.plain_spec(model.spec), lora)
     model.decoder = adapters.with_adapters(
-        model.decoder, model.spec, adapted, jax.random.key(seed)
+        model.decoder,
+        model.spec,
+        adapted,
+        jax.random.key(seed),
+        is_gaussian=lora.init_lora_weights == "gaussian",
     )
     model.spec, model.lora = adapted, lora
+    if lora.init_lora_weights == "loftq":
+        start_from_loss(model, seed=seed)
 
 
 def _commit(folder: Path) -> str | None:
@@ -113,5 +121,14 @@ def _commit(folder: Path) -> str | None:
 
 def _put_adapter(model: LanguageModel, folder: Path) -> None:
     adapter = read_adapter(folder, model.config)
-    add_adapter(model, adapter.lora, seed=0)
+    if adapter.lora.init_lora_weights == "loftq" and not model.spec.packed:
+        raise ModelError(
+            "this adapter started from what 4 bits lose (LoftQ), so it belongs to the "
+            "4-bit weights",
+            where=str(folder),
+            fix="set load_in_4bit; to merge, --base_precision dequantised",
+        )
+    plain = dataclasses.replace(adapter.lora, init_lora_weights="default")
+    add_adapter(model, plain, seed=0)
+    model.lora = adapter.lora
     adapters.set_adapter_weights(model.decoder, model.spec, adapter.weights)

@@ -16,6 +16,7 @@ from conversions.hf import (
 from conversions.peft import read_adapter
 from fastjax.api.finding import FoundModel
 from fastjax.config import BasePrecision, DType, QuantConfig
+from fastjax.errors import ConfigError
 from fastjax.lora import adapted_spec, merged_weights
 from fastjax.models.build import DecoderSpec, flat_weights, linear_names
 from fastjax.nn.decoder import Decoder
@@ -33,6 +34,7 @@ class Merge:
       folder: Of the base model: config, weights, tokenizer.
       spec: Structure of the adapted decoder.
       adapter: Trained arrays by canonical name; none without an adapter.
+      needs_4bit: The adapter makes up for what 4 bits lose of the base.
       decoder: Holds the weights when the model is in memory.
     """
 
@@ -41,6 +43,7 @@ class Merge:
     spec: DecoderSpec
     adapter: Mapping[str, Array]
     decoder: Decoder | None = None
+    needs_4bit: bool = False
 
     @classmethod
     def of(cls, found: FoundModel) -> "Merge":
@@ -51,10 +54,18 @@ class Merge:
         """
         spec = DecoderSpec(config=read_config(found.folder))
         adapter: Mapping[str, Array] = {}
+        needs_4bit = False
         if found.adapter is not None:
             read = read_adapter(found.adapter, spec.config)
             spec, adapter = adapted_spec(spec, read.lora), read.weights
-        return cls(name=found.name, folder=found.folder, spec=spec, adapter=adapter)
+            needs_4bit = read.lora.init_lora_weights == "loftq"
+        return cls(
+            name=found.name,
+            folder=found.folder,
+            spec=spec,
+            adapter=adapter,
+            needs_4bit=needs_4bit,
+        )
 
     def weights(
         self, base_precision: BasePrecision, dtype: DType
@@ -76,14 +87,15 @@ class Merge:
         dtype: DType,
         is_4bit: bool,
         overwrite: bool,
+        formats: Mapping[str, PackedFormat] | None = None,
     ) -> None:
         """Writes a Hugging Face folder of `dtype`, its linears in 4 bits if wanted.
 
         A base that is 4-bit already keeps its formats, and every bit of the linears
-        that have no adapter.
+        that have no adapter. Given `formats` decide instead.
         """
         weights = self._merged(base_precision, dtype)
-        packed = self._formats(dtype) if is_4bit else {}
+        packed = (formats or self._formats(dtype)) if is_4bit else {}
         save_model(
             folder,
             packed_weights(weights, packed) if is_4bit else dense_weights(weights),
@@ -104,6 +116,12 @@ class Merge:
     def _base(
         self, base_precision: BasePrecision, dtype: DType
     ) -> Iterator[tuple[str, Array | NF4Array]]:
+        if self.needs_4bit and base_precision == "original":
+            raise ConfigError(
+                "this adapter started from what 4 bits lose of the base (LoftQ); on "
+                "the original weights it would add that twice",
+                fix="merge it with base_precision=dequantised",
+            )
         is_held = self.spec.trains_weights or base_precision == "dequantised"
         if self.decoder is not None and is_held:
             return flat_weights(self.decoder, self.spec)

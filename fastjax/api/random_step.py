@@ -104,7 +104,7 @@ class RandomStep:
             graphdef,
             max_segments=documents,
             remat=remat,
-            head_is_trainable=spec.trains_weights,
+            head_is_trainable=spec.trains_head,
         )
         self.compiled = CompiledSteps(
             make_train_step(loss, optimizer, seed=0, dtype=spec.compute_dtype),

@@ -13,7 +13,13 @@ def serving_notes(lora: LoRAConfig) -> list[str]:
         notes.append(f"vLLM and llama.cpp load no DoRA adapters: {_MERGE}")
     if lora.lora_bias != "none":
         notes.append(f"vLLM and llama.cpp load no adapters with biases: {_MERGE}")
-    if lora.lora_r > _VLLM_LARGEST_RANK:
+    if lora.modules_to_save or lora.trainable_token_indices:
+        notes.append(
+            f"vLLM and llama.cpp load no adapters with trained embeddings: {_MERGE}"
+        )
+    patterns = (entry.rpartition("=")[2] for entry in lora.rank_pattern)
+    rank = max([lora.lora_r, *(int(float(number)) for number in patterns)])
+    if rank > _VLLM_LARGEST_RANK:
         largest = _VLLM_LARGEST_RANK
-        notes.append(f"vLLM loads no rank above {largest}, this is {lora.lora_r}")
+        notes.append(f"vLLM loads no rank above {largest}, this is {rank}")
     return notes

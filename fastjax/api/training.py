@@ -214,6 +214,7 @@ def train(
         resume_command=resume_command,
         base=folder_fingerprint(model.source.folder),
         sampler=make_sampler(model, config.report),
+        head_is_trainable=model.spec.trains_head,
         flops_per_token=_flops_per_token(model),
     )
     with device_faults("train", memory_fix=MEMORY_FIX):

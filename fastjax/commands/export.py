@@ -16,13 +16,18 @@ class ExportArgs:
       model: Folder of an adapter or model, preset name or hub name.
       output_dir: Folder that is made.
       format: hf: a Hugging Face folder; bnb-4bit: the same with linears in NF4 of
-        bitsandbytes, for transformers and vLLM; gguf: for llama.cpp and Ollama;
+        bitsandbytes, for transformers and vLLM; bnb-dynamic: the same with the linears
+        in 16 bits that matter most on calibration text; gguf: for llama.cpp and Ollama;
         gguf-lora: the adapter alone for these.
       base_precision: Merge onto the original 16-bit weights, or onto the 4-bit ones
         as they were in training.
       dtype: Of the weights in a Hugging Face folder.
       gguf_type: Of the matrices in a GGUF file; types with a k, and iq4, need
         llama.cpp's `llama-quantize`.
+      calibration_data: Text for bnb-dynamic: what a run's dataset_name may be; without,
+        questions on Python's standard library.
+      extra_memory: What bnb-dynamic may spend on 16 bits, as a share of the plain 4-bit
+        model.
       compare_logits: Load source and result afterwards and compare their logits.
       overwrite: Replace the folder if it exists.
     """
@@ -33,6 +38,8 @@ class ExportArgs:
     base_precision: BasePrecision = "original"
     dtype: DType = "bfloat16"
     gguf_type: GGUFKind = "q8_0"
+    calibration_data: str | None = None
+    extra_memory: float = 0.1
     compare_logits: bool = True
     overwrite: bool = False
 
@@ -52,6 +59,8 @@ def run(call: Call) -> None:
         base_precision=args.base_precision,
         dtype=args.dtype,
         gguf_type=args.gguf_type,
+        calibration_data=args.calibration_data,
+        extra_memory=args.extra_memory,
         compare_logits=args.compare_logits,
         overwrite=args.overwrite,
     ):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from fastjax.config import DType, Implementations
+from fastjax.config import DType, Implementations, Table
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.attention import Attention
 from fastjax.nn.block import Block
@@ -51,6 +51,8 @@ class DecoderSpec:
         such as `layers.3.mlp.up_proj`.
       adapters: Adapter of the linears that have one, by the same names.
       trained_biases: Linears whose bias trains beside the adapters.
+      trained_tables: Which of embed_tokens and lm_head train beside the adapters.
+      trained_tokens: Tokens whose rows of embed_tokens train instead.
       implementations: Implementation of each op; None takes the first able one.
     """
 
@@ -61,6 +63,8 @@ class DecoderSpec:
     packed: Mapping[str, PackedFormat] = dataclasses.field(default_factory=dict)
     adapters: Mapping[str, AdapterSpec] = dataclasses.field(default_factory=dict)
     trained_biases: frozenset[str] = frozenset()
+    trained_tables: frozenset[Table] = frozenset()
+    trained_tokens: tuple[int, ...] = ()
     implementations: Implementations = dataclasses.field(
         default_factory=Implementations
     )
@@ -74,6 +78,14 @@ class DecoderSpec:
             trains_weight=self.trains_weights,
             trains_bias=name in self.trained_biases,
         )
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the table that gives the logits trains."""
+        is_tied = self.config.tie_word_embeddings
+        head: Table = "embed_tokens" if is_tied else "lm_head"
+        has_rows = is_tied and bool(self.trained_tokens)
+        return self.trains_weights or has_rows or head in self.trained_tables
 
     def segments(self) -> list[range]:
         """Returns the runs of consecutive layers that share one structure."""
@@ -107,16 +119,11 @@ def linear_names(config: TransformerConfig) -> tuple[str, ...]:
 def abstract_decoder(spec: DecoderSpec) -> Decoder:
     """Returns the decoder of `spec` with shapes in the place of weights."""
     config = spec.config
-    embedding = {
-        "dtype": jnp.dtype(spec.param_dtype),
-        "is_trainable": spec.trains_weights,
-    }
-    sizes = (config.vocab_size, config.hidden_size)
     return Decoder(
-        embed_tokens=Embedding(*sizes, **embedding),
+        embed_tokens=_table(spec, "embed_tokens"),
         segments=[_segment(spec, layers) for layers in spec.segments()],
         norm=_norm(spec, config.hidden_size),
-        lm_head=None if config.tie_word_embeddings else Embedding(*sizes, **embedding),
+        lm_head=None if config.tie_word_embeddings else _table(spec, "lm_head"),
         rotary=RotaryEmbedding(config.head_dim, _kinds_of_rope(config)),
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
@@ -191,6 +198,17 @@ def weight_places(
             yield [f"layers.{layer}.{module}" for layer in layers], variable
         else:
             yield [".".join(map(str, path))], variable
+
+
+def _table(spec: DecoderSpec, name: Table) -> Embedding:
+    is_beside_adapters = name in spec.trained_tables
+    return Embedding(
+        spec.config.vocab_size,
+        spec.config.hidden_size,
+        dtype=jnp.dtype("float32" if is_beside_adapters else spec.param_dtype),
+        is_trainable=spec.trains_weights or is_beside_adapters,
+        tokens=spec.trained_tokens if name == "embed_tokens" else (),
+    )
 
 
 def _segment(spec: DecoderSpec, layers: range) -> Segment:

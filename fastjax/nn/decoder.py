@@ -244,7 +244,7 @@ class Decoder(nnx.Module):
 
     def head_weight(self) -> Float[Array, "V D"]:
         """Returns the table that turns hidden states into logits."""
-        return self._head().weight.get_value()
+        return self._head().table()
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns the float32 score of every token of the vocabulary."""

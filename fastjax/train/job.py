@@ -40,6 +40,7 @@ class Job:
         was given are gone; unless a failing step took the newest ones with it.
       sampler: Answers the sample prompts with the trainable tree's weights; None has
         none.
+      head_is_trainable: The table that gives the logits trains.
       flops_per_token: Of forward and backward pass; 0 when not known.
       resume_command: Continues the run; shown when it is interrupted.
     """
@@ -57,6 +58,7 @@ class Job:
     loss: Callable[..., Any] = cross_entropy
     on_exit: Callable[[PyTree], None] | None = None
     sampler: Callable[[PyTree], list[tuple[str, str]]] | None = None
+    head_is_trainable: bool = False
     flops_per_token: float = 0.0
     resume_command: str = "the same command"
 
@@ -82,7 +84,7 @@ class Job:
             self.graphdef,
             max_segments=loader.max_segments,
             remat=remat,
-            head_is_trainable=self.config.full_finetuning,
+            head_is_trainable=self.head_is_trainable,
             neftune_noise_alpha=self.config.data.neftune_noise_alpha,
             implementation=self.config.implementations.cross_entropy,
         )

@@ -1,13 +1,14 @@
 """Optimisers: gradients become a direction, a schedule says how far to go along it."""
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from fastjax.config import OptimizerConfig
+from fastjax.config import OptimizerConfig, Table
 from fastjax.train.adam8bit import scale_by_adam8bit
 from fastjax.train.schedule import make_schedule
 
@@ -22,10 +23,12 @@ class Optimizer:
     Attributes:
       transform: Clips, scales and adds weight decay; its result is subtracted.
       schedule: Learning rate of a step.
+      table_factor: Of that rate for embeddings and output head.
     """
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
+    table_factor: float = 1.0
 
     def init(self, trainable: PyTree) -> PyTree:
         """Returns the state before the first step, in float32 or 8 bits."""
@@ -53,11 +56,14 @@ class Optimizer:
         rate = self.schedule(step)
 
         def moved(
-            old: Float[Array, "..."], along: Float[Array, "..."]
+            path: jax.tree_util.KeyPath,
+            old: Float[Array, "..."],
+            along: Float[Array, "..."],
         ) -> Float[Array, "..."]:
-            return (old.astype(jnp.float32) - rate * along).astype(old.dtype)
+            own = rate * self.table_factor if _is_of_table(path) else rate
+            return (old.astype(jnp.float32) - own * along).astype(old.dtype)
 
-        return jax.tree.map(moved, trainable, direction), new_state
+        return jax.tree.map_with_path(moved, trainable, direction), new_state
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
@@ -75,14 +81,22 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     parts = [clip] if config.max_grad_norm > 0 else []
     parts += _scaling(config)
     parts += [decay] if config.weight_decay > 0 else []
+    own_rate = config.embedding_learning_rate or config.learning_rate
     return Optimizer(
-        transform=optax.chain(*parts), schedule=make_schedule(config, total_steps)
+        transform=optax.chain(*parts),
+        schedule=make_schedule(config, total_steps),
+        table_factor=own_rate / config.learning_rate,
     )
 
 
 def as_float32(tree: PyTree) -> PyTree:
     """Returns the tree with every array in float32."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def _is_of_table(path: jax.tree_util.KeyPath) -> bool:
+    """Whether a leaf belongs to the module that its path starts with: a table's."""
+    return bool(path) and getattr(path[0], "key", None) in get_args(Table)
 
 
 def _scaling(config: OptimizerConfig) -> list[optax.GradientTransformation]:

@@ -86,8 +86,16 @@ def test_whole_numbers_stand_for_floats() -> None:
 
 
 def test_scaling_of_adapters() -> None:
-    assert LoRAConfig(lora_r=8, lora_alpha=16).scaling == 2.0
-    assert LoRAConfig(lora_r=16, lora_alpha=16, use_rslora=True).scaling == 4.0
+    name = "model.layers.3.mlp.up_proj"
+    assert LoRAConfig(lora_r=8, lora_alpha=16).scaling(name) == 2.0
+    assert LoRAConfig(lora_r=16, use_rslora=True).scaling(name) == 4.0
+    patterns = LoRAConfig(
+        rank_pattern=("layers.[0-3].*=4", "up_proj=8"), alpha_pattern=("up_proj=2.5",)
+    )
+    assert patterns.rank(name) == 4
+    assert patterns.scaling(name) == 2.5 / 4
+    assert patterns.rank("model.layers.4.mlp.up_proj") == 8
+    assert patterns.scaling("model.layers.4.mlp.down_proj") == 1.0
 
 
 def test_full_finetuning_goes_with_dense_weights() -> None:

@@ -31,12 +31,10 @@ SUPPORTED = {
     "peft_lora_all_linear": "tiny_llama3",
     "peft_lora_layers": "tiny_llama3",
     "peft_lora_bias": "tiny_qwen2",
+    "peft_lora_modules_to_save": "tiny_llama3",
+    "peft_lora_tokens": "tiny_llama3",
 }
-UNSUPPORTED = {
-    "peft_lora_embed_lora": "target_modules",
-    "peft_lora_modules_to_save": "modules_to_save",
-    "peft_lora_tokens": "trainable_token_indices",
-}
+UNSUPPORTED = {"peft_lora_embed_lora": "target_modules"}
 PREFIX = "base_model.model.model.layers."
 A = PREFIX + "0.self_attn.q_proj.lora_A.weight"
 B = PREFIX + "0.self_attn.q_proj.lora_B.weight"
@@ -85,14 +83,14 @@ def test_round_trip_is_bit_equal(fixtures: Path, tmp_path: Path, name: str, base
     values = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert list(values) == sorted(values)
     for key, value in values.items():
-        if key not in ("target_modules", "task_type") and not key.startswith("layers"):
+        if key not in ("target_modules", "task_type", "layers_pattern"):
             assert value == recorded[key], key
 
 
 def test_weights_have_our_names_and_layouts(default: Path, llama):
     adapter = read_adapter(default, llama)
     assert adapter.lora.lora_r == 8
-    assert adapter.lora.scaling == 2.0
+    assert adapter.lora.scaling("model.layers.0.self_attn.q_proj") == 2.0
     assert len(adapter.weights) == 2 * 7 * 2
     stored = tensors_of(default)
     actual = adapter.weights["layers.0.self_attn.q_proj.lora_a"]
@@ -107,7 +105,8 @@ def test_kinds_are_recognised(fixtures: Path, llama):
     assert dora.lora.use_dora
     assert dora.weights["layers.1.mlp.down_proj.lora_magnitude"].shape == (64,)
     layers = read_adapter(fixtures / "peft_lora_layers", llama)
-    assert layers.lora.lora_target_modules == ("model.layers.1.self_attn.q_proj",)
+    assert layers.lora.lora_target_modules == ("q_proj",)
+    assert layers.lora.layers_to_transform == (1,)
     bias = read_adapter(
         fixtures / "peft_lora_bias", read_config(fixtures / "tiny_qwen2")
     )
@@ -226,8 +225,15 @@ def test_wrong_tensors_are_named(default: Path, tmp_path: Path, llama, change, r
         ({"target_modules": ["q_proj"]}, "unexpected"),
         ({"bias": "some"}, "bias='some'"),
         ({"use_dora": True}, "missing: .*lora_magnitude_vector"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern=.*not supported yet"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern=.*not supported yet"),
+        ({"rank_pattern": {"q_proj": 4}}, "misshapen"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern=.*whole numbers"),
+        ({"rank_pattern": {"(a+)+b": 4}}, "nested repetition"),
+        ({"rank_pattern": ["q_proj"]}, "an object of names and numbers"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "q_proj='4' must be a positive number"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save=.* not supported yet"),
+        ({"modules_to_save": ["lm_head"]}, "missing: base_model.model.lm_head"),
+        ({"trainable_token_indices": [-1]}, "token ids"),
+        ({"trainable_token_indices": {"lm_head": [1]}}, "not supported yet"),
         ({"lora_bias": True}, "lora_bias=True is not supported yet"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
@@ -284,7 +290,8 @@ KEYS = st.sampled_from(
     (
         *("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_dora"),
         *("layers_to_transform", "layers_pattern", "exclude_modules", "revision"),
-        *("init_lora_weights", "peft_type", "rank_pattern"),
+        *("init_lora_weights", "peft_type", "rank_pattern", "modules_to_save"),
+        *("alpha_pattern", "trainable_token_indices", "loftq_config"),
     )
 )
 VALUES = st.recursive(

@@ -27,7 +27,7 @@ def test_positions_of_the_usual_arguments(small_model: Path) -> None:
     assert isinstance(linear.weight.get_value(), NF4Array)
     adapted = FastLanguageModel.get_peft_model(model, 8, SEVEN, 16)
     assert adapted is model
-    assert model.lora.scaling == 2.0
+    assert model.lora.scaling("q_proj") == 2.0
     assert FastLanguageModel.for_inference(model) is model
     assert FastLanguageModel.for_training(model) is model
     assert len(tokenizer) == 403
@@ -117,9 +117,12 @@ def test_the_adapter_of_the_usual_tutorial(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is not supported"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
-        ({"layers_to_transform": [0]}, "layers_to_transform is not supported"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save='norm' must be one of"),
+        ({"layers_to_transform": [9]}, r"names \[9\]; the model has the layers 0 to 1"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern=.* must be NAME=RANK"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern='\\(=2' must be"),
+        ({"trainable_token_indices": [999]}, r"names \[999\]; the vocabulary has 512"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' must be one of"),
         ({"target_modules": ["query"]}, "q_proj"),
         ({"r": 0}, "lora_r=0"),
         ({"lora_dropout": 1.5}, "lora_dropout=1.5"),

@@ -12,3 +12,11 @@ def test_choices_that_servers_refuse_are_told() -> None:
     assert "DoRA" in dora
     assert "biases" in bias
     assert "1024" in rank
+
+
+def test_tables_and_ranks_of_patterns() -> None:
+    table, rank = serving_notes(
+        LoRAConfig(modules_to_save=("lm_head",), rank_pattern=("q_proj=1024",))
+    )
+    assert "trained embeddings" in table
+    assert "this is 1024" in rank

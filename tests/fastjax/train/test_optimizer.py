@@ -81,3 +81,16 @@ def test_every_optimiser_keeps_the_dtype(name: OptimizerName) -> None:
     half = run(config, start, jnp.bfloat16)
     np.testing.assert_allclose(half, run(config, start), atol=0.02)
     assert np.abs(half - start).max() > 0.05
+
+
+def test_tables_may_have_a_rate_of_their_own() -> None:
+    config = constant(optim="sgd", learning_rate=0.1, embedding_learning_rate=0.02)
+    optimizer = make_optimizer(config, 10)
+    weights = {
+        "embed_tokens": {"weight": jnp.ones(3)},
+        "segments": {"weight": jnp.ones(3)},
+    }
+    state = optimizer.init(weights)
+    moved, _ = optimizer.update(weights, state, weights, jnp.int32(0))
+    np.testing.assert_allclose(moved["embed_tokens"]["weight"], 0.98, rtol=1e-6)
+    np.testing.assert_allclose(moved["segments"]["weight"], 0.9, rtol=1e-6)

@@ -1,0 +1,59 @@
+"""Adapter folders of one base combined into one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from conversions.hf import read_config
+from conversions.peft import read_adapter, write_adapter
+from fastjax import runtime
+from fastjax.api.finding import find_model
+from fastjax.combine import Part, combined
+from fastjax.config import CombineMethod
+from fastjax.errors import ConfigError, ModelError
+
+
+def combine_adapters(
+    folders: Sequence[str | Path],
+    output: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    method: CombineMethod = "concat",
+    rank: int | None = None,
+) -> str:
+    """Writes the combination of adapters as a PEFT folder; returns a line on it.
+
+    Args:
+      folders: Of adapters of one base.
+      output: Folder of the result.
+      weights: Factor of each; None takes 1.
+      method: See `fastjax.combine.combined`.
+      rank: Of the result, for the method "svd".
+
+    Raises:
+      ConfigError: The numbers disagree, or the adapters cannot be combined.
+      ModelError: An adapter cannot be read, or belongs to another base.
+    """
+    runtime.configure()
+    factors = [1.0] * len(folders) if weights is None else list(map(float, weights))
+    if len(folders) < 2 or len(factors) != len(folders):
+        raise ConfigError(
+            f"{len(folders)} adapters and {len(factors)} weights: there must be two "
+            "adapters or more, and a weight for each"
+        )
+    parts, bases = [], {}
+    for folder, factor in zip(folders, factors, strict=True):
+        found = find_model(str(folder), with_weights=False)
+        if found.adapter is None:
+            raise ModelError("this folder holds no adapter", where=str(folder))
+        adapter = read_adapter(found.adapter, read_config(found.folder))
+        parts.append(Part(lora=adapter.lora, weights=adapter.weights, factor=factor))
+        bases[found.name] = adapter.revision
+    if len(bases) > 1:
+        raise ModelError(
+            f"the adapters belong to different base models: {', '.join(bases)}",
+            fix="combine adapters of one base",
+        )
+    lora, arrays = combined(parts, method=method, rank=rank)
+    ((base, revision),) = bases.items()
+    write_adapter(output, arrays, lora, base_model_name_or_path=base, revision=revision)
+    return f"{len(parts)} adapters by {method}, of rank {lora.lora_r}: {output}"

@@ -1,0 +1,186 @@
+"""How much each group of linears suffers from 4 bits, and which stay in 16.
+
+A group is the linears that share an input. With one group in 4 bits and all else
+as it is, the divergence of the next token's probabilities from those of the whole
+model says what the group's rounding does to the answers; per byte it says where
+16 bits help most.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fastjax.models.build import DecoderSpec, linear_names, weight_places
+from fastjax.models.transformer_config import TransformerConfig
+from fastjax.nn.decoder import Decoder
+from fastjax.nn.linear import PackedFormat
+from kernels.nf4 import dequantize
+
+Batch = Mapping[str, Int[Array, "B T"]]
+_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GroupError:
+    """What 4 bits do to linears that share an input.
+
+    Attributes:
+      modules: Canonical names.
+      extra_bytes: What they need more in 16 bits.
+      divergence: Of the next token's probabilities when only they are in 4 bits:
+        nats a token (Kullback-Leibler, from the whole model).
+      weight_error: Norm of what 4 bits lose, over the norm of the weights.
+    """
+
+    modules: tuple[str, ...]
+    extra_bytes: int
+    divergence: float
+    weight_error: float
+
+
+class Calibration:
+    """A 16-bit model and what it answers to some text.
+
+    Args:
+      decoder: Its weights are changed and put back while something is measured.
+      spec: Its structure, without 4-bit weights.
+      batches: input_ids, positions and segment_ids of some text.
+      packed: The 4-bit format.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        spec: DecoderSpec,
+        batches: Sequence[Batch],
+        packed: PackedFormat,
+    ) -> None:
+        self._decoder, self._config, self._packed = decoder, spec.config, packed
+        self._batches = batches
+        self._places = {
+            name.removesuffix(".weight"): (variable, index)
+            for names, variable in weight_places(decoder, spec)
+            for index, name in enumerate(names)
+        }
+        graphdef, state = nnx.split(decoder)
+        self._expected = [_hidden(graphdef, state, batch) for batch in batches]
+
+    def errors(self) -> Iterator[GroupError]:
+        """Yields what 4 bits do to each group, from the first layer to the last."""
+        for modules in linear_groups(self._config):
+            weights = [self._weight(module) for module in modules]
+            lost = [weight - self._rounded(weight) for weight in weights]
+            size = sum(weight.size for weight in weights)
+            held = sum(
+                leaf.size * leaf.dtype.itemsize
+                for weight in weights
+                for leaf in jax.tree.leaves(jax.eval_shape(self._packed.pack, weight))
+            )
+            yield GroupError(
+                modules=modules,
+                extra_bytes=2 * size - held,
+                divergence=self.divergence(modules),
+                weight_error=_norm(lost) / _norm(weights),
+            )
+
+    def divergence(self, modules: Iterable[str]) -> float:
+        """Returns the mean divergence, in nats, with these linears in 4 bits."""
+        with self._in_4bit(modules):
+            graphdef, state = nnx.split(self._decoder)
+            sums = [
+                _divergence(graphdef, state, batch, expected)
+                for batch, expected in zip(self._batches, self._expected, strict=True)
+            ]
+        total, tokens = (float(sum(parts)) for parts in zip(*sums, strict=True))
+        return total / tokens
+
+    @contextlib.contextmanager
+    def _in_4bit(self, modules: Iterable[str]) -> Iterator[None]:
+        stacks: list[tuple[nnx.Variable, Array]] = []
+        for module in modules:
+            variable, index = self._places[module]
+            stack = variable.get_value()
+            stacks.append((variable, stack))
+            rounded = self._rounded(stack[index]).astype(stack.dtype)
+            variable.set_value(stack.at[index].set(rounded))
+        try:
+            yield
+        finally:
+            for variable, stack in reversed(stacks):
+                variable.set_value(stack)
+
+    def _weight(self, module: str) -> Float[Array, "I O"]:
+        variable, index = self._places[module]
+        return variable.get_value()[index].astype(jnp.float32)
+
+    def _rounded(self, weight: Float[Array, "I O"]) -> Float[Array, "I O"]:
+        return _rounded(weight, packed=self._packed)
+
+
+def linear_groups(config: TransformerConfig) -> list[tuple[str, ...]]:
+    """Returns the linears of each layer, those that share an input together."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in linear_names(config):
+        part, _, last = name.rpartition(".")
+        shared = next((group[0] for group in _SHARED_INPUTS if last in group), last)
+        groups.setdefault((part, shared), []).append(name)
+    return [tuple(modules) for modules in groups.values()]
+
+
+def kept_in_16_bits(
+    errors: Iterable[GroupError], *, budget_bytes: int
+) -> list[GroupError]:
+    """Returns the groups that lose most a byte, until the budget is spent."""
+    kept = []
+    for error in sorted(errors, key=lambda e: e.divergence / e.extra_bytes)[::-1]:
+        if error.divergence > 0 and error.extra_bytes <= budget_bytes:
+            kept.append(error)
+            budget_bytes -= error.extra_bytes
+    return kept
+
+
+@functools.partial(jax.jit, static_argnames=("packed",))
+def _rounded(weight: Float[Array, "I O"], *, packed: PackedFormat) -> Array:
+    return dequantize(packed.pack(weight)).astype(jnp.float32)
+
+
+def _norm(parts: Iterable[Array]) -> float:
+    return float(jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in parts)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(
+    graphdef: nnx.GraphDef, state: nnx.State, batch: Batch
+) -> Float[Array, "B T D"]:
+    return nnx.merge(graphdef, state)(
+        batch["input_ids"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _divergence(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    batch: Batch,
+    expected: Float[Array, "B T D"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the sum of KL(expected, actual) over tokens, and their number."""
+    decoder = nnx.merge(graphdef, state)
+    is_token = (batch["segment_ids"] > 0).astype(jnp.float32)
+
+    def row(item: tuple[Array, Array, Array]) -> Array:
+        actual, wanted, mask = item
+        log_q = jax.nn.log_softmax(decoder.logits(actual))
+        log_p = jax.nn.log_softmax(decoder.logits(wanted))
+        return jnp.sum(mask * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+    actual = _hidden(graphdef, state, batch)
+    return jnp.sum(jax.lax.map(row, (actual, expected, is_token))), jnp.sum(is_token)

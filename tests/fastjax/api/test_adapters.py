@@ -1,0 +1,51 @@
+"""Adapters beyond plain LoRA, through the calls of the API."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastjax.api import FastLanguageModel, load_model
+from fastjax.config import QuantConfig
+from fastjax.errors import FastJaxError
+from fastjax.loftq import low_rank_start
+
+IDS = np.arange(6, 30, dtype=np.int32)[None]
+
+
+def test_the_start_is_nearly_the_best_of_its_rank() -> None:
+    lost = jax.random.normal(jax.random.key(0), (48, 80), jnp.float32)
+    down, up = low_rank_start(lost, jax.random.key(1), rank=8)
+    values = np.linalg.svd(lost, compute_uv=False)
+    best = np.sqrt(np.sum(values[8:] ** 2))
+    assert np.linalg.norm(lost - down @ up) < 1.01 * best
+
+
+def test_loftq_makes_up_for_4_bits(small_model: Path, tmp_path: Path) -> None:
+    exact = np.asarray(load_model(str(small_model), dtype="float32").logits(IDS))
+    model = load_model(str(small_model), dtype="float32", quant=QuantConfig())
+    before = np.abs(np.asarray(model.logits(IDS)) - exact).mean()
+    model = FastLanguageModel.get_peft_model(
+        model, r=32, lora_alpha=16, init_lora_weights="loftq"
+    )
+    logits = np.asarray(model.logits(IDS))
+    assert np.abs(logits - exact).mean() < 0.6 * before
+    model.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), dtype="float32", quant=QuantConfig())
+    np.testing.assert_allclose(again.logits(IDS), logits, atol=1e-5)
+    with pytest.raises(FastJaxError, match="belongs to the 4-bit weights"):
+        load_model(str(tmp_path), dtype="float32")
+    with pytest.raises(FastJaxError, match="add that twice"):
+        again.save_pretrained_merged(tmp_path / "merged")
+
+
+def test_tables_start_as_they_are_and_train_in_float32(small_model: Path) -> None:
+    model = load_model(str(small_model), quant=QuantConfig())
+    plain = np.asarray(model.logits(IDS))
+    model = FastLanguageModel.get_peft_model(model, modules_to_save=["lm_head"])
+    np.testing.assert_array_equal(model.logits(IDS), plain)
+    assert model.split()[1]["lm_head"]["weight"].get_value().dtype == jnp.float32
+    with pytest.raises(FastJaxError, match="load the base model again"):
+        model.base_decoder()
