@@ -10,6 +10,9 @@ from kernels.choice import Case, fastest_first
 
 from . import cudnn, flash, reference, vjp
 
+_MEASURED_HEAD_SIZES = (128,)
+"""Those that the Hopper kernels were timed and checked with on a GPU."""
+
 
 def attention(
     q: Float[Array, "B T N H"],
@@ -61,7 +64,12 @@ def attention(
     is_packed = segment_ids is not None and max_segments != 1
     return dispatch.run(
         "attention",
-        _implementations(q, is_packed=is_packed, has_window=window is not None),
+        _implementations(
+            q,
+            is_packed=is_packed,
+            has_window=window is not None,
+            has_softcap=softcap is not None,
+        ),
         implementation,
         q,
         k,
@@ -85,16 +93,21 @@ def choice_case(
 
 
 def _implementations(
-    q: Array, *, is_packed: bool, has_window: bool
+    q: Array, *, is_packed: bool, has_window: bool, has_softcap: bool
 ) -> dict[str, Callable[..., Array]]:
     """Returns name to function, the default first: by table, or as measured on H200.
 
     The kernels of this folder skip what other documents hide, forward and backward.
+    Where no GPU has run them yet they must be asked for by name.
     """
     kernel = {"mosaic_gpu": flash.attention}
     library = {"cudnn": cudnn.attention}
-    best_first = kernel | library if is_packed else library | kernel
-    best_first |= {"xla": vjp.attention, "reference": reference.attention}
+    plain = {"xla": vjp.attention}
+    slow = {"reference": reference.attention}
+    if has_softcap or q.shape[3] not in _MEASURED_HEAD_SIZES:
+        return library | plain | kernel | slow
+    first = kernel | library if is_packed else library | kernel
+    best_first = first | plain | slow
     sizes = q.shape[3], q.shape[1]
     case = choice_case(*sizes, is_packed=is_packed, has_window=has_window)
     return fastest_first("attention", case, best_first)

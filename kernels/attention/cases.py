@@ -141,13 +141,13 @@ INTERPRETED_CASES = (
         softcap=3.0,
     ),
     AttentionCase(
-        name="wide_softcap",
+        name="wide",
         batch=1,
         tokens=128,
-        heads=1,
+        heads=2,
         kv_heads=1,
-        head_size=128,
-        softcap=3.0,
+        head_size=256,
+        window=70,
     ),
 )
 """Small ones that the Hopper kernels can run."""
@@ -228,5 +228,14 @@ LARGE_CASES = (
     AttentionCase(name="llama3_1b", tokens=4096, heads=32, kv_heads=8, head_size=64),
     AttentionCase(name="phi2", tokens=2048, heads=32, kv_heads=32, head_size=80),
     AttentionCase(name="phi3_mini", tokens=4096, heads=32, kv_heads=32, head_size=96),
+    AttentionCase(name="gemma3_4b", tokens=4096, heads=8, kv_heads=4, head_size=256),
+    AttentionCase(
+        name="gemma2_9b",
+        tokens=4096,
+        heads=16,
+        kv_heads=8,
+        head_size=256,
+        softcap=50.0,
+    ),
 )
 """What is compiled without a GPU, timed, and what defaults are chosen by."""

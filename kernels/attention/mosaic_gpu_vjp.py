@@ -10,7 +10,7 @@ them, and works on transposed scores, so that p and ds leave one product as regi
 and enter the next. Every sum has one owner and one order: no atomics, and the same
 bits each time.
 
-Budget at H 128: dq takes 128 KiB of shared memory, dk/dv 130; both 240 registers a
+Budget at H 128: dq takes 192 KiB of shared memory, dk/dv 130; both 240 registers a
 thread, of which dk/dv hold 128 in the two gradients.
 """
 
@@ -70,8 +70,9 @@ def _dq(
     tiles: TileConfig,
 ) -> Float[Array, "B T N H"]:
     batch, q_tokens, heads, head_size = q.shape
-    rows = operand((tiles.groups, WARPGROUP_ROWS, head_size), q.dtype)
-    kv_stages = operand((tiles.dq_stages, tiles.dq_k, head_size), q.dtype)
+    tile = functools.partial(operand, dtype=q.dtype, step=tiles.dq_k)
+    rows = tile((tiles.groups, WARPGROUP_ROWS, head_size))
+    kv_stages = tile((tiles.dq_stages, tiles.dq_k, head_size))
     stage_loaded = plgpu.Barrier(num_barriers=tiles.dq_stages)
     stage_free = plgpu.Barrier(num_arrivals=tiles.groups, num_barriers=tiles.dq_stages)
     body = functools.partial(_dq_body, scale=scale, softcap=softcap, tiles=tiles)
@@ -215,7 +216,7 @@ def _dq_body(
         plgpu.copy_smem_to_gmem(
             q_smem.at[group], dq_gmem.at[batch, queries(group), head]
         )
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _dkv(
@@ -231,11 +232,12 @@ def _dkv(
     tiles: TileConfig,
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     batch, k_tokens, kv_heads, head_size = k.shape
-    rows = operand((tiles.dkv_k // WARPGROUP_ROWS, WARPGROUP_ROWS, head_size), k.dtype)
-    stages = operand((tiles.stages, tiles.dkv_q, head_size), q.dtype)
-    pairs = (tiles.stages, 2, tiles.dkv_q)
+    tile = functools.partial(operand, dtype=q.dtype, step=tiles.dkv_q)
+    rows = tile((tiles.dkv_k // WARPGROUP_ROWS, WARPGROUP_ROWS, head_size))
+    stages = tile((tiles.dkv_stages, tiles.dkv_q, head_size))
+    pairs = (tiles.dkv_stages, 2, tiles.dkv_q)
     body = functools.partial(_dkv_body, scale=scale, softcap=softcap, tiles=tiles)
-    free = plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages)
+    free = plgpu.Barrier(num_arrivals=2, num_barriers=tiles.dkv_stages)
     like_k = jax.ShapeDtypeStruct(k.shape, k.dtype)
     return plgpu.kernel(
         body,
@@ -248,8 +250,8 @@ def _dkv(
             "statistics_smem": plgpu.SMEM(pairs, jnp.float32),
             "spans_smem": plgpu.SMEM(pairs, jnp.int32),
             "kv_loaded": plgpu.Barrier(num_arrivals=2 * rows.shape[0]),
-            "q_loaded": plgpu.Barrier(num_arrivals=3, num_barriers=tiles.stages),
-            "dout_loaded": plgpu.Barrier(num_barriers=tiles.stages),
+            "q_loaded": plgpu.Barrier(num_arrivals=3, num_barriers=tiles.dkv_stages),
+            "dout_loaded": plgpu.Barrier(num_barriers=tiles.dkv_stages),
             "q_free": free,
             "dout_free": free,
             "done": plgpu.Barrier(num_arrivals=2),
@@ -320,7 +322,7 @@ def _dkv_body(
 
     def slot(head, turn):
         step = head * visit.steps + turn
-        return step, lax.rem(step, jnp.int32(tiles.stages))
+        return step, lax.rem(step, jnp.int32(tiles.dkv_stages))
 
     @pl.when(group == 2)
     def _load():
@@ -340,7 +342,7 @@ def _dkv_body(
                 (statistics_gmem.at[batch, q_head, i], statistics_smem),
                 (spans_gmem.at[batch, i], spans_smem),
             )
-            is_reused = step >= tiles.stages
+            is_reused = step >= tiles.dkv_stages
             pl.when(is_reused)(lambda: plgpu.barrier_wait(q_free.at[at]))
             for gmem, smem in pairs:
                 plgpu.copy_gmem_to_smem(gmem, smem.at[at], q_loaded.at[at])
@@ -353,13 +355,13 @@ def _dkv_body(
             lax.fori_loop(0, visit.steps, functools.partial(step, head), None)
 
         def drain(step, _):
-            at = lax.rem(step, jnp.int32(tiles.stages))
+            at = lax.rem(step, jnp.int32(tiles.dkv_stages))
             plgpu.barrier_wait(q_free.at[at])
             plgpu.barrier_wait(dout_free.at[at])
 
         lax.fori_loop(0, heads, over_head, None)
         total = heads * visit.steps
-        lax.fori_loop(jnp.maximum(total - tiles.stages, 0), total, drain, None)
+        lax.fori_loop(jnp.maximum(total - tiles.dkv_stages, 0), total, drain, None)
 
     @pl.when(group < 2)
     def _compute():
@@ -387,8 +389,9 @@ def _dkv_body(
                     )
                     mask = _seen(index, first, end, axis=1)
                 weights, slope = _weights(scores, lse, 1, mask, scale, softcap)
-                # ds starts from the rounded weights: half of the registers.
-                weights = weights.astype(q_smem.dtype)
+                # ds starts from the rounded weights: half of the registers. Without
+                # the barrier LLVM rounds them one by one, as slow as the powers.
+                weights = lax.optimization_barrier(weights.astype(q_smem.dtype))
                 plgpu.wgmma(dv_ref, weights, dout_smem.at[at, :, mine])
                 delta = plgpu.load(statistics_smem.at[at, 1], layout=_COLUMNS)
                 dweights = plgpu.wgmma_accumulator_load(dweights_ref, wait_n=1)
@@ -448,7 +451,7 @@ def _store(results, group, done) -> None:
             copy()
         else:
             pl.when(group == i)(copy)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _weights(scores, lse, axis: int, mask, scale: float, softcap: float | None):

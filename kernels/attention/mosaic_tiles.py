@@ -12,7 +12,7 @@ from kernels.dispatch import UnsupportedOp
 WARPGROUP_ROWS = 64
 """Rows of one `wgmma`, and so of what a warpgroup holds of a block."""
 
-HEAD_SIZES = (64, 80, 96, 128)
+HEAD_SIZES = (64, 80, 96, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +29,9 @@ class TileConfig:
       dkv_q: Queries a step of the dkv kernel.
       dkv_k: Keys of a block of the dkv kernel: 64 a warpgroup; or 64, and the two
         warpgroups take half of the features each.
-      stages: Buffers of the forward and dkv kernels.
-      dq_stages: Buffers of the dq kernel.
+      stages: Buffers of keys and of values of the forward kernel.
+      dq_stages: Those of the dq kernel.
+      dkv_stages: Buffers of queries and of the output's gradient of the dkv kernel.
     """
 
     groups: int = 2
@@ -40,6 +41,7 @@ class TileConfig:
     dkv_k: int = 128
     stages: int = 2
     dq_stages: int = 2
+    dkv_stages: int = 2
 
     @property
     def block_q(self) -> int:
@@ -55,19 +57,30 @@ class TileConfig:
 def tile_config(head_size: int, *, has_softcap: bool) -> TileConfig:
     """Returns the blocks for a head size, or raises `UnsupportedOp`.
 
-    The slope of a soft cap takes registers that two gradients of 128 features leave
-    to none: there, each warpgroup of dkv holds half of the features.
+    Registers decide: 256 features leave few for a step, and the slope of a soft cap
+    takes what gradients of 128 features leave, so that there each warpgroup of dkv
+    holds half of the features.
     """
     if head_size not in HEAD_SIZES:
         raise UnsupportedOp(f"{head_size=} must be one of {HEAD_SIZES}")
+    if head_size == 256:
+        return TileConfig(forward_k=64, dq_k=32, dkv_q=32, dkv_k=64, dkv_stages=3)
     if has_softcap and head_size > 96:
         return TileConfig(dkv_k=64)
-    return TileConfig()
+    return TileConfig(dq_k=128 if head_size == 128 else 64)
 
 
-def operand(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
-    """Returns shared memory for a `wgmma` operand whose last axis is the head."""
-    swizzle = plgpu.find_swizzle(shape[-1] * dtype.itemsize * 8)
+def operand(shape: tuple[int, ...], dtype: jnp.dtype, *, step: int = 64) -> Any:
+    """Returns shared memory for a `wgmma` operand whose last axis is the head.
+
+    Args:
+      shape: The last two axes are rows and features.
+      dtype: Of 16 bits.
+      step: Rows of the blocks that stream by. Products over rows want no wider
+        swizzle, and all operands of a product the same one.
+    """
+    width = math.gcd(shape[-1], step)
+    swizzle = plgpu.find_swizzle(width * dtype.itemsize * 8)
     # Pyright takes what all transforms share for something that these two lack.
     tiling: Any = plgpu.TilingTransform
     swizzling: Any = plgpu.SwizzleTransform

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels.attention import RESIDUAL_NAMES, attention
-from kernels.attention.cases import GPU_CASES, INTERPRETED_CASES
+from kernels.attention.cases import GPU_CASES, INTERPRETED_CASES, LARGE_CASES
 from kernels.attention.flash import chunk_attention
 from kernels.attention.spans import causal_spans
 from kernels.device import HOPPER, assume_compute_capability, compute_capability
@@ -62,7 +62,7 @@ def test_matches_in_the_interpreter(case):
 
 
 @pytest.mark.gpu
-@named(GPU_CASES)
+@named([*GPU_CASES, *LARGE_CASES[-4:]])
 def test_matches_at_real_shapes(case):
     if compute_capability() != HOPPER:
         pytest.skip("needs a Hopper GPU")
@@ -149,13 +149,20 @@ def test_layers_of_a_scan_may_differ_in_their_window():
     assert set(launches(jax.grad(objective), q)) >= {"attention_forward"}
 
 
-@pytest.mark.parametrize("max_segments", [None, 2])
-def test_the_default_for_packed_rows_on_hopper(max_segments):
-    case = INTERPRETED_CASES[0]
-    options = case.options() | {"max_segments": max_segments}
+@pytest.mark.parametrize(
+    ("head_size", "softcap", "default"),
+    [(128, None, "mosaic_gpu"), (64, None, "xla"), (128, 30.0, "xla")],
+)
+def test_the_default_for_packed_rows_on_hopper(head_size, softcap, default):
+    q = jax.ShapeDtypeStruct((1, 128, 2, head_size), jnp.bfloat16)
+    ids = jnp.ones((1, 128), jnp.int32)
+
+    def op(*arrays):
+        return attention(*arrays, segment_ids=ids, softcap=softcap)
+
     with assume_compute_capability(HOPPER), record() as chosen:
-        jax.eval_shape(lambda *x: attention(*x, **options), *case.arrays(jnp.bfloat16))
-    assert chosen == {"attention": {"mosaic_gpu"}}
+        jax.eval_shape(op, q, q, q)
+    assert chosen == {"attention": {default}}
 
 
 @pytest.mark.parametrize(
