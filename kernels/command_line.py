@@ -23,7 +23,7 @@ _RESULTS = Path("benchmarks/results")
 def check_kernels() -> int:
     """Compiles every kernel for Hopper without a GPU; returns the exit status."""
     parser = argparse.ArgumentParser(description="Compiles kernels without a GPU.")
-    parser.add_argument("--only", default="", help="part of a program's name")
+    _add_only(parser)
     only = parser.parse_args().only
     folder = os.environ.get("MOSAIC_GPU_DUMP_TO")
     if not folder or not os.environ.get("MOSAIC_GPU_DUMP_PTXAS"):
@@ -35,13 +35,12 @@ def check_kernels() -> int:
     return 1 if faults else 0
 
 
-def _check(only: str, dump: Path) -> list[str]:
+def _check(only: list[str], dump: Path) -> list[str]:
     from . import compile_check
-    from .programs import all_programs
 
     faults = []
-    for program in all_programs():
-        if only not in program.name or not program.kernels:
+    for program in _programs(only):
+        if not program.kernels:
             continue
         for found in compile_check.check(program, dump):
             if isinstance(found, str):
@@ -104,15 +103,22 @@ def tune_kernels() -> int:
 
 def _timing_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--only", default="", help="part of a program's name")
+    _add_only(parser)
     parser.add_argument("--timer", choices=["cupti", "wall"], default="cupti")
     return parser
 
 
-def _programs(only: str) -> Iterator["Program"]:
+def _add_only(parser: argparse.ArgumentParser) -> None:
+    help_ = "parts of programs' names; a program with one of them is run"
+    parser.add_argument("--only", nargs="+", default=[""], help=help_)
+
+
+def _programs(only: list[str]) -> Iterator["Program"]:
     from .programs import all_programs
 
-    return (program for program in all_programs() if only in program.name)
+    for program in all_programs():
+        if any(part in program.name for part in only):
+            yield program
 
 
 def _row(result: "Result") -> str:

@@ -1,13 +1,16 @@
 """The public cross-entropy functions: types, checks, dispatch."""
 
+import jax
 from jaxtyping import Array, Float, Float32, Int
 
 from kernels import dispatch
+from kernels.choice import Case, fastest_first
 
-from . import reference, vjp
+from . import odds, reference, vjp
 from .options import CHUNK_TOKENS, Options
 
 _LOSS = {
+    "mosaic_gpu": odds.linear_cross_entropy,
     "xla": vjp.linear_cross_entropy,
     "reference": reference.linear_cross_entropy,
 }
@@ -29,6 +32,8 @@ def linear_cross_entropy(
 
     Logits, log-sum-exp and loss are float32; products take the dtype of `hidden` as
     input. When differentiated, the gradient of `hidden` is computed in the same pass.
+    "mosaic_gpu" wants bfloat16, a frozen head, no softcap and a vocabulary that is a
+    multiple of 128.
 
     Args:
       hidden: After the final norm.
@@ -36,13 +41,16 @@ def linear_cross_entropy(
       targets: Indices into the vocabulary, already shifted.
       softcap: Logits become `softcap * tanh(logits / softcap)` (Gemma 2).
       ignore_index: Target of rows that carry no loss.
-      chunk_tokens: Rows whose logits exist at a time, 4 V bytes each.
+      chunk_tokens: Rows whose logits exist at a time, 4 V bytes each; by "mosaic_gpu"
+        their exponentials, 2 V bytes each.
       head_is_trainable: Differentiates with respect to `head`; else nothing is
         computed for it and its gradient is zero.
-      implementation: A name runs that one or fails; None takes the first able.
+      implementation: "mosaic_gpu", "xla" or "reference": that one runs or fails; None
+        takes the fastest able.
 
     Raises:
       ValueError: Sizes disagree, or a setting is not positive.
+      UnsupportedOp: The named implementation cannot run this case here.
     """
     options = Options(
         softcap=softcap,
@@ -52,8 +60,22 @@ def linear_cross_entropy(
     )
     _check(hidden.shape, head.shape, targets.shape)
     return dispatch.run(
-        "cross_entropy", _LOSS, implementation, options, hidden, head, targets
+        "cross_entropy",
+        fastest_first("cross_entropy", choice_case(hidden, head), _LOSS),
+        implementation,
+        options,
+        hidden,
+        head,
+        targets,
     )
+
+
+def choice_case(
+    hidden: Array | jax.ShapeDtypeStruct, head: Array | jax.ShapeDtypeStruct
+) -> Case:
+    """Returns what the default implementation depends on, as in the tuned tables."""
+    (rows, features), vocabulary = hidden.shape, head.shape[0]
+    return {"rows": rows, "features": features, "vocabulary": vocabulary}
 
 
 def token_log_probs(

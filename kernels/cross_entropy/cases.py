@@ -46,12 +46,33 @@ SMALL = (
     ),
     Case(name="one_row", rows=1, features=8, vocabulary=30, chunk_tokens=8),
 )
+INTERPRETED = (
+    Case(
+        name="two_chunks",
+        rows=150,
+        features=64,
+        vocabulary=256,
+        chunk_tokens=128,
+        ignored=0.2,
+    ),
+)
 LARGE = (
     Case(
         name="llama3_8b",
         rows=8192,
         features=4096,
         vocabulary=128256,
+        chunk_tokens=2048,
+    ),
+)
+TIMED = (
+    *LARGE,
+    # The vocabulary is an odd multiple of 128.
+    Case(
+        name="qwen3_4b",
+        rows=8192,
+        features=2560,
+        vocabulary=151936,
         chunk_tokens=2048,
     ),
 )

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from kernels.program import Program, nbytes
 
-from .api import linear_cross_entropy
-from .cases import LARGE, Case
+from .api import choice_case, linear_cross_entropy
+from .cases import TIMED, Case
+from .mosaic_gpu import KERNEL_NAME
 
 
 def programs() -> tuple[Program, ...]:
     """Returns every program of the op."""
-    return tuple(map(_program, LARGE))
+    return tuple(map(_program, TIMED))
 
 
 def _program(case: Case) -> Program:
@@ -28,7 +29,8 @@ def _program(case: Case) -> Program:
         arguments=arguments,
         bytes_moved=nbytes((hidden, head, targets, hidden)) + 8,
         flops=4 * case.rows * case.features * case.vocabulary,
-        implementations=("xla",),
+        kernels=(KERNEL_NAME,),
+        decides=("cross_entropy", choice_case(hidden, head)),
     )
 
 

@@ -34,9 +34,10 @@ def linear_cross_entropy(
     return -jnp.sum(log_probs), _count(options, targets)
 
 
-def _loss_forward(
+def loss_and_gradient(
     options: Options, hidden: jax.Array, head: jax.Array, targets: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None, jax.Array]]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns the loss, the cotangent of `hidden` and that of a head that trains."""
     weight = head.astype(hidden.dtype)
 
     def body(carry: tuple, chunk: Chunks) -> tuple[tuple, jax.Array]:
@@ -52,7 +53,13 @@ def _loss_forward(
     carry = (jnp.float32(0), _initial_dhead(options, head))
     chunks = in_chunks(options, hidden, targets)
     (loss, dhead), dhidden = jax.lax.scan(body, carry, chunks)
-    dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    return loss, dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], dhead
+
+
+def _loss_forward(
+    options: Options, hidden: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None, jax.Array]]:
+    loss, dhidden, dhead = loss_and_gradient(options, hidden, head, targets)
     # An empty array carries the head's dtype to the backward pass.
     return (loss, _count(options, targets)), (dhidden, dhead, head[:0])
 

@@ -20,14 +20,16 @@ class Chunks(NamedTuple):
     targets: Int[Array, "*N M"]
 
 
-def in_chunks(options: Options, hidden: jax.Array, targets: jax.Array) -> Chunks:
+def in_chunks(
+    options: Options, hidden: jax.Array, targets: jax.Array, *, multiple: int = 1
+) -> Chunks:
     """Cuts rows into the fewest chunks of at most `chunk_tokens`, about equal.
 
-    The last is filled up with ignored targets.
+    The last is filled up with ignored targets, and each to a `multiple` of rows.
     """
     rows = hidden.shape[0]
     count = max(1, -(-rows // options.chunk_tokens))
-    padding = -rows % count
+    padding = -rows % (count * multiple)
     hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
     targets = jnp.pad(targets, (0, padding), constant_values=options.ignore_index)
     return Chunks(

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from kernels.cross_entropy import linear_cross_entropy, token_log_probs
-from kernels.cross_entropy.cases import LARGE, SMALL, Case
-from kernels.device import compute_capability
+from kernels.cross_entropy.cases import INTERPRETED, LARGE, SMALL, TIMED, Case
+from kernels.device import HOPPER, assume_compute_capability, compute_capability
+from kernels.dispatch import UnsupportedOp
+from kernels.interpret import interpreted
 from kernels.numerics import relative_error, tolerance
 
 CASES = {case.name: case for case in SMALL}
@@ -78,6 +80,65 @@ def test_loss_and_gradients(name: str, dtype: str, head_is_trainable: bool) -> N
     assert head_is_trainable or not actual[1][1].any()
     alone, _ = linear_cross_entropy(hidden, head, targets, **_options(case))
     np.testing.assert_allclose(0.3 * alone, actual[0][0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("logit_scale", [1, 100])
+def test_the_kernel_matches_in_the_interpreter(logit_scale: float) -> None:
+    """Logits far above the target's take the other way, by XLA."""
+    case = INTERPRETED[0]
+    hidden, head, targets = _inputs(case, "bfloat16")
+    head = head * jnp.asarray(logit_scale / case.features**0.5, head.dtype)
+    run = functools.partial(_loss_and_gradients, case, targets, False)
+    with interpreted():
+        actual = run("mosaic_gpu")(hidden, head)
+        options = _options(case) | {"implementation": "mosaic_gpu"}
+        alone, _ = linear_cross_entropy(hidden, head, targets, **options)
+        jax.block_until_ready((actual, alone))
+    np.testing.assert_allclose(0.3 * alone, actual[0][0], rtol=1e-5)
+    expected = run("reference")(*_float32(hidden, head))
+    _compare(actual, expected, "bfloat16")
+    assert not actual[1][0][np.asarray(targets) == -100].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", TIMED, ids=lambda case: case.name)
+def test_the_kernel_matches_at_real_shapes(case: Case) -> None:
+    if compute_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    hidden, head, targets = _inputs(case, "bfloat16")
+    head = head / jnp.asarray(case.features**0.5, head.dtype)
+    run = functools.partial(_loss_and_gradients, case, targets, False)
+    actual = run("mosaic_gpu")(hidden, head)
+    expected = run("xla")(*_float32(hidden, head))
+    for got, want in zip(
+        jax.tree.leaves(actual)[:3], jax.tree.leaves(expected)[:3], strict=True
+    ):
+        error = _device_error(got.astype(jnp.float32), want)
+        assert error < tolerance("bfloat16", terms=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"softcap": 3.0}, "softcap"),
+        ({"head_is_trainable": True}, "gradient of the head"),
+        ({"dtype": "float16"}, "must be bfloat16"),
+        ({"vocabulary": 200}, "multiples of 128"),
+        ({"features": 72}, "features=72"),
+    ],
+)
+def test_the_kernel_says_what_it_lacks(changes: dict[str, Any], reason: str) -> None:
+    sizes = {"vocabulary": 256, "features": 64, "dtype": "bfloat16"} | changes
+    dtype, width = sizes.pop("dtype"), sizes.pop("features")
+    hidden, head = (
+        jnp.ones((8, width), dtype),
+        jnp.ones((sizes.pop("vocabulary"), width), dtype),
+    )
+    targets = jnp.zeros((8,), jnp.int32)
+    with assume_compute_capability(HOPPER), pytest.raises(UnsupportedOp, match=reason):
+        linear_cross_entropy(
+            hidden, head, targets, **sizes, implementation="mosaic_gpu"
+        )
 
 
 def _device_error(actual: jax.Array, expected: jax.Array) -> float:

@@ -1,0 +1,175 @@
+"""The loss and its gradient from odds against the target, without logits in memory.
+
+With `s` a row's own target logit, `E = exp(logits - s)` and `t` the sum of a row of E:
+the loss is `log t`, the probabilities are `E / t`, and the gradient of the hidden
+states is `(E @ head) / t - head[target]`. So one product, whose epilogue takes the
+exponentials, and a second one are all that touch the vocabulary: no pass over logits
+stands between them, and a chunk holds E in 16 bits, 2 V bytes a row.
+
+E overflows where a logit is far above the target's. The sum of the row shows it, and
+then everything is computed again by XLA, in chunks of its own.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from kernels.device import multiprocessors, require_hopper
+from kernels.dispatch import UnsupportedOp
+from kernels.lora_matmul.tiles import TileConfig, tiles_for
+
+from . import vjp
+from .mosaic_gpu import odds
+from .options import Options
+from .xla import Chunks, in_chunks
+
+_LARGEST_SUM = math.exp(60)
+"""Above it, products with the head might overflow float32 too."""
+
+_RECOMPUTED_ROWS = 256
+_DTYPES = ("bfloat16",)  # float16 ends at exp(11)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear_cross_entropy(
+    options: Options,
+    hidden: Float[Array, "M D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " M"],
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Returns the sum of -log p(target) and the number of targets.
+
+    Raises:
+      UnsupportedOp: Another device, or what the kernel lacks.
+    """
+    tiles = _tiles(options, hidden, head)
+
+    def body(_: None, chunk: Chunks) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        exponentials = _exponentials(options, chunk, head, tiles)
+        return None, (exponentials.loss, exponentials.is_too_large)
+
+    chunks = in_chunks(options, hidden, targets, multiple=tiles.tile_m)
+    _, (losses, is_too_large) = jax.lax.scan(body, None, chunks)
+
+    def again() -> jax.Array:
+        return -jnp.sum(
+            vjp.token_log_probs(_in_small_chunks(options), hidden, head, targets)
+        )
+
+    loss = jax.lax.cond(jnp.any(is_too_large), again, lambda: jnp.sum(losses))
+    return loss, _count(options, targets)
+
+
+def _forward(
+    options: Options, hidden: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    tiles = _tiles(options, hidden, head)
+
+    def body(_: None, chunk: Chunks) -> tuple[None, tuple[jax.Array, ...]]:
+        found = _exponentials(options, chunk, head, tiles)
+        dhidden = _gradient(options, chunk, head, found)
+        return None, (found.loss, found.is_too_large, dhidden)
+
+    chunks = in_chunks(options, hidden, targets, multiple=tiles.tile_m)
+    _, (losses, is_too_large, dhidden) = jax.lax.scan(body, None, chunks)
+    dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+
+    def again() -> tuple[jax.Array, jax.Array]:
+        small = _in_small_chunks(options)
+        loss, dhidden, _ = vjp.loss_and_gradient(small, hidden, head, targets)
+        return loss, dhidden
+
+    loss, dhidden = jax.lax.cond(
+        jnp.any(is_too_large), again, lambda: (jnp.sum(losses), dhidden)
+    )
+    return (loss, _count(options, targets)), dhidden
+
+
+def _backward(
+    options: Options, dhidden: jax.Array, douts: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, None, None]:
+    del options
+    return (douts[0] * dhidden.astype(jnp.float32)).astype(dhidden.dtype), None, None
+
+
+linear_cross_entropy.defvjp(_forward, _backward)
+
+
+class _Exponentials(NamedTuple):
+    """Those of a chunk, their sums by row, and what follows from the sums.
+
+    Attributes:
+      values: E.
+      sums: Of its rows.
+      own_rows: The head's rows of the targets.
+      loss: Sum over the chunk.
+      is_too_large: Some sum is, so nothing here is of use.
+    """
+
+    values: Float[Array, "M V"]
+    sums: Float32[Array, " M"]
+    own_rows: Float[Array, "M D"]
+    loss: Float32[Array, ""]
+    is_too_large: Bool[Array, ""]
+
+
+def _exponentials(
+    options: Options, chunk: Chunks, head: jax.Array, tiles: TileConfig
+) -> _Exponentials:
+    is_target = chunk.targets != options.ignore_index
+    own_rows = head[jnp.where(is_target, chunk.targets, 0)]
+    own_logits = jnp.sum(
+        chunk.hidden.astype(jnp.float32) * own_rows.astype(jnp.float32), axis=1
+    )
+    values, sums = odds(
+        chunk.hidden,
+        head,
+        own_logits,
+        tiles=tiles,
+        blocks=multiprocessors(),
+    )
+    return _Exponentials(
+        values,
+        sums,
+        own_rows,
+        loss=jnp.sum(jnp.where(is_target, jnp.log(sums), 0)),
+        is_too_large=jnp.any(is_target & (sums >= _LARGEST_SUM)),
+    )
+
+
+def _gradient(
+    options: Options, chunk: Chunks, head: jax.Array, found: _Exponentials
+) -> Float[Array, "M D"]:
+    mixed = jnp.dot(found.values, head, preferred_element_type=jnp.float32)
+    dhidden = mixed / found.sums[:, None] - found.own_rows.astype(jnp.float32)
+    is_target = chunk.targets != options.ignore_index
+    return jnp.where(is_target[:, None], dhidden, 0).astype(chunk.hidden.dtype)
+
+
+def _in_small_chunks(options: Options) -> Options:
+    return dataclasses.replace(options, chunk_tokens=_RECOMPUTED_ROWS)
+
+
+def _count(options: Options, targets: jax.Array) -> Float32[Array, ""]:
+    return jnp.sum(targets != options.ignore_index, dtype=jnp.float32)
+
+
+def _tiles(options: Options, hidden: jax.Array, head: jax.Array) -> TileConfig:
+    """Returns how to cut, or raises `UnsupportedOp`."""
+    require_hopper()
+    if hidden.dtype.name not in _DTYPES or head.dtype != hidden.dtype:
+        raise UnsupportedOp(f"{hidden.dtype=} and {head.dtype=} must be bfloat16")
+    if options.softcap is not None:
+        raise UnsupportedOp("the kernel has no softcap")
+    if options.head_is_trainable:
+        raise UnsupportedOp("the kernel has no gradient of the head")
+    vocabulary, features = head.shape
+    tiles = tiles_for(TileConfig().tile_m, [vocabulary])
+    if features % tiles.tile_k:
+        raise UnsupportedOp(f"{features=} must be a multiple of {tiles.tile_k}")
+    return tiles
