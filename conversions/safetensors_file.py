@@ -51,7 +51,7 @@ class SafetensorsFile:
         self.tensors = parse_header(raw, data_bytes=size - self._start, where=str(path))
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a read-only view of one tensor; pages come in when touched.
+        """Returns a read-only view of one tensor; its pages begin to come in.
 
         The map covers this tensor only and goes when the view goes.
         """
@@ -72,6 +72,7 @@ class SafetensorsFile:
             raise ModelError(
                 f"cannot read tensor {name}: {error}", where=str(self.path)
             ) from error
+        mapped.madvise(mmap.MADV_WILLNEED)
         flat = np.frombuffer(mapped, np.uint8, spec.nbytes, skipped)
         return flat.view(spec.dtype).reshape(spec.shape)
 

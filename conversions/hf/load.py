@@ -82,9 +82,11 @@ def stream_weights(
     """
     expected, states = check_tensors(checkpoint, config)
     is_dense = states or quant is None or not quant.load_in_4bit
-    for hf_name in checkpoint.tensors:
-        if hf_name not in expected:
-            continue
+    names = [name for name in checkpoint.tensors if name in expected]
+    for hf_name, following in zip(names, [*names[1:], None], strict=True):
+        if following is not None:
+            # The disk reads it while the device has this one.
+            checkpoint.read(following)
         tensor = expected[hf_name]
         if hf_name in states:
             yield tensor.name, read_nf4(hf_name, states[hf_name], checkpoint.read)

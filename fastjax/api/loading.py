@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from conversions.hf import Checkpoint, load_weights, read_config
+from conversions.hf import Checkpoint, load_packed_weights, read_config
 from conversions.peft import read_adapter
 from fastjax import lora as adapters
 from fastjax import runtime
@@ -54,7 +54,13 @@ def load_model(
     folder, adapter = found.folder, found.adapter
     config = read_config(folder)
     param_dtype = "float32" if full_finetuning else dtype
-    weights = load_weights(Checkpoint(folder), config, dtype=param_dtype, quant=quant)
+    weights = load_packed_weights(
+        Checkpoint(folder),
+        config,
+        dtype=param_dtype,
+        quant=quant,
+        folder=runtime.cache_folder() / "weights",
+    )
     spec = DecoderSpec(
         config=config,
         param_dtype=param_dtype,

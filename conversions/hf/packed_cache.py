@@ -1,0 +1,189 @@
+"""Quantised copies of checkpoints: a model is quantised once on a machine.
+
+A copy is found by the names, sizes, times and headers of the checkpoint's files, and
+by how it was quantised. It is written while the model is loaded, by a thread of its
+own, and appears when it is whole; where the disk has no room there is none.
+"""
+
+import contextlib
+import hashlib
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from conversions.bnb import quantised_names
+from conversions.hf.checkpoint import Checkpoint
+from conversions.hf.families import checkpoint_tensors
+from conversions.hf.load import load_weights, stream_weights
+from conversions.rules import Tensor
+from conversions.safetensors_file import SafetensorsFile
+from conversions.safetensors_header import TensorSpec
+from conversions.safetensors_writer import safetensors_writer
+from fastjax.config import DType, QuantConfig
+from fastjax.errors import StorageError
+from fastjax.files import require_space
+from fastjax.models.build import Weights
+from fastjax.models.transformer_config import TransformerConfig
+from fastjax.nn.linear import PackedFormat
+
+_VERSION = 1
+_LEAST_BYTES = 2**30
+_IN_FLIGHT = 4
+_WAIT_SECONDS = 1.0
+
+
+def load_packed_weights(
+    checkpoint: Checkpoint,
+    config: TransformerConfig,
+    *,
+    dtype: DType,
+    quant: QuantConfig | None,
+    folder: Path,
+    least_bytes: int = _LEAST_BYTES,
+) -> Weights:
+    """Returns all weights of a checkpoint by our names, from a copy if there is one.
+
+    Args:
+      checkpoint: The files.
+      config: Says exactly which tensors must be there.
+      dtype: Of weights that are not quantised, and of dequantised values.
+      quant: How the others are.
+      folder: Of the copies; made when it is needed.
+      least_bytes: Size of a checkpoint that is worth a copy.
+
+    Raises:
+      CheckpointMismatch: Tensors are missing, unexpected or misshapen.
+      ModelError: A tensor holds NaN or infinite values, or broken 4-bit data.
+    """
+    total = sum(spec.nbytes for spec in checkpoint.tensors.values())
+    is_packed = bool(quantised_names(checkpoint.tensors))
+    if quant is None or not quant.load_in_4bit or is_packed or total < least_bytes:
+        return load_weights(checkpoint, config, dtype=dtype, quant=quant)
+    structures = _structures(config, dtype, quant)
+    owner = hashlib.sha256(str(checkpoint.folder.resolve()).encode()).hexdigest()[:12]
+    path = folder / f"{owner}-{_key(checkpoint, dtype, quant)}.safetensors"
+    if path.is_file():
+        return _read(SafetensorsFile(path), structures)
+    weights = stream_weights(checkpoint, config, dtype=dtype, quant=quant)
+    specs = _specs(structures)
+    if not _has_room(path, owner, specs):
+        return dict(weights)
+    return dict(_kept(weights, _Writer(path, specs)))
+
+
+def _has_room(path: Path, owner: str, specs: Mapping[str, TensorSpec]) -> bool:
+    """Makes room for a copy; older ones of the same folder go."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f"{owner}-*.safetensors"):
+            old.unlink()
+        require_space(path, sum(spec.nbytes for spec in specs.values()))
+    except OSError:  # StorageError is one
+        return False
+    return True
+
+
+class _Abandoned(Exception):
+    """The weights were not read to their end."""
+
+
+class _Writer(threading.Thread):
+    """Writes weights to a file while others are read; the process waits for its end."""
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        super().__init__(name="packed-cache")
+        self._path, self._specs = path, specs
+        self._items: queue.Queue[tuple[str, Any]] = queue.Queue(_IN_FLIGHT)
+
+    def put(self, name: str, value: Any) -> None:
+        """Hands a weight over; an empty name ends the file, with None it is dropped."""
+        while self.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._items.put((name, value), timeout=_WAIT_SECONDS)
+                return
+
+    def run(self) -> None:
+        """Writes what comes."""
+        with (
+            contextlib.suppress(StorageError, _Abandoned),
+            safetensors_writer(self._path, self._specs) as put,
+        ):
+            while True:
+                name, value = self._items.get()
+                if value is None:
+                    raise _Abandoned
+                if not name:
+                    return
+                for key, leaf in _leaves(name, value):
+                    put(key, np.asarray(leaf))
+
+
+def _kept(
+    weights: Iterator[tuple[str, Any]], writer: _Writer
+) -> Iterator[tuple[str, Any]]:
+    """Yields the weights and has each of them written."""
+    writer.start()
+    is_whole = False
+    try:
+        for name, value in weights:
+            writer.put(name, value)
+            yield name, value
+        is_whole = True
+    finally:
+        writer.put("", True if is_whole else None)
+
+
+def _read(file: SafetensorsFile, structures: Mapping[str, Any]) -> Weights:
+    def value(name: str, structure: Any) -> Any:
+        arrays = [jax.device_put(file.read(key)) for key, _ in _leaves(name, structure)]
+        return jax.tree.unflatten(jax.tree.structure(structure), arrays)
+
+    return {name: value(name, structure) for name, structure in structures.items()}
+
+
+def _structures(
+    config: TransformerConfig, dtype: DType, quant: QuantConfig
+) -> dict[str, Any]:
+    """Returns the shapes of all weights as they are held, by our names."""
+    packed = PackedFormat(
+        code=quant.bnb_4bit_quant_type,
+        double_quant=quant.bnb_4bit_use_double_quant,
+        dtype=dtype,
+    )
+
+    def structure(tensor: Tensor) -> Any:
+        if tensor.is_linear:
+            outputs, inputs = tensor.shape
+            return packed.abstract((inputs, outputs))
+        return jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(dtype))
+
+    return {tensor.name: structure(tensor) for tensor in checkpoint_tensors(config)}
+
+
+def _specs(structures: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    return {
+        key: TensorSpec(np.dtype(leaf.dtype), leaf.shape)
+        for name, structure in structures.items()
+        for key, leaf in _leaves(name, structure)
+    }
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the arrays of a weight, or their shapes, under names of their own."""
+    for index, leaf in enumerate(jax.tree.leaves(value)):
+        yield f"{name}.{index}", leaf
+
+
+def _key(checkpoint: Checkpoint, dtype: DType, quant: QuantConfig) -> str:
+    """Returns a hash of what decides the quantised weights."""
+    stats = [(path, path.stat()) for path in checkpoint.weight_files]
+    files = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    headers = sorted((name, repr(spec)) for name, spec in checkpoint.tensors.items())
+    content = repr((_VERSION, files, headers, dtype, quant))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
