@@ -1,6 +1,7 @@
 """Remat "auto": policies measured on a few layers, and the fastest plan that fits."""
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -216,12 +217,12 @@ def compiled_memory(
 
 
 def shortened(spec: DecoderSpec, layers: int) -> DecoderSpec:
-    """Returns the structure with the first layers alone."""
+    """Returns the structure with so many layers, the first ones."""
     config = spec.config
     few = dataclasses.replace(
         config,
         num_hidden_layers=layers,
-        layer_windows=config.windows[:layers],
+        layer_windows=tuple(itertools.islice(itertools.cycle(config.windows), layers)),
         layers_without_rope=tuple(i for i in config.layers_without_rope if i < layers),
     )
     return dataclasses.replace(spec, config=few)
