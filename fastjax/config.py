@@ -233,9 +233,9 @@ class TrainConfig:
         `output_dir`, "no" starts anew, a path continues that one or fails.
       data_seed: Of the order of the data; None takes `seed`.
       full_determinism: Bit-equal results run after run on one device.
-      memory_gib: GPU memory that a run plans with: one that needs more stops before
-        it loads, and remat "auto" stays below it; 0 plans with what JAX may take.
-        XLA_PYTHON_CLIENT_MEM_FRACTION limits what JAX takes.
+      memory_gib: GPU memory that a run takes at most: one that needs more stops before
+        it loads, remat "auto" stays below it, and JAX allocates no more; 0 leaves it to
+        JAX, which takes three quarters.
       implementations: Implementation of each op, for comparisons.
     """
 

@@ -6,13 +6,13 @@ import os
 import shutil
 import subprocess
 
-from fastjax.errors import EnvironmentFault
+from fastjax.errors import ConfigError, EnvironmentFault
 
 _QUERY = "name,driver_version,compute_cap,memory.total,memory.free"
 _TIMEOUT_SECONDS = 20
 _CUDA_13_DRIVER = 580
 _CUDA_12_DRIVER = 525
-_MEBIBYTE = 2**20
+_MEBIBYTE, _GIBIBYTE = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +61,26 @@ def _gpu(row: list[str]) -> InstalledGpu:
 
 def _mebibytes(text: str) -> int:
     return int(text) * _MEBIBYTE if text.isdigit() else 0
+
+
+def memory_share(memory_gib: float) -> float | None:
+    """Returns the share of the smallest GPU's memory that so many GiB are.
+
+    None where 0 GiB leave it to JAX, or where there is no GPU.
+
+    Raises:
+      ConfigError: A GPU has less.
+    """
+    totals = [gpu.total_bytes for gpu in installed_gpus()] if memory_gib > 0 else []
+    if not totals or not min(totals):
+        return None
+    share = memory_gib * _GIBIBYTE / min(totals)
+    if share > 1:
+        raise ConfigError(
+            f"{memory_gib=:g} is more than the GPU has, {min(totals) / _GIBIBYTE:.1f}",
+            fix="leave some for the driver: 90 % of it at most",
+        )
+    return share
 
 
 def cuda_plugins() -> dict[str, str]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+_MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _DETERMINISM = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
@@ -14,7 +15,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FASTJAX_CACHE") or Path(base) / "fastjax")
 
 
-def configure(*, full_determinism: bool = False) -> None:
+def configure(
+    *, full_determinism: bool = False, memory_share: float | None = None
+) -> None:
     """Sets XLA flags and the compilation cache; the first call decides.
 
     The cache stays off when its folder cannot be written, as on a read-only home.
@@ -22,6 +25,8 @@ def configure(*, full_determinism: bool = False) -> None:
     Args:
       full_determinism: GPU programs give the same bits run after run. A later call
         cannot ask for it any more: see `is_deterministic`.
+      memory_share: Most of each GPU's memory that this process takes, from 0 to 1; None
+        leaves it to JAX. What the environment says wins.
     """
     settled = _settled()
     if settled:
@@ -30,6 +35,8 @@ def configure(*, full_determinism: bool = False) -> None:
     if full_determinism and _DETERMINISM not in flags:
         flags.append(_DETERMINISM)
         os.environ["XLA_FLAGS"] = " ".join(flags)
+    if memory_share is not None and not any(map(os.environ.get, _MEMORY_VARIABLES)):
+        os.environ[_MEMORY_VARIABLES[0]] = f"{memory_share:.4f}"
     settled["full_determinism"] = _DETERMINISM in flags
     # Transformers is used for tokenizers alone; it need not say that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -166,7 +166,7 @@ def _device(
     if found.platform != "cpu":
         notes = [
             f"{_gib(gpu.total_bytes - gpu.free_bytes)} of {gpu.name} are in use: "
-            "XLA_PYTHON_CLIENT_MEM_FRACTION and --memory_gib keep a run within the rest"
+            "--memory_gib keeps a run within the rest"
             for gpu in gpus
             if gpu.free_bytes < _BUSY_SHARE * gpu.total_bytes
         ]

@@ -63,7 +63,10 @@ def run_training(
     Raises:
       FastJaxError: The run cannot start, go on or finish; says why.
     """
-    runtime.configure(full_determinism=config.full_determinism)
+    runtime.configure(
+        full_determinism=config.full_determinism,
+        memory_share=nvidia.memory_share(config.memory_gib),
+    )
     nvidia.require_gpu_in_use()
     console = open_console()
     for note in (*notes, *(fault.what for fault in requirements.faults())):

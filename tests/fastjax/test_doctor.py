@@ -10,7 +10,7 @@ import pytest
 
 from fastjax import cli, nvidia, requirements, runtime
 from fastjax.api import doctor
-from fastjax.errors import EnvironmentFault
+from fastjax.errors import ConfigError, EnvironmentFault
 from kernels.self_check import OpCheck
 
 GPU = nvidia.InstalledGpu(
@@ -108,6 +108,15 @@ def test_gpus_are_read_from_the_driver(
     assert (old.compute_capability, old.free_bytes) == ("", 0)
     program.write_text("#!/bin/sh\necho 'no driver' >&2; exit 9\n")
     assert nvidia.installed_gpus() == ()
+
+
+def test_a_process_takes_its_share_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nvidia.memory_share(35.0) is None
+    monkeypatch.setattr(nvidia, "installed_gpus", lambda: (GPU,))
+    assert nvidia.memory_share(0.0) is None
+    assert nvidia.memory_share(35.0) == 0.25
+    with pytest.raises(ConfigError, match="more than the GPU has, 140"):
+        nvidia.memory_share(141.0)
 
 
 def test_versions_outside_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,11 +39,12 @@ def test_configure_sets_the_cache_and_keeps_the_users_flags(tmp_path: Path) -> N
     code = """
 import os
 from fastjax import runtime
-runtime.configure(full_determinism=True)
+runtime.configure(full_determinism=True, memory_share=0.25)
 import jax
 print(jax.config.jax_compilation_cache_dir)
 print(os.environ["XLA_FLAGS"])
 print(jax.numpy.ones(2).sum(), runtime.is_deterministic())
+print(os.environ["XLA_CLIENT_MEM_FRACTION"])
 """
     mine = "--xla_force_host_platform_device_count=2"
     shown = python(code, FASTJAX_CACHE=str(tmp_path), XLA_FLAGS=mine).splitlines()
@@ -51,6 +52,7 @@ print(jax.numpy.ones(2).sum(), runtime.is_deterministic())
     assert mine in shown[1]
     assert "nondeterministic" in shown[1]
     assert shown[2] == "2.0 True"
+    assert shown[3] == "0.2500"
 
 
 def test_a_home_that_cannot_be_written_turns_the_cache_off(tmp_path: Path) -> None:
