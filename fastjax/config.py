@@ -304,6 +304,11 @@ class TrainConfig:
                 f"memory_gib={self.memory_gib} must be 0 or more",
             ),
             (
+                self.full_determinism and self.remat == "auto",
+                "remat=auto chooses by times, which differ from run to run; for "
+                "full_determinism set remat to none, attention, layer or offload",
+            ),
+            (
                 self.full_finetuning and self.quant.load_in_4bit,
                 "full_finetuning trains every weight, load_in_4bit freezes them; "
                 "add --no-load_in_4bit or drop --full_finetuning",
@@ -314,6 +319,12 @@ class TrainConfig:
                 "has nothing to choose",
             ),
         ]
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether steps need keys, for dropout or for noise on embeddings."""
+        has_dropout = self.lora.lora_dropout > 0 and not self.full_finetuning
+        return has_dropout or self.data.neftune_noise_alpha > 0
 
     def _needs_evaluation(self) -> bool:
         report = self.report

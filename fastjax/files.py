@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
       StorageError: The file cannot be written.
     """
-    temporary = _beside(path)
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with storage_errors(f"write {path.name}", path):
             with temporary.open("wb") as file:
@@ -131,7 +132,8 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
       StorageError: The name is taken, or the folder cannot be written.
     """
     require_free_name(path, overwrite=overwrite)
-    temporary, old = _beside(path), _beside(path, "old")
+    temporary = path.with_name(temporary_name(path.name))
+    old = path.with_name(temporary_name(path.name, "old"))
     try:
         with storage_errors(f"write {path.name}", path):
             temporary.mkdir(parents=True)
@@ -181,7 +183,7 @@ def set_aside(path: Path, suffix: str) -> Path:
     So one generation stays, and no folder grows with each new start.
     """
     target = path.with_name(f"{path.name}.{suffix}")
-    doomed = path.with_name(f".tmp-{target.name}-{os.getpid()}")
+    doomed = path.with_name(temporary_name(target.name))
     has_older = target.exists()
     if has_older:
         rename(target, doomed)
@@ -197,8 +199,9 @@ def remove_leftovers(folder: Path) -> None:
         _remove(path)
 
 
-def _beside(path: Path, kind: str = "tmp") -> Path:
-    return path.with_name(f".{kind}-{path.name}-{os.getpid()}")
+def temporary_name(name: str, kind: str = "tmp") -> str:
+    """Returns a name that no other process takes, also of another container or host."""
+    return f".{kind}-{name}-{secrets.token_hex(6)}"
 
 
 def _remove(path: Path) -> None:

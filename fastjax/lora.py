@@ -242,6 +242,11 @@ def _trained_tables(config: TransformerConfig, lora: LoRAConfig) -> frozenset[Ta
     tables = frozenset(lora.modules_to_save)
     if not config.tie_word_embeddings or not tables:
         return tables
+    if lora.trainable_token_indices:
+        raise ConfigError(
+            "embedding and output head are one table in this model: modules_to_save "
+            "trains all of it, trainable_token_indices some rows; give one of them"
+        )
     # One table is both; PEFT wants it named by the embedding.
     return frozenset[Table](["embed_tokens"])
 

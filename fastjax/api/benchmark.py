@@ -38,7 +38,7 @@ def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     spec, shape = planner.spec, planner.shape
     remat, choice = planned_remat(planner, documents=args.documents)
     started = time.perf_counter()
-    step = RandomStep(spec, remat, shape, documents=args.documents)
+    step = RandomStep(planner.config, spec, remat, shape, documents=args.documents)
     resident = device_bytes("bytes_in_use")
     loaded = time.perf_counter()
     seconds, losses = [], []

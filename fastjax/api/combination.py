@@ -10,6 +10,7 @@ from fastjax.api.finding import find_model
 from fastjax.combine import Part, combined
 from fastjax.config import CombineMethod
 from fastjax.errors import ConfigError, ModelError
+from fastjax.files import new_folder, require_free_name
 
 
 def combine_adapters(
@@ -19,6 +20,7 @@ def combine_adapters(
     weights: Sequence[float] | None = None,
     method: CombineMethod = "concat",
     rank: int | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Writes the combination of adapters as a PEFT folder; returns a line on it.
 
@@ -28,9 +30,11 @@ def combine_adapters(
       weights: Factor of each; None takes 1.
       method: See `fastjax.combine.combined`.
       rank: Of the result, for the method "svd".
+      overwrite: Replaces what has the name of the result.
 
     Raises:
       ConfigError: The numbers disagree, or the adapters cannot be combined.
+      StorageError: The name is taken, or the folder cannot be written.
       ModelError: An adapter cannot be read, or belongs to another base.
     """
     runtime.configure()
@@ -40,20 +44,30 @@ def combine_adapters(
             f"{len(folders)} adapters and {len(factors)} weights: there must be two "
             "adapters or more, and a weight for each"
         )
-    parts, bases = [], {}
+    if rank is not None and (rank < 1 or method != "svd"):
+        raise ConfigError(
+            f"rank={rank} with method={method}: a rank is for method=svd, at least 1"
+        )
+    require_free_name(output, overwrite=overwrite)
+    parts: list[Part] = []
+    bases: dict[tuple[str, str | None], None] = {}
     for folder, factor in zip(folders, factors, strict=True):
         found = find_model(str(folder), with_weights=False)
         if found.adapter is None:
             raise ModelError("this folder holds no adapter", where=str(folder))
         adapter = read_adapter(found.adapter, read_config(found.folder))
         parts.append(Part(lora=adapter.lora, weights=adapter.weights, factor=factor))
-        bases[found.name] = adapter.revision
+        bases[found.name, adapter.revision] = None
     if len(bases) > 1:
+        names = [f"{name} at {revision}" for name, revision in bases]
         raise ModelError(
-            f"the adapters belong to different base models: {', '.join(bases)}",
+            f"the adapters belong to different base models: {', '.join(names)}",
             fix="combine adapters of one base",
         )
     lora, arrays = combined(parts, method=method, rank=rank)
-    ((base, revision),) = bases.items()
-    write_adapter(output, arrays, lora, base_model_name_or_path=base, revision=revision)
+    ((base, revision),) = bases
+    with new_folder(output, overwrite=overwrite) as new:
+        write_adapter(
+            new, arrays, lora, base_model_name_or_path=base, revision=revision
+        )
     return f"{len(parts)} adapters by {method}, of rank {lora.lora_r}: {output}"

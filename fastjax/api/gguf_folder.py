@@ -11,7 +11,7 @@ from fastjax.api.finding import load_tokenizer
 from fastjax.api.merging import Merge
 from fastjax.config import GGUFKind
 from fastjax.data import ChatTemplate
-from fastjax.errors import DataError
+from fastjax.errors import ConfigError, DataError
 from fastjax.files import new_folder
 
 if TYPE_CHECKING:
@@ -73,9 +73,16 @@ def write_gguf_adapter_folder(
     """Writes adapter.gguf and a Modelfile; returns remarks for people.
 
     Raises:
+      ConfigError: The adapter is right on its 4-bit base alone.
       ModelError: The adapter has parts that a GGUF adapter has no place for.
       StorageError: The folder exists, or the disk is full.
     """
+    if merge.needs_4bit:
+        raise ConfigError(
+            "this adapter started from what 4 bits lose of the base (LoftQ); on the "
+            "base of a GGUF file it would add that twice",
+            fix="write the whole model: format=gguf with base_precision=dequantised",
+        )
     with new_folder(folder, overwrite=overwrite) as new:
         path = new / ADAPTER_FILE
         spec = merge.spec

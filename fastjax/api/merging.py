@@ -95,7 +95,9 @@ class Merge:
         that have no adapter. Given `formats` decide instead.
         """
         weights = self._merged(base_precision, dtype)
-        packed = (formats or self._formats(dtype)) if is_4bit else {}
+        packed = {}
+        if is_4bit:
+            packed = self._formats(dtype) if formats is None else formats
         save_model(
             folder,
             packed_weights(weights, packed) if is_4bit else dense_weights(weights),

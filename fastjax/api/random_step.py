@@ -17,7 +17,6 @@ from fastjax.api.memory import Planner, planned_spec
 from fastjax.config import (
     DType,
     Implementations,
-    OptimizerConfig,
     RematChoice,
     TrainConfig,
 )
@@ -36,6 +35,7 @@ type Parts = tuple[nnx.GraphDef, PyTree, PyTree]
 """Structure, trained variables and all others of a decoder."""
 
 _CODE_DEVIATION = 0.02
+_SCHEDULE_STEPS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +76,7 @@ class RandomStep:
 
     def __init__(
         self,
+        config: TrainConfig,
         spec: DecoderSpec,
         remat: RematPlan,
         shape: BatchShape,
@@ -87,6 +88,7 @@ class RandomStep:
         """Takes weights, or makes random ones.
 
         Args:
+          config: Optimiser, dropout, noise and implementations.
           spec: Structure of the model, with its adapters.
           remat: What the backward pass recomputes.
           shape: Of the batches.
@@ -98,16 +100,24 @@ class RandomStep:
         graphdef, trainable, frozen = parts or random_parts(spec)
         self.vocab_size = spec.config.vocab_size
         self.shape, self.documents = shape, documents
-        optimizer = make_optimizer(OptimizerConfig(max_grad_norm=1.0), 1000)
+        optimizer = make_optimizer(config.optimizer, _SCHEDULE_STEPS)
         loss = functools.partial(
             cross_entropy,
             graphdef,
             max_segments=documents,
             remat=remat,
             head_is_trainable=spec.trains_head,
+            neftune_noise_alpha=config.data.neftune_noise_alpha,
+            implementation=config.implementations.cross_entropy,
         )
         self.compiled = CompiledSteps(
-            make_train_step(loss, optimizer, seed=0, dtype=spec.compute_dtype),
+            make_train_step(
+                loss,
+                optimizer,
+                seed=0,
+                has_dropout=config.has_dropout,
+                dtype=spec.compute_dtype,
+            ),
             frozen,
             before_compile=lambda: None,
             compiler_options={

@@ -70,8 +70,7 @@ def _automatic(
     note("remat auto: timing a few layers under each policy")
     spec, shape, model = planner.spec, planner.shape, planner.model
     is_unrolled = planner.remat("none").is_unrolled
-    one = dataclasses.replace(shape, accumulation=1)
-    costs = _measured(spec, one, limit_bytes, is_unrolled, documents)
+    costs = _measured(planner, limit_bytes, documents)
     resident = model.weights + model.trained + model.optimizer
     resident += model.gradients if shape.accumulation > 1 else 0
     planned = _MARGIN * limit_bytes
@@ -84,7 +83,7 @@ def _automatic(
         )
         if choice is None:
             break
-        memory = compiled_memory(spec, choice.remat, shape, documents=documents)
+        memory = compiled_memory(planner, choice.remat, documents=documents)
         need = memory.total_bytes if memory else choice.bytes + resident
         if need <= _MARGIN * limit_bytes:
             choice = dataclasses.replace(choice, bytes=need)
@@ -116,24 +115,19 @@ def described(choice: Choice, shape: BatchShape) -> str:
 
 
 def _measured(
-    spec: DecoderSpec,
-    shape: BatchShape,
-    limit_bytes: int,
-    is_unrolled: bool,
-    documents: int,
+    planner: Planner, limit_bytes: int, documents: int
 ) -> dict[RematPolicy, PolicyCost]:
     """Returns the costs of the policies of which a few layers fit.
 
     The step without layers takes the same time under each, so that it is measured for
     the leanest alone. The bytes that a layer keeps are counted, not measured.
     """
+    is_unrolled = planner.remat("none").is_unrolled
     # One after the other, since each has an embedding and a head.
-    few = _Short(spec, shape, _FEW, is_unrolled, documents).measured(
-        _POLICIES[0], limit_bytes
-    )
+    few = _Short(planner, _FEW, documents).measured(_POLICIES[0], limit_bytes)
     if few is None:
         return {}
-    more = _Short(spec, shape, _MORE, is_unrolled, documents)
+    more = _Short(planner, _MORE, documents)
     base = 0.0
     costs: dict[RematPolicy, PolicyCost] = {}
     for policy in _POLICIES:
@@ -143,7 +137,8 @@ def _measured(
         seconds, used = found
         if not costs:
             base = few[0] - _FEW * (seconds - few[0]) / (_MORE - _FEW)
-        kept = saved_bytes(spec, 0, policy)[0] * shape.micro_batch_tokens
+        kept = saved_bytes(planner.spec, 0, policy)[0]
+        kept *= planner.shape.micro_batch_tokens
         kept *= UNROLLED_SLACK if is_unrolled and policy == "none" else 1
         costs[policy] = PolicyCost(
             base_seconds=base,
@@ -157,17 +152,10 @@ def _measured(
 class _Short:
     """The first layers of a model, random weights in them."""
 
-    def __init__(
-        self,
-        spec: DecoderSpec,
-        shape: BatchShape,
-        layers: int,
-        is_unrolled: bool,
-        documents: int,
-    ) -> None:
-        self._spec, self._shape = shortened(spec, layers), shape
-        self._layers, self._is_unrolled = layers, is_unrolled
-        self._documents = documents
+    def __init__(self, planner: Planner, layers: int, documents: int) -> None:
+        self._config, self._spec = planner.config, shortened(planner.spec, layers)
+        self._shape = dataclasses.replace(planner.shape, accumulation=1)
+        self._layers, self._documents = layers, documents
         self._parts = random_parts(self._spec)
 
     def measured(
@@ -175,13 +163,18 @@ class _Short:
     ) -> tuple[float, int] | None:
         """Returns seconds and bytes of a step, None where it does not fit."""
         remat = RematPlan(
-            policies=(policy,) * self._layers, is_unrolled=self._is_unrolled
+            policies=(policy,) * self._layers, is_unrolled=self._config.unroll_layers
         )
         graphdef, trainable, frozen = self._parts
         # The step takes the trained weights.
         parts = graphdef, jax.tree.map(jnp.copy, trainable), frozen
         step = RandomStep(
-            self._spec, remat, self._shape, documents=self._documents, parts=parts
+            self._config,
+            self._spec,
+            remat,
+            self._shape,
+            documents=self._documents,
+            parts=parts,
         )
         memory = step.compile()
         if memory is not None and memory.total_bytes > limit_bytes:
@@ -200,19 +193,19 @@ def _seconds(step: RandomStep) -> float:
 
 
 def compiled_memory(
-    spec: DecoderSpec, remat: RematPlan, shape: BatchShape, *, documents: int = 1
+    planner: Planner, remat: RematPlan, *, documents: int = 1
 ) -> StepMemory | None:
     """Returns what the whole step needs, by compiling it on shapes alone.
 
     Args:
-      spec: Structure of the model, with its adapters.
+      planner: Of the run.
       remat: What the backward pass recomputes.
-      shape: Of the batches.
       documents: Most of a row.
     """
+    config, spec, shape = planner.config, planner.spec, planner.shape
     graphdef, trainable, frozen = nnx.split(abstract_decoder(spec), nnx.Param, ...)
     parts = graphdef, trainable, frozen
-    step = RandomStep(spec, remat, shape, documents=documents, parts=parts)
+    step = RandomStep(config, spec, remat, shape, documents=documents, parts=parts)
     return step.compile()
 
 

@@ -82,7 +82,7 @@ def plan_lines(config: TrainConfig) -> Iterator[str]:
         notes: list[str] = []
         remat, _ = planned_remat(planner, note=notes.append)
         yield from notes
-        memory = compiled_memory(planner.spec, remat, planner.shape)
+        memory = compiled_memory(planner, remat)
         if memory is not None:
             yield f"compiled: {memory.total_bytes / 2**30:.2f} GiB on the device"
             if limit is not None and memory.total_bytes > limit:

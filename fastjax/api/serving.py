@@ -11,6 +11,11 @@ def serving_notes(lora: LoRAConfig) -> list[str]:
     notes = []
     if lora.use_dora:
         notes.append(f"vLLM and llama.cpp load no DoRA adapters: {_MERGE}")
+    if lora.init_lora_weights == "loftq":
+        notes.append(
+            "an adapter that started with LoftQ is right on its 4-bit base alone: "
+            "elsewhere export a merged model with --base_precision dequantised"
+        )
     if lora.lora_bias != "none":
         notes.append(f"vLLM and llama.cpp load no adapters with biases: {_MERGE}")
     if lora.modules_to_save or lora.trainable_token_indices:

@@ -19,6 +19,7 @@ class CombineArgs:
       method: concat: exact, the ranks add up; svd: the nearest of one rank; linear:
         adds the factors, as PEFT's method of that name.
       rank: Of the result by svd; without, the largest of the adapters.
+      overwrite: Replace the folder if it exists.
     """
 
     adapters: tuple[str, ...]
@@ -26,6 +27,7 @@ class CombineArgs:
     weights: tuple[float, ...] = ()
     method: CombineMethod = "concat"
     rank: int | None = None
+    overwrite: bool = False
 
 
 def run(call: Call) -> None:
@@ -39,5 +41,6 @@ def run(call: Call) -> None:
         weights=args.weights or None,
         method=args.method,
         rank=args.rank,
+        overwrite=args.overwrite,
     )
     sys.stdout.write(f"{told}\n")

@@ -7,7 +7,6 @@ full fine-tuning has none. The adapter beside it is for readers elsewhere.
 
 import contextlib
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +73,7 @@ def save(
       StorageError: Nothing of the new checkpoint is left, the old ones are intact.
     """
     folder = output_dir / name_of(step)
-    aside = output_dir / f".tmp-{folder.name}-{os.getpid()}"
+    aside = output_dir / files.temporary_name(folder.name)
     arrays = named_arrays(state)
     with files.storage_errors(f"save {folder.name}", output_dir):
         _require_space(output_dir, arrays)
@@ -104,7 +103,7 @@ def rotate(output_dir: Path, keep: int, step: int, also_keep: int | None) -> Non
     for folder in checkpoints(output_dir)[:-keep]:
         if step_of(folder) == also_keep:
             continue
-        doomed = output_dir / f".tmp-{folder.name}-{os.getpid()}-old"
+        doomed = output_dir / files.temporary_name(folder.name)
         files.rename(folder, doomed)
         faults.hit("save:before_delete", step)
         shutil.rmtree(doomed)

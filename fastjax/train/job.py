@@ -70,13 +70,6 @@ class Job:
         per_epoch = self.train_loader.steps_per_epoch
         return max(1, math.ceil(self.config.num_train_epochs * per_epoch))
 
-    @property
-    def has_dropout(self) -> bool:
-        """Whether steps need keys, for dropout or for noise on embeddings."""
-        config = self.config
-        has_dropout = config.lora.lora_dropout > 0 and not config.full_finetuning
-        return has_dropout or config.data.neftune_noise_alpha > 0
-
     def loss_function(self, loader: Loader, remat: Remat | None) -> LossFunction:
         """Returns the loss of one micro-batch of this loader."""
         return functools.partial(

@@ -103,7 +103,7 @@ class _Loop:
                 job.loss_function(job.train_loader, job.remat),
                 optimizer,
                 seed=config.seed,
-                has_dropout=job.has_dropout,
+                has_dropout=job.config.has_dropout,
                 dtype=config.dtype,
             ),
             job.frozen,

@@ -1,7 +1,6 @@
 """Puts a run's result and description at the top of its output folder."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -31,7 +30,7 @@ def publish_adapter(
     Raises:
       StorageError: It cannot be written; files of before are intact.
     """
-    aside = output_dir / f".tmp-adapter-{os.getpid()}"
+    aside = output_dir / files.temporary_name("adapter")
     with files.storage_errors("write the adapter", output_dir):
         try:
             aside.mkdir()

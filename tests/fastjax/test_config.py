@@ -101,3 +101,8 @@ def test_scaling_of_adapters() -> None:
 def test_full_finetuning_goes_with_dense_weights() -> None:
     config = TrainConfig(full_finetuning=True, quant=QuantConfig(load_in_4bit=False))
     assert config.full_finetuning
+
+
+def test_a_plan_made_of_times_is_not_deterministic() -> None:
+    with pytest.raises(ConfigError, match="differ from run to run"):
+        TrainConfig(full_determinism=True, remat="auto")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fastjax.api import FastLanguageModel, load_model
+from fastjax.api import FastLanguageModel, load_model, run_export
 from fastjax.config import QuantConfig
 from fastjax.errors import FastJaxError
 from fastjax.loftq import low_rank_start
@@ -39,6 +39,8 @@ def test_loftq_makes_up_for_4_bits(small_model: Path, tmp_path: Path) -> None:
         load_model(str(tmp_path), dtype="float32")
     with pytest.raises(FastJaxError, match="add that twice"):
         again.save_pretrained_merged(tmp_path / "merged")
+    with pytest.raises(FastJaxError, match="add that twice"):
+        list(run_export(str(tmp_path), tmp_path / "g", output_format="gguf-lora"))
 
 
 def test_tables_start_as_they_are_and_train_in_float32(small_model: Path) -> None:

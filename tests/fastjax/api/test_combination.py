@@ -10,7 +10,7 @@ import pytest
 from conversions.hf import read_config
 from conversions.peft import Adapter, read_adapter
 from fastjax import cli
-from fastjax.errors import ConfigError
+from fastjax.errors import ConfigError, StorageError
 from fastjax.lora import adapted_spec
 from fastjax.models.build import DecoderSpec
 
@@ -49,35 +49,43 @@ def combine(adapters: list[str], output: Path, *more: str) -> int:
 def test_side_by_side_is_the_sum(
     adapters: list[str], fixtures: Path, tmp_path: Path
 ) -> None:
-    assert combine(adapters, tmp_path) == 0
+    assert combine(adapters, tmp_path / "new") == 0
     expected = 2 * change(adapters[0], fixtures, Q)
     expected -= 0.5 * change(adapters[1], fixtures, Q)
-    np.testing.assert_allclose(change(tmp_path, fixtures, Q), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        change(tmp_path / "new", fixtures, Q), expected, atol=1e-6
+    )
     expected = 2 * change(adapters[0], fixtures, UP)
-    np.testing.assert_allclose(change(tmp_path, fixtures, UP), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        change(tmp_path / "new", fixtures, UP), expected, atol=1e-6
+    )
 
 
 def test_the_nearest_of_a_rank(
     adapters: list[str], fixtures: Path, tmp_path: Path
 ) -> None:
-    assert combine(adapters, tmp_path, "--method", "svd", "--rank", "5") == 0
+    assert combine(adapters, tmp_path / "new", "--method", "svd", "--rank", "5") == 0
     whole = 2 * change(adapters[0], fixtures, Q)
     whole -= 0.5 * change(adapters[1], fixtures, Q)
     left, values, right = np.linalg.svd(whole)
     expected = left[:, :5] * values[:5] @ right[:5]
-    np.testing.assert_allclose(change(tmp_path, fixtures, Q), expected, atol=1e-5)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    np.testing.assert_allclose(
+        change(tmp_path / "new", fixtures, Q), expected, atol=1e-5
+    )
+    config = json.loads((tmp_path / "new/adapter_config.json").read_text())
     assert config["r"] == 5
 
 
 def test_factors_that_are_added_keep_the_rank(
     adapters: list[str], fixtures: Path, tmp_path: Path
 ) -> None:
-    assert combine([adapters[0]] * 2, tmp_path, "--method", "linear") == 0
+    assert combine([adapters[0]] * 2, tmp_path / "new", "--method", "linear") == 0
     # PEFT: roots of the shares on both sides, the sign on one.
     down, up = np.sqrt(2) + np.sqrt(0.5), np.sqrt(2) - np.sqrt(0.5)
     expected = down * up * change(adapters[0], fixtures, Q)
-    np.testing.assert_allclose(change(tmp_path, fixtures, Q), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        change(tmp_path / "new", fixtures, Q), expected, atol=1e-6
+    )
 
 
 def test_what_is_no_product_is_refused(
@@ -90,3 +98,19 @@ def test_what_is_no_product_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | base))
     assert combine([adapters[0], str(dora)], tmp_path / "a") == ConfigError.exit_code
     assert combine(adapters[:1], tmp_path / "a") == ConfigError.exit_code
+
+
+def test_what_is_there_stays(adapters: list[str], tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    assert combine(adapters, kept) == StorageError.exit_code
+    assert kept.read_text() == "mine"
+    assert combine(adapters, kept, "--overwrite") == 0
+    assert (kept / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("words", [("--rank", "4"), ("--method", "svd", "--rank", "0")])
+def test_a_rank_is_for_svd_and_positive(
+    adapters: list[str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    assert combine(adapters, tmp_path / "new", *words) == ConfigError.exit_code

@@ -3,13 +3,23 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
+from flax import nnx
 
 from fastjax import cli
 from fastjax.api.memory import Planner, planned_spec
+from fastjax.api.random_step import RandomStep
 from fastjax.api.remat_auto import planned_remat
-from fastjax.config import DataConfig, RematChoice, TrainConfig
+from fastjax.config import (
+    DataConfig,
+    OptimizerConfig,
+    QuantConfig,
+    RematChoice,
+    TrainConfig,
+)
 from fastjax.errors import ConfigError, OutOfMemory
+from fastjax.models.build import abstract_decoder
 from fastjax.models.registry import preset
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "nvidia-h200"
@@ -80,3 +90,23 @@ def test_auto_wants_to_know_the_memory(planner: Planner, remat: RematChoice) -> 
             planned_remat(other)
     else:
         assert planned_remat(other) == (other.remat("layer"), None)
+
+
+def test_the_planned_step_has_the_states_of_the_run() -> None:
+    sizes = {}
+    for optim in ("adamw", "adamw_8bit", "sgd"):
+        config = TrainConfig(
+            model="tiny",
+            full_finetuning=True,
+            quant=QuantConfig(load_in_4bit=False),
+            optimizer=OptimizerConfig(optim=optim),
+        )
+        planner = Planner.of(config, planned_spec(config, preset("tiny").config))
+        parts = nnx.split(abstract_decoder(planner.spec), nnx.Param, ...)
+        remat = planner.remat("none")
+        step = RandomStep(config, planner.spec, remat, planner.shape, parts=parts)
+        sizes[optim] = sum(
+            leaf.size * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(step.state.opt_state)
+        )
+    assert sizes["sgd"] < sizes["adamw_8bit"] < sizes["adamw"] / 2
