@@ -66,19 +66,19 @@ def load_packed_weights(
     if quant is None or not quant.load_in_4bit or is_packed or total < least_bytes:
         return load_weights(checkpoint, config, dtype=dtype, quant=quant)
     structures = _structures(config, dtype, quant)
-    owner = hashlib.sha256(str(checkpoint.folder.resolve()).encode()).hexdigest()[:12]
-    path = folder / f"{owner}-{_key(checkpoint, dtype, quant)}.safetensors"
+    specs = _specs(structures)
+    owner = _hash((_VERSION, str(checkpoint.folder.resolve()), dtype, quant, specs))
+    path = folder / f"{owner}-{_content(checkpoint)}.safetensors"
     if path.is_file():
         return _read(SafetensorsFile(path), structures)
     weights = stream_weights(checkpoint, config, dtype=dtype, quant=quant)
-    specs = _specs(structures)
     if not _has_room(path, owner, specs):
         return dict(weights)
     return dict(_kept(weights, _Writer(path, specs)))
 
 
 def _has_room(path: Path, owner: str, specs: Mapping[str, TensorSpec]) -> bool:
-    """Makes room for a copy; older ones of the same folder go."""
+    """Makes room for a copy; those of older files, quantised alike, go."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.glob(f"{owner}-*.safetensors"):
@@ -180,10 +180,13 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield f"{name}.{index}", leaf
 
 
-def _key(checkpoint: Checkpoint, dtype: DType, quant: QuantConfig) -> str:
-    """Returns a hash of what decides the quantised weights."""
+def _content(checkpoint: Checkpoint) -> str:
+    """Returns a hash that changes when the files do."""
     stats = [(path, path.stat()) for path in checkpoint.weight_files]
     files = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     headers = sorted((name, repr(spec)) for name, spec in checkpoint.tensors.items())
-    content = repr((_VERSION, files, headers, dtype, quant))
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return _hash((files, headers))
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

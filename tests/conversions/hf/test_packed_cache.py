@@ -15,17 +15,17 @@ from conversions.hf import (
     packed_cache,
     read_config,
 )
-from fastjax.config import QuantConfig
+from fastjax.config import DType, QuantConfig
 from fastjax.models.build import Weights
 
 FOLDER = "tiny_llama3"
 
 
-def _loaded(model: Path, cache: Path) -> Weights:
+def _loaded(model: Path, cache: Path, dtype: DType = "bfloat16") -> Weights:
     weights = load_packed_weights(
         Checkpoint(model),
         read_config(model),
-        dtype="bfloat16",
+        dtype=dtype,
         quant=QuantConfig(),
         folder=cache,
         least_bytes=0,
@@ -63,3 +63,18 @@ def test_without_room_the_weights_come_all_the_same(
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert _loaded(fixtures / FOLDER, blocked)
+
+
+def test_copies_of_another_kind_stay_and_old_ones_go(
+    fixtures: Path, tmp_path: Path
+) -> None:
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    shutil.copytree(fixtures / FOLDER, model)
+    _loaded(model, cache)
+    (first,) = cache.iterdir()
+    _loaded(model, cache, "float16")
+    assert len(set(cache.iterdir())) == 2
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    _loaded(model, cache)
+    assert len(set(cache.iterdir())) == 2
+    assert not first.exists()
