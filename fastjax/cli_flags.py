@@ -109,13 +109,19 @@ def parsed[T](kind: type[T], call: Call) -> T:
     return tyro.cli(kind, args=call.words, prog=shlex.join(call.program))
 
 
-def shows_settings_help(call: Call) -> bool:
-    """Prints the help of a command that takes every setting, if it is asked for."""
+def shows_settings_help(call: Call, about: str, **flags: str) -> bool:
+    """Prints the help of a command that takes every setting, if it is asked for.
+
+    Args:
+      call: Of the command.
+      about: What it does.
+      flags: The command's own flags, and what each of them does.
+    """
     if "-h" not in call.words and "--help" not in call.words:
         return False
     from fastjax.cli_help import settings_help
 
-    sys.stdout.write(settings_help(call.command))
+    sys.stdout.write(settings_help(call.command, about, flags))
     return True
 
 

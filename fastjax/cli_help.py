@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from fastjax.aliases import ALIASES
@@ -11,15 +12,11 @@ from fastjax.config import Implementations, TrainConfig
 from fastjax.flat_config import field_types, flat_values
 
 _WIDTH, _INDENT = 88, " " * 6
-_OWN_FLAGS = """\
+_ALL_FLAGS = """\
   A flag alone is true, --no-FLAG is false; a list is written a,b or a b.
 
   --config FILE
       Settings from a YAML file of the same names; flags win over it.
-  --print_config
-      Write all settings as such a file and stop.
-  --plan
-      Tell what memory the run needs, and what would fit, and stop.
   --debug
       Show the traceback of an error.
 """
@@ -44,9 +41,16 @@ class _Setting:
     other_names: tuple[str, ...]
 
 
-def settings_help(command: str) -> str:
-    """Returns the help of a command whose flags are the fields of `TrainConfig`."""
-    usage = f"usage: fastjax {command} [--flag value] ...\n\n{_OWN_FLAGS}"
+def settings_help(command: str, about: str, flags: Mapping[str, str]) -> str:
+    """Returns the help of a command whose flags are the fields of `TrainConfig`.
+
+    Args:
+      command: Its name.
+      about: What it does.
+      flags: The command's own flags, and what each of them does.
+    """
+    usage = f"usage: fastjax {command} [--flag value] ...\n\n{about}\n\n{_ALL_FLAGS}"
+    usage += "".join(f"  --{flag}\n{_wrapped(what)}" for flag, what in flags.items())
     groups = [
         "".join([f"{title}:\n", *map(_flag, settings)])
         for title, settings in _groups().items()

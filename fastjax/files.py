@@ -116,7 +116,8 @@ def require_free_name(path: Path, *, overwrite: bool) -> None:
     """Raises `StorageError` if the name is taken and may not be replaced."""
     if os.path.lexists(path) and not overwrite:
         raise StorageError(
-            f"{path} exists already", fix="choose another name, or allow overwriting"
+            f"{path} exists already",
+            fix="choose another name, or allow overwriting: --overwrite",
         )
 
 

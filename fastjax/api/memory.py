@@ -133,9 +133,12 @@ class Planner:
     def lines(self, limit: int | None) -> Iterator[str]:
         """Yields what the plan says, for people."""
         plan, shape = self.plan(), self.shape
+        leanest = (
+            f" at its leanest, {self.policy}" if self.config.remat == "auto" else ""
+        )
         yield (
             f"memory of a step of {shape.rows} x {shape.tokens:,} tokens, "
-            f"remat {self.config.remat}:"
+            f"remat {self.config.remat}{leanest}:"
         )
         for name, count in dataclasses.asdict(plan).items():
             if count or name != "host":

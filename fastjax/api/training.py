@@ -370,10 +370,8 @@ def _say_next(config: TrainConfig, console: Console) -> None:
     if config.full_finetuning:
         lines = [f"model: {folder}/model"]
     target = f"{folder}/model" if config.full_finetuning else folder
-    lines.append(f"ask it:   python scripts/generate.py --model {target} --prompt ...")
+    lines.append(f"ask it:   fastjax generate --model {target} --prompt ...")
     if not config.full_finetuning:
-        lines.append(
-            f"merge it: python scripts/export.py --model {folder} --output_dir ..."
-        )
+        lines.append(f"merge it: fastjax export --model {folder} --output_dir ...")
     for line in lines:
         _say(console, line)

@@ -13,7 +13,11 @@ def run(call: Call) -> None:
 
     `--json` prints the counts alone, as one object.
     """
-    if shows_settings_help(call):
+    about = (
+        "Shows what a run with these settings would train on: rows, tokens, lengths,\n"
+        "and one row with its trained text in colour. Reads no weights."
+    )
+    if shows_settings_help(call, about, json="Print the counts alone, as one object."):
         return
     settings = read_settings([word for word in call.words if word != _JSON])
     from fastjax.api import check_data

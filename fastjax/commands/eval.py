@@ -7,7 +7,11 @@ from fastjax.cli_flags import Call, read_settings, shows_settings_help, write_ya
 
 def run(call: Call) -> None:
     """Prints loss, perplexity and seconds as YAML."""
-    if shows_settings_help(call):
+    about = (
+        "Measures loss and perplexity of a model or adapter on dataset_name. Settings\n"
+        "of training alone have no effect."
+    )
+    if shows_settings_help(call, about):
         return
     settings = read_settings(call.words)
     for note in settings.notes:

@@ -7,7 +7,11 @@ from fastjax.cli_flags import Call, read_settings, shows_settings_help
 
 def run(call: Call) -> None:
     """Prints the plan of the run that `fastjax train` would do with these flags."""
-    if shows_settings_help(call):
+    about = (
+        "Tells the memory of the training run that these settings describe, and what\n"
+        "would fit, with rows of max_length tokens; no weight and no data is read."
+    )
+    if shows_settings_help(call, about):
         return
     settings = read_settings(call.words)
     from fastjax.api.run_plan import plan_lines

@@ -11,7 +11,12 @@ _PRINT_CONFIG = ("--print_config", "--print-config")
 
 def run(call: Call) -> None:
     """Trains, or prints the memory plan or the resolved settings and stops."""
-    if shows_settings_help(call):
+    if shows_settings_help(
+        call,
+        "Trains an adapter, or a whole model, on a dataset.",
+        print_config="Write all settings as a file for --config and stop.",
+        plan="Tell what memory the run needs, and what would fit, and stop.",
+    ):
         return
     if "--plan" in call.words:
         words = tuple(word for word in call.words if word != "--plan")

@@ -15,9 +15,14 @@ MIN_LR_SHARE = 0.1
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
-    """Returns the steps of rising rate; a share is rounded up to whole steps."""
+    """Returns the steps of rising rate; a share is rounded up to whole steps.
+
+    A share leaves at least one step at the peak: the rate of a run of one step would
+    otherwise be 0.
+    """
     if config.warmup_steps < 1:
-        return math.ceil(config.warmup_steps * total_steps)
+        rising = math.ceil(config.warmup_steps * total_steps)
+        return min(rising, max(0, total_steps - 1))
     return int(config.warmup_steps)
 
 

@@ -54,3 +54,8 @@ def test_no_warmup_starts_at_the_peak() -> None:
 )
 def test_warmup_is_steps_or_a_share(given: float, steps: int) -> None:
     assert warmup_steps(OptimizerConfig(warmup_steps=given), 100) == steps
+
+
+def test_a_share_of_one_step_leaves_the_peak() -> None:
+    schedule = make_schedule(OptimizerConfig(learning_rate=PEAK, warmup_steps=0.03), 1)
+    assert float(schedule(0)) == pytest.approx(PEAK)
