@@ -92,7 +92,12 @@ def run_profile(args: ProfileArgs) -> dict[str, Any]:
     planner = planner_of(args)
     remat, _ = planned_remat(planner, documents=args.documents)
     make = functools.partial(
-        RandomStep, planner.spec, remat, planner.shape, documents=args.documents
+        RandomStep,
+        planner.config,
+        planner.spec,
+        remat,
+        planner.shape,
+        documents=args.documents,
     )
     wall, implementations = _wall_milliseconds(make())
     step = make(compiler_options=_WITHOUT_GRAPHS)
