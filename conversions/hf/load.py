@@ -170,7 +170,10 @@ def _check_names_and_shapes(
     eight_bit = {
         name: spec.dtype
         for name, spec in checkpoint.tensors.items()
-        if name in expected and expected[name].is_linear and is_eight_bit(spec.dtype)
+        if name in expected
+        and name not in states
+        and expected[name].is_linear
+        and is_eight_bit(spec.dtype)
     }
     for name, dtype in eight_bit.items():
         needed |= companions(name, dtype, expected[name].shape)
