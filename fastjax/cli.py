@@ -101,7 +101,7 @@ def run(command: str, words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before anything was done\n")
         return Interrupted.exit_code
-    except SystemExit as stop:  # from tyro: help was shown, or a flag is wrong
+    except SystemExit as stop:  # help was shown
         return stop.code if isinstance(stop.code, int) else 2
     return 0
 

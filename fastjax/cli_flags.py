@@ -4,13 +4,13 @@ import dataclasses
 import difflib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from fastjax.config_file import read_config_file
 from fastjax.errors import ConfigError, printable
-from fastjax.flat_config import FlatConfig, train_config
+from fastjax.flat_config import FlatConfig, coerced, train_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,24 +89,95 @@ def flag_values(words: Sequence[str]) -> dict[str, str | bool]:
 def parsed[T](kind: type[T], call: Call) -> T:
     """Returns the flags of a small command as its dataclass.
 
+    A field whose metadata says `positional` takes words without a flag as well.
+
     Raises:
-      ConfigError: A flag is unknown; names the nearest.
-      SystemExit: Help was asked for, or a value is wrong.
+      ConfigError: Names every flag that is unknown, with the nearest, is missing, or
+        has a wrong value.
+      SystemExit: Help was asked for, and printed.
     """
-    known = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+    if _asks_for_help(call):
+        from fastjax.cli_help import command_help
+
+        sys.stdout.write(command_help(kind, shlex.join(call.program)))
+        raise SystemExit(0)
+    hints = get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    values: dict[str, Any] = {}
     problems = []
-    for word in call.words:
-        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        is_known = name == "help" or name.removeprefix("no_") in known
-        if word.startswith("--") and not is_known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean --{near[0]}?" if near else ""
-            problems.append(f"there is no flag --{printable(name)}{hint}")
+    for name, words in _grouped(call.words, fields, hints).items():
+        try:
+            if name not in fields:
+                raise ConfigError(_unknown_flag(name, fields))
+            values[name] = _value(name, words, hints[name])
+        except ConfigError as error:
+            problems.append(error.what)
+    for name, field in fields.items():
+        is_required = field.default is dataclasses.MISSING
+        if is_required and name not in values and not problems:
+            problems.append(f"--{name} is missing")
     if problems:
         raise ConfigError.of(problems, fix=f"see {shlex.join(call.program)} --help")
-    import tyro
+    return kind(**values)
 
-    return tyro.cli(kind, args=call.words, prog=shlex.join(call.program))
+
+def _grouped(
+    words: Sequence[str],
+    fields: Mapping[str, dataclasses.Field[Any]],
+    hints: Mapping[str, Any],
+) -> dict[str, list[str]]:
+    """Returns flag names to the words that follow; bare words to their field.
+
+    Raises:
+      ConfigError: A word has no place, or a flag comes twice.
+    """
+    bare = next((n for n, f in fields.items() if f.metadata.get("positional")), "")
+    found: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, has_value, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            if name not in fields and name.removeprefix("no_") in fields:
+                name, has_value, value = name.removeprefix("no_"), "=", "False"
+            if name in found:
+                raise ConfigError(f"--{printable(name)} is given twice")
+            found[name] = [value] if has_value else []
+            continue
+        is_switch = hints.get(name) is bool and word.lower() not in ("true", "false")
+        owner = bare if not name or is_switch else name
+        if not owner:
+            raise ConfigError(
+                f"{printable(word)!r} is no flag", fix="flags begin with --"
+            )
+        found.setdefault(owner, []).append(word)
+    return found
+
+
+def _value(name: str, words: list[str], kind: Any) -> Any:
+    """Returns the words after a flag as the type of its field."""
+    if get_origin(kind) is tuple:
+        if get_args(kind)[0] is not str:
+            words = [part for word in words for part in word.split(",")]
+        if not words:
+            raise ConfigError(f"--{name} needs a value")
+        return coerced(name, words, kind)
+    if not words and kind is bool:
+        return True
+    if len(words) != 1:
+        shown = printable(" ".join(words))
+        raise ConfigError(
+            f"--{name} takes one value, not {len(words)}: {shown}"
+            if words
+            else f"--{name} needs a value"
+        )
+    return coerced(name, words[0], kind)
+
+
+def _unknown_flag(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    hint = f"; did you mean --{near[0]}?" if near else ""
+    return f"there is no flag --{printable(name)}{hint}"
 
 
 def shows_settings_help(call: Call, about: str, **flags: str) -> bool:
@@ -117,12 +188,16 @@ def shows_settings_help(call: Call, about: str, **flags: str) -> bool:
       about: What it does.
       flags: The command's own flags, and what each of them does.
     """
-    if "-h" not in call.words and "--help" not in call.words:
+    if not _asks_for_help(call):
         return False
     from fastjax.cli_help import settings_help
 
     sys.stdout.write(settings_help(call.command, about, flags))
     return True
+
+
+def _asks_for_help(call: Call) -> bool:
+    return "-h" in call.words or "--help" in call.words
 
 
 def write_yaml(values: Mapping[str, Any]) -> None:

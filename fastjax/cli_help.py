@@ -5,7 +5,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastjax.aliases import ALIASES
 from fastjax.config import Implementations, TrainConfig
@@ -56,6 +56,36 @@ def settings_help(command: str, about: str, flags: Mapping[str, str]) -> str:
         for title, settings in _groups().items()
     ]
     return "\n".join([usage, *groups])
+
+
+def command_help(kind: type, program: str) -> str:
+    """Returns the help of a small command, whose flags are the fields of a dataclass.
+
+    Args:
+      kind: The dataclass.
+      program: Words that start the command.
+    """
+    about = inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes:")[0]
+    hints = get_type_hints(kind)
+    said = {n: t for base in kind.__mro__[::-1] for n, t in _attributes(base).items()}
+    fields: Any = dataclasses.fields(kind)
+    flags = [
+        _Setting(
+            name=field.name,
+            kind=_kind(hints[field.name]),
+            default=""
+            if field.default is dataclasses.MISSING
+            else _shown(field.default),
+            meaning=said.get(field.name, ""),
+            other_names=(),
+        )
+        for field in fields
+    ]
+    bare = "".join(
+        f" {field.name.upper()}" for field in fields if field.metadata.get("positional")
+    )
+    usage = f"usage: {program}{bare} [--flag value] ...\n\n{about}\n"
+    return "\n".join([usage, "".join(map(_flag, flags))])
 
 
 def settings_page() -> str:
@@ -141,8 +171,8 @@ def _kind(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(value) or "none"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or "none"
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -112,6 +112,8 @@ def coerced(name: str, value: Any, kind: Any) -> Any:
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         return _coerced_union(name, value, get_args(kind))
+    if value is True and kind is not bool:  # A flag alone.
+        raise ConfigError(f"{name} needs a value: {_expected(kind)}")
     if origin is Literal:
         return _coerced_choice(name, value, get_args(kind))
     if origin is tuple:
@@ -207,6 +209,13 @@ def _coerced_choice(name: str, value: Any, options: tuple[Any, ...]) -> Any:
             return option
     allowed = ", ".join(map(str, options))
     raise ConfigError(f"{name}={printable(value)!r} must be one of: {allowed}")
+
+
+def _expected(kind: Any) -> str:
+    """Returns what a field holds, in words."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    return _KINDS.get(kind, "a list")
 
 
 def _coerced_union(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:

@@ -8,7 +8,7 @@ import subprocess
 
 from fastjax.errors import ConfigError, EnvironmentFault
 
-_QUERY = "name,driver_version,compute_cap,memory.total,memory.free"
+_QUERY = "name,driver_version,compute_cap,memory.total,memory.free,uuid"
 _TIMEOUT_SECONDS = 20
 _CUDA_13_DRIVER = 580
 _CUDA_12_DRIVER = 525
@@ -23,6 +23,7 @@ class InstalledGpu:
       driver: Version of the kernel driver, such as "580.65.06".
       compute_capability: Such as "9.0"; empty where the driver is too old to tell.
       free_bytes: Not held by any process, this one included.
+      uuid: Such as "GPU-0a1b...", which is the same in every container.
     """
 
     name: str
@@ -30,6 +31,7 @@ class InstalledGpu:
     compute_capability: str
     total_bytes: int
     free_bytes: int
+    uuid: str
 
 
 def installed_gpus() -> tuple[InstalledGpu, ...]:
@@ -49,13 +51,14 @@ def installed_gpus() -> tuple[InstalledGpu, ...]:
 
 
 def _gpu(row: list[str]) -> InstalledGpu:
-    name, driver, capability, total, free = row
+    name, driver, capability, total, free, uuid = row
     return InstalledGpu(
         name=name,
         driver=driver,
         compute_capability=capability if capability[:1].isdigit() else "",
         total_bytes=_mebibytes(total),
         free_bytes=_mebibytes(free),
+        uuid=uuid,
     )
 
 
@@ -64,23 +67,37 @@ def _mebibytes(text: str) -> int:
 
 
 def memory_share(memory_gib: float) -> float | None:
-    """Returns the share of the smallest GPU's memory that so many GiB are.
+    """Returns the share of the memory of the GPU that runs use that so many GiB are.
 
-    None where 0 GiB leave it to JAX, or where there is no GPU.
+    That is the first one of `CUDA_VISIBLE_DEVICES`. None where 0 GiB leave it to JAX,
+    or where there is no GPU.
 
     Raises:
-      ConfigError: A GPU has less.
+      ConfigError: The GPU has less.
     """
-    totals = [gpu.total_bytes for gpu in installed_gpus()] if memory_gib > 0 else []
-    if not totals or not min(totals):
+    gpu = _first_visible(installed_gpus()) if memory_gib > 0 else None
+    if gpu is None or not gpu.total_bytes:
         return None
-    share = memory_gib * _GIBIBYTE / min(totals)
+    share = memory_gib * _GIBIBYTE / gpu.total_bytes
     if share > 1:
         raise ConfigError(
-            f"{memory_gib=:g} is more than the GPU has, {min(totals) / _GIBIBYTE:.1f}",
+            f"{memory_gib=:g} is more than the GPU has, "
+            f"{gpu.total_bytes / _GIBIBYTE:.1f}",
             fix="leave some for the driver: 90 % of it at most",
         )
     return share
+
+
+def _first_visible(gpus: tuple[InstalledGpu, ...]) -> InstalledGpu | None:
+    """Returns the GPU that CUDA counts as its first; None where it sees none."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked is None:
+        return gpus[0] if gpus else None
+    first = asked.partition(",")[0].strip()
+    if first.isdigit():
+        return gpus[int(first)] if int(first) < len(gpus) else None
+    named = [gpu for gpu in gpus if first and gpu.uuid.startswith(first)]
+    return named[0] if named else None
 
 
 def cuda_plugins() -> dict[str, str]:

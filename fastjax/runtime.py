@@ -38,6 +38,7 @@ def configure(
     if memory_share is not None and not any(map(os.environ.get, _MEMORY_VARIABLES)):
         os.environ[_MEMORY_VARIABLES[0]] = f"{memory_share:.4f}"
     settled["full_determinism"] = _DETERMINISM in flags
+    settled["capped"] = any(map(os.environ.get, _MEMORY_VARIABLES))
     # Transformers is used for tokenizers alone; it need not say that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
@@ -70,6 +71,11 @@ def is_deterministic() -> bool:
     import jax
 
     return jax.default_backend() == "cpu" or _settled().get("full_determinism", False)
+
+
+def is_capped() -> bool:
+    """Whether JAX started with a share of the memory, ours or the environment's."""
+    return _settled().get("capped", False)
 
 
 @functools.cache

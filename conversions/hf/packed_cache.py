@@ -2,13 +2,18 @@
 
 A copy is found by the names, sizes, times and headers of the checkpoint's files, and
 by how it was quantised. It is written while the model is loaded, by a thread of its
-own, and appears when it is whole; where the disk has no room there is none.
+own, and appears when it is whole. The copies used last are kept, and a tenth of the
+disk stays free; where it has no room there is none. They may be deleted at any time:
+what cannot be read is quantised again.
 """
 
 import contextlib
 import hashlib
+import os
 import queue
+import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,7 @@ from conversions.safetensors_file import SafetensorsFile
 from conversions.safetensors_header import TensorSpec
 from conversions.safetensors_writer import safetensors_writer
 from fastjax.config import DType, QuantConfig
-from fastjax.errors import StorageError
+from fastjax.errors import ModelError, StorageError
 from fastjax.files import require_space
 from fastjax.models.build import Weights
 from fastjax.models.transformer_config import TransformerConfig
@@ -36,6 +41,9 @@ _VERSION = 1
 _LEAST_BYTES = 2**30
 _IN_FLIGHT = 4
 _WAIT_SECONDS = 1.0
+_KEPT_COPIES = 8
+_FREE_SHARE = 0.1
+_ABANDONED_SECONDS = 3600.0
 
 
 def load_packed_weights(
@@ -70,7 +78,10 @@ def load_packed_weights(
     owner = _hash((_VERSION, str(checkpoint.folder.resolve()), dtype, quant, specs))
     path = folder / f"{owner}-{_content(checkpoint)}.safetensors"
     if path.is_file():
-        return _read(SafetensorsFile(path), structures)
+        # Another process may delete it, or the disk may have damaged it.
+        with contextlib.suppress(OSError, ModelError, KeyError):
+            os.utime(path)
+            return _read(SafetensorsFile(path), structures)
     weights = stream_weights(checkpoint, config, dtype=dtype, quant=quant)
     if not _has_room(path, owner, specs):
         return dict(weights)
@@ -82,11 +93,23 @@ def _has_room(path: Path, owner: str, specs: Mapping[str, TensorSpec]) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.glob(f"{owner}-*.safetensors"):
-            old.unlink()
-        require_space(path, sum(spec.nbytes for spec in specs.values()))
+            old.unlink(missing_ok=True)
+        _forget_old(path.parent)
+        spared = _FREE_SHARE * shutil.disk_usage(path.parent).total
+        require_space(path, sum(spec.nbytes for spec in specs.values()) + int(spared))
     except OSError:  # StorageError is one
         return False
     return True
+
+
+def _forget_old(folder: Path) -> None:
+    """Deletes the copies used longest ago, and what killed processes were writing."""
+    copies = sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
+    for path in copies[: 1 - _KEPT_COPIES]:
+        path.unlink(missing_ok=True)
+    for path in folder.glob(".tmp-*"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 class _Abandoned(Exception):

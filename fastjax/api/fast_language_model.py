@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fastjax import runtime
+from fastjax import nvidia, runtime
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter, load_model
 from fastjax.api.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ class FastLanguageModel:
         revision: str = "main",
         bnb_4bit_quant_type: str = "nf4",
         use_gradient_checkpointing: bool | str | None = None,
+        memory_gib: float | int = 0,
         token: str | None = None,
         trust_remote_code: bool = False,
         device_map: Any = None,
@@ -51,6 +52,8 @@ class FastLanguageModel:
           revision: Branch, tag or commit of a hub model.
           bnb_4bit_quant_type: "nf4" or "fp4".
           use_gradient_checkpointing: As in `get_peft_model`, for full fine-tuning.
+          memory_gib: GPU memory that the process takes at most; 0 leaves it to JAX. The
+            first use of the device decides, so it is given here, not in training.
           token: Must be None: tokens do not belong into scripts.
           trust_remote_code: Must be false: no code of a model repository is run.
           device_map: Has no effect: arrays live on JAX's default device.
@@ -66,6 +69,7 @@ class FastLanguageModel:
             )
         switches = {"load_in_8bit": load_in_8bit}
         train_config(switches | {"trust_remote_code": trust_remote_code})
+        runtime.configure(memory_share=nvidia.memory_share(memory_gib))
         quant = {"bnb_4bit_quant_type": bnb_4bit_quant_type}
         quant |= {"load_in_4bit": load_in_4bit and not full_finetuning}
         model = load_model(

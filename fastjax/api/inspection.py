@@ -75,7 +75,13 @@ def inspect_folder(folder: Path, *, reads_values: bool = False) -> Inspection:
     """
     runtime.configure()
     if not folder.is_dir():
-        raise ModelError("there is no such folder", where=str(folder))
+        is_file = folder.is_file()
+        raise ModelError(
+            "this is a file" if is_file else "there is no such folder",
+            where=str(folder),
+            fix="give the folder of a model or an adapter, which holds its config"
+            + ("; gguf-dump of the package gguf shows GGUF files" if is_file else ""),
+        )
     found = _Findings()
     if (folder / _ADAPTER_CONFIG).is_file():
         recorded = found.attempt(lambda: read_adapter_config(folder))

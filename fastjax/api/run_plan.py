@@ -9,11 +9,12 @@ import jax
 from conversions.hf import read_config
 from fastjax import runtime
 from fastjax.api.finding import find_model
-from fastjax.api.loaders import train_loader
+from fastjax.api.loaders import data_seed, train_loader
+from fastjax.api.loading import load_text_side
 from fastjax.api.memory import Planner, memory_limit, planned_spec
 from fastjax.api.remat_auto import compiled_memory, planned_remat
 from fastjax.config import TrainConfig
-from fastjax.data import Loader, TrainingData
+from fastjax.data import Loader, TrainingData, load_data
 from fastjax.models.build import DecoderSpec
 from fastjax.models.registry import PRESETS
 from fastjax.models.transformer_config import TransformerConfig
@@ -64,9 +65,10 @@ def planned_run(
 
 
 def plan_lines(config: TrainConfig) -> Iterator[str]:
-    """Yields what a run will need, for people; reads no weight and no data.
+    """Yields what a run will need, for people; reads no weight.
 
-    Rows are taken to be `max_length` long. On a GPU the step is compiled on shapes and
+    The data decides how long rows are where it is named; else they are taken to be
+    `max_length` long. On a GPU the step is compiled on shapes and
     its memory is the compiler's; elsewhere the closed formula's, which a measured peak
     meets within 10 %.
 
@@ -74,19 +76,37 @@ def plan_lines(config: TrainConfig) -> Iterator[str]:
       FastJaxError: The model is not found, or the run cannot fit; says what would.
     """
     runtime.configure()
-    planner = Planner.of(config, planned_spec(config, _sizes(config)))
+    spec = planned_spec(config, _sizes(config))
+    loader = None if config.data.dataset_name is None else _loader(config)
+    tokens = None if loader is None else loader.row_length
+    documents = 1 if loader is None else loader.max_segments
+    if loader is not None:
+        yield (
+            f"data: {loader.rows:,} rows of {tokens:,} tokens at most, "
+            f"{loader.steps_per_epoch:,} steps an epoch"
+        )
+    planner = Planner.of(config, spec, tokens=tokens)
     limit = memory_limit(config)
     yield from planner.lines(limit)
     planner.require_fit(limit)
     if jax.default_backend() == "gpu":
         notes: list[str] = []
-        remat, _ = planned_remat(planner, note=notes.append)
+        remat, _ = planned_remat(planner, documents=documents, note=notes.append)
         yield from notes
-        memory = compiled_memory(planner, remat)
+        memory = compiled_memory(planner, remat, documents=documents)
         if memory is not None:
             yield f"compiled: {memory.total_bytes / 2**30:.2f} GiB on the device"
             if limit is not None and memory.total_bytes > limit:
                 planner.refuse(limit, need=memory.total_bytes)
+
+
+def _loader(config: TrainConfig) -> Loader:
+    """Returns the training batches of the named data."""
+    tokenizer, sizes = load_text_side(config.model, revision=config.model_revision)
+    data = load_data(
+        config.data, tokenizer, seed=data_seed(config), vocab_size=sizes.vocab_size
+    )
+    return train_loader(config, data)
 
 
 def _sizes(config: TrainConfig) -> TransformerConfig:

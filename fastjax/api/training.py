@@ -23,7 +23,7 @@ from fastjax.api.loaders import data_seed, eval_loader, evaluation_loader
 from fastjax.api.loading import add_adapter, load_model, load_text_side
 from fastjax.api.model_card import write_model_card
 from fastjax.api.run_plan import PlannedRun, planned_run
-from fastjax.api.samples import make_sampler
+from fastjax.api.samples import make_sampler, read_prompts
 from fastjax.api.serving import serving_notes
 from fastjax.config import LoRAConfig, TrainConfig
 from fastjax.config_file import config_yaml
@@ -36,7 +36,7 @@ from fastjax.data import (
 from fastjax.errors import ConfigError, ModelError
 from fastjax.flat_config import flat_values
 from fastjax.terminal import open_console
-from fastjax.train import Job, TrainResult, evaluate, make_eval_step, run
+from fastjax.train import Job, TrainResult, evaluate, make_eval_step, resume, run
 from fastjax.train.compiled import MEMORY_FIX
 from fastjax.train.lock import output_lock
 from fastjax.train.trackers import require_packages
@@ -75,6 +75,7 @@ def run_training(
     config = dataclasses.replace(config, output_dir=str(folder))
     _require_writable(folder, console)
     require_packages(config.report.report_to)
+    _require_named_files(config)
     # Before any weight is read, so that a broken file shows in seconds.
     tokenizer, sizes = load_text_side(config.model, revision=config.model_revision)
     _say(console, "reading the data")
@@ -304,6 +305,14 @@ def _require_writable(folder: Path, console: Console) -> None:
                 pass
 
 
+def _require_named_files(config: TrainConfig) -> None:
+    """Finds out before anything heavy is loaded whether files of the settings exist."""
+    if config.report.sample_prompts is not None:
+        read_prompts(Path(config.report.sample_prompts))
+    if config.resume_from_checkpoint not in ("auto", "no"):
+        resume.named(config.resume_from_checkpoint)
+
+
 def _require_possible(config: TrainConfig, data: TrainingData) -> None:
     wants_evaluation = config.eval_strategy == "epoch" or config.eval_steps > 0
     report = config.report
@@ -317,6 +326,13 @@ def _require_possible(config: TrainConfig, data: TrainingData) -> None:
             f"{what} needs evaluation data",
             fix="give eval_dataset_name (SFTTrainer: eval_dataset) or val_set_size, "
             "or set eval_strategy to no",
+        )
+    share = nvidia.memory_share(config.memory_gib)
+    if share is not None and not runtime.is_capped():
+        raise ConfigError(
+            "memory_gib was asked for after the device was first used",
+            fix="give memory_gib to FastLanguageModel.from_pretrained too, or set "
+            f"XLA_CLIENT_MEM_FRACTION={share:.4f} before",
         )
     if config.full_determinism and not runtime.is_deterministic():
         raise ConfigError(

@@ -10,10 +10,13 @@ from fastjax.errors import EnvironmentFault
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorArgs:
-    """Checks the installation, the GPU, and every op on a small tile."""
+    """Checks the installation, the GPU, and every op on a small tile.
+
+    Attributes:
+      json: Print one JSON object.
+    """
 
     json: bool = False
-    """Prints one JSON object."""
 
 
 def run(call: Call) -> None:

@@ -4,8 +4,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from tyro.conf import Positional
-
 from fastjax.cli_flags import Call, parsed
 
 
@@ -14,11 +12,11 @@ class InspectArgs:
     """Shows what a model or adapter folder holds, and what is missing or wrong.
 
     Attributes:
-      folder: Of a model or adapter.
+      model: Folder of a model or adapter.
       check: Read every weight too, to find NaN and broken 4-bit data.
     """
 
-    folder: Positional[str]
+    model: str = dataclasses.field(metadata={"positional": True})
     check: bool = False
 
 
@@ -27,7 +25,7 @@ def run(call: Call) -> None:
     args = parsed(InspectArgs, call)
     from fastjax.api import inspect_folder
 
-    found = inspect_folder(Path(args.folder), reads_values=args.check)
+    found = inspect_folder(Path(args.model), reads_values=args.check)
     for name, value in found.facts.items():
         sys.stdout.write(f"{name:11} {value}\n")
     for remark in found.remarks:

@@ -9,7 +9,8 @@ def run(call: Call) -> None:
     """Prints the plan of the run that `fastjax train` would do with these flags."""
     about = (
         "Tells the memory of the training run that these settings describe, and what\n"
-        "would fit, with rows of max_length tokens; no weight and no data is read."
+        "would fit, with the rows of dataset_name, or else rows of max_length tokens;\n"
+        "no weight is read."
     )
     if shows_settings_help(call, about):
         return

@@ -24,6 +24,9 @@ class RunTemplate:
 
     Attributes:
       notes: What a user should know of the choice.
+
+    Raises:
+      ModelError: There is nothing at `path`.
     """
 
     def __init__(
@@ -46,6 +49,9 @@ class RunTemplate:
         if path in BUILTIN_TEMPLATES:
             # At once: it may change the end token, which plain texts end with too.
             get_chat_template(tokenizer, path)
+        elif path is not None:
+            # At once too: rows without messages never ask for it.
+            template_source(path)
 
     def __call__(self) -> ChatTemplate:
         """Returns the template, checked.

@@ -67,11 +67,12 @@ class ExampleStream(Iterable[Example]):
             is_empty = False
             yield example
         if is_empty:
-            broken = len(self._bad_rows.errors)
+            broken, empty = len(self._bad_rows.errors), self._reader.empty_rows
             raise DataError(
                 "there is nothing to train on: no row, or only null and empty ones",
-                where=_named(self._source),
-                fix=f"{self._reader.empty_rows} empty rows, {broken} broken ones",
+                where=f"{_named(self._source)}: {empty} empty rows, {broken} broken",
+                fix="check that it is the right file and split; each row needs text, "
+                "such as a prompt and a completion",
                 code="FJ-DATA-EMPTY",
             )
 

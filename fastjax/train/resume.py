@@ -52,16 +52,26 @@ def find(output_dir: Path, mode: str, note: Note) -> Found | None:
         return None
     if mode == "auto":
         return _newest(output_dir, note)
-    found = _opened(Path(mode))
-    if isinstance(found, str):
-        raise ModelError(
-            f"the checkpoint cannot be resumed: {found}",
-            where=mode,
-            fix="give another one, or resume_from_checkpoint=auto for the newest whole",
-            code="FJ-MODEL-CHECKPOINT",
-        )
+    found = named(mode)
     _set_aside_after(output_dir, found.step, note)
     return found
+
+
+def named(path: str) -> Found:
+    """Returns the checkpoint of that path.
+
+    Raises:
+      ModelError: It is missing or broken.
+    """
+    found = _opened(Path(path))
+    if isinstance(found, Found):
+        return found
+    raise ModelError(
+        f"the checkpoint cannot be resumed: {found}",
+        where=path,
+        fix="give another one, or resume_from_checkpoint=auto for the newest whole",
+        code="FJ-MODEL-CHECKPOINT",
+    )
 
 
 def require_same_run(

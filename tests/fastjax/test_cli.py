@@ -1,5 +1,6 @@
 """The command line before anything runs: flags, help, messages, exit codes."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastjax import cli
-from fastjax.cli_flags import Call, flag_values, read_settings
+from fastjax.cli_flags import Call, flag_values, parsed, read_settings
 from fastjax.config import TrainConfig
 from fastjax.errors import ConfigError
 
@@ -36,6 +37,29 @@ def test_forms_of_flags(words: list[str], expected: dict[str, object]) -> None:
 def test_words_that_are_no_flags(words: list[str]) -> None:
     with pytest.raises(ConfigError):
         flag_values(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Args:
+    names: tuple[str, ...] = dataclasses.field(metadata={"positional": True})
+    weights: tuple[float, ...] = ()
+    chat: bool = True
+    limit: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a, b", "c"], _Args(names=("a, b", "c"))),
+        (["--names", "a", "--weights", "1,2", "3"], _Args(("a",), (1.0, 2.0, 3.0))),
+        (["--chat", "a", "--limit=none"], _Args(("a",))),
+        (["--no-chat", "a", "--limit", "-1"], _Args(("a",), (), False, -1)),
+        (["a", "--chat", "false"], _Args(("a",), (), False)),
+    ],
+)
+def test_flags_of_small_commands(words: list[str], expected: _Args) -> None:
+    call = Call(command="x", program=("fastjax", "x"), words=tuple(words))
+    assert parsed(_Args, call) == expected
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -93,6 +117,13 @@ def test_the_command_that_goes_on(words: list[str], expected: str) -> None:
         ("export", ["--model", "x", "--overwrit"], ["did you mean --overwrite"]),
         ("make-random-checkpoint", ["--outt", "x"], ["did you mean --out"]),
         ("trian", [], ["did you mean train"]),
+        ("train", ["--lora_r"], ["lora_r needs a value: a whole number"]),
+        ("train", ["--optim"], ["optim needs a value: one of adamw"]),
+        ("generate", ["--model", "x"], ["FJ-CONFIG", "--prompt is missing"]),
+        ("inspect", [], ["FJ-CONFIG", "--model is missing"]),
+        ("models", ["tiny"], ["FJ-CONFIG", "'tiny' is no flag"]),
+        ("chat", ["--top_k", "1", "2"], ["takes one value, not 2"]),
+        ("export", ["--format", "a", "--gguf_type", "b"], ["2 settings", "bnb-4bit"]),
     ],
 )
 def test_wrong_words_are_named_with_the_nearest_right_ones(

@@ -134,6 +134,22 @@ def test_unknown_models(
     assert all(message in shown for message in messages)
 
 
+@pytest.mark.parametrize(
+    ("flag", "code"),
+    [
+        ("--sample_prompts", 2),
+        ("--resume_from_checkpoint", 4),
+        ("--chat_template_path", 4),
+    ],
+)
+def test_files_of_the_settings_are_missed_before_weights_are_read(
+    small_model: Path, fails: Callable[..., str], flag: str, code: int
+) -> None:
+    shown = fails(code, "--model", str(small_model), flag, "nowhere.txt")
+    assert "nowhere.txt" in shown
+    assert "loading" not in shown
+
+
 LONG = {"prompt": "word " * 300, "completion": "x"}
 
 
@@ -142,7 +158,7 @@ LONG = {"prompt": "word " * 300, "completion": "x"}
     [
         ('{"text": "a"}\n{"text": "b\n', ["data.jsonl:2", "skip_bad_rows"]),
         (json.dumps(LONG), ["no token of any row", "max_length=160"]),
-        ("", ["nothing to train on"]),
+        ("", ["nothing to train on", "0 empty rows, 0 broken", "right file"]),
         ('{"words": "a"}\n', ["words"]),
     ],
 )

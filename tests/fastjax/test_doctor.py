@@ -1,5 +1,6 @@
 """The doctor: what it tells, and what it calls a fault."""
 
+import dataclasses
 import importlib.metadata
 import json
 import runpy
@@ -19,6 +20,7 @@ GPU = nvidia.InstalledGpu(
     compute_capability="9.0",
     total_bytes=140 * 2**30,
     free_bytes=20 * 2**30,
+    uuid="GPU-0a1b",
 )
 
 
@@ -98,8 +100,8 @@ def test_gpus_are_read_from_the_driver(
     program = tmp_path / "nvidia-smi"
     program.write_text(
         "#!/bin/sh\n"
-        "echo 'NVIDIA H200, 580.65.06, 9.0, 143360, 20480'\n"
-        "echo 'Old, 390.1, [N/A], 2048, [N/A]'\n"
+        "echo 'NVIDIA H200, 580.65.06, 9.0, 143360, 20480, GPU-0a1b'\n"
+        "echo 'Old, 390.1, [N/A], 2048, [N/A], GPU-2c3d'\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
@@ -117,6 +119,29 @@ def test_a_process_takes_its_share_of_a_card(monkeypatch: pytest.MonkeyPatch) ->
     assert nvidia.memory_share(35.0) == 0.25
     with pytest.raises(ConfigError, match="more than the GPU has, 140"):
         nvidia.memory_share(141.0)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, 0.5),
+        ("1", 0.25),
+        ("1,0", 0.25),
+        ("GPU-0a", 0.25),
+        ("", None),
+        ("-1", None),
+        ("7", None),
+    ],
+)
+def test_the_share_is_of_the_card_that_a_run_uses(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: float | None
+) -> None:
+    small = dataclasses.replace(GPU, total_bytes=70 * 2**30, uuid="GPU-2c3d")
+    monkeypatch.setattr(nvidia, "installed_gpus", lambda: (small, GPU))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert nvidia.memory_share(35.0) == expected
 
 
 def test_versions_outside_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:

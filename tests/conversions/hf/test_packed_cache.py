@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -55,6 +56,33 @@ def test_the_copy_has_every_bit_and_follows_the_files(
             jax.tree.leaves(actual[name]), jax.tree.leaves(value), strict=True
         ):
             np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other))
+
+
+def test_a_damaged_copy_is_made_again(fixtures: Path, tmp_path: Path) -> None:
+    expected = _loaded(fixtures / FOLDER, tmp_path)
+    (copy,) = tmp_path.iterdir()
+    os.truncate(copy, copy.stat().st_size // 2)
+    assert _loaded(fixtures / FOLDER, tmp_path).keys() == expected.keys()
+    (again,) = tmp_path.iterdir()
+    assert again.stat().st_size > copy.stat().st_size // 2
+
+
+def test_the_cache_keeps_few_copies_and_no_leftovers(
+    fixtures: Path, tmp_path: Path
+) -> None:
+    for index in range(10):
+        path = tmp_path / f"{index}.safetensors"
+        path.touch()
+        os.utime(path, (index, index))
+    for name, age in {"killed": 1e4, "writing": 0.0}.items():
+        path = tmp_path / f".tmp-{name}"
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    _loaded(fixtures / FOLDER, tmp_path)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert {"3.safetensors", "9.safetensors", ".tmp-writing"} <= kept
+    assert not {"2.safetensors", ".tmp-killed"} & kept
+    assert len(kept) == 9
 
 
 def test_without_room_the_weights_come_all_the_same(

@@ -79,6 +79,18 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("plan", ["--model", "tiny", "--memory_gib", "0.001"]) == 6
 
 
+def test_the_plan_knows_the_rows_of_named_data(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a b", "completion": "c"}\n' * 20)
+    words = ["--model", str(small_model), "--dataset_name", str(path)]
+    assert cli.run("plan", words) == 0
+    said = capsys.readouterr().out
+    assert "20 rows of 64 tokens at most, 2 steps an epoch" in said
+    assert "a step of 2 x 64 tokens" in said
+
+
 @pytest.mark.parametrize("remat", ["auto", "layer"])
 def test_auto_wants_to_know_the_memory(planner: Planner, remat: RematChoice) -> None:
     config = TrainConfig(remat=remat)
