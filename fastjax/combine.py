@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fastjax.config import CombineMethod, LoRAConfig
+from fastjax.config import CombineMethod, LoRAConfig, Table
 from fastjax.errors import ConfigError
 
 type Factors = tuple[Float[Array, "I _"], Float[Array, "_ O"]]
@@ -80,8 +81,8 @@ def _require_plain(part: Part) -> None:
     lora = part.lora
     more = {
         "DoRA": lora.use_dora,
-        "trained biases": lora.lora_bias != "none",
-        "trained embeddings": bool(lora.modules_to_save),
+        "trained biases": lora.lora_bias != "none" or lora.lora_b_bias,
+        "trained embeddings": bool(lora.modules_to_save) or _on_tables(part),
         "trained tokens": bool(lora.trainable_token_indices),
         "a start by LoftQ": lora.init_lora_weights == "loftq",
     }
@@ -91,6 +92,10 @@ def _require_plain(part: Part) -> None:
             f"adapters with {', '.join(names)} cannot be combined",
             fix="merge one into the base and train or merge the others onto that",
         )
+
+
+def _on_tables(part: Part) -> bool:
+    return any(module in get_args(Table) for module in _modules(part))
 
 
 def _modules(part: Part) -> dict[str, None]:

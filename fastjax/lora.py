@@ -1,7 +1,7 @@
-"""Adapters: which linears get one, how they start, how they merge."""
+"""Adapters: which modules get one, and how they start."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from fastjax.config import LoRAConfig, Table
 from fastjax.errors import ConfigError
+from fastjax.merge import ADAPTER_LEAVES, TABLES, column_norm, is_of_adapter
 from fastjax.models.build import (
     Adapters,
     DecoderSpec,
@@ -22,17 +23,19 @@ from fastjax.models.build import (
 )
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.decoder import Decoder
-from fastjax.nn.embedding import with_rows
+from fastjax.nn.embedding import Embedding
 from fastjax.nn.linear import AdapterSpec, Linear
-from fastjax.target_modules import matched_modules
+from fastjax.target_modules import (
+    adaptable_modules,
+    full_name,
+    matched_modules,
+    own_name,
+)
 from kernels.nf4 import NF4Array, dequantize
-
-ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_magnitude", "rows")
-_HF_PREFIX = "model."
 
 
 def adapted_names(config: TransformerConfig, lora: LoRAConfig) -> tuple[str, ...]:
-    """Returns the canonical names of the linears that `lora` targets.
+    """Returns the canonical names of the linears and tables that `lora` targets.
 
     Raises:
       ConfigError: The targets match nothing; it lists what exists.
@@ -44,9 +47,13 @@ def adapted_names(config: TransformerConfig, lora: LoRAConfig) -> tuple[str, ...
             f"layers_to_transform names {missing}; the model has the layers 0 to "
             f"{config.num_hidden_layers - 1}"
         )
-    names = [_HF_PREFIX + name for name in linear_names(config)]
+    names = adaptable_modules(
+        lora.lora_target_modules,
+        [full_name(name) for name in linear_names(config)],
+        is_tied=config.tie_word_embeddings,
+    )
     matched = matched_modules(lora.lora_target_modules, names)
-    kept = tuple(name.removeprefix(_HF_PREFIX) for name in matched)
+    kept = tuple(map(own_name, matched))
     if layers:
         kept = tuple(name for name in kept if _layer_of(name) in layers)
     if not kept:
@@ -63,13 +70,15 @@ def adapted_spec(spec: DecoderSpec, lora: LoRAConfig) -> DecoderSpec:
     names = adapted_names(spec.config, lora)
     adapters = {
         name: AdapterSpec(
-            rank=lora.rank(_HF_PREFIX + name),
-            scaling=lora.scaling(_HF_PREFIX + name),
+            rank=lora.rank(full_name(name)),
+            scaling=lora.scaling(full_name(name)),
             dropout=lora.lora_dropout,
             is_dora=lora.use_dora,
+            has_bias=lora.lora_b_bias,
         )
         for name in names
     }
+    _require_plain_tables(set(adapters) & set(TABLES), lora)
     biases = {
         "none": frozenset(),
         "lora_only": frozenset(names),
@@ -118,8 +127,9 @@ def with_adapters(
     """
     _require_frozen_base(spec)
     fresh = _rehoused(decoder, spec, adapted)
-    for index, linear in enumerate(_linears(fresh, adapted)):
-        _initialise(linear, jax.random.fold_in(key, index), is_gaussian=is_gaussian)
+    for index, module in enumerate(_modules(fresh, adapted)):
+        own_key = jax.random.fold_in(key, index)
+        _initialise(module, own_key, is_gaussian=is_gaussian)
     table = fresh.embed_tokens
     if table.rows is not None:
         rows = table.weight.get_value()[jnp.asarray(table.tokens)]
@@ -138,23 +148,30 @@ def without_adapters(decoder: Decoder, spec: DecoderSpec) -> Decoder:
 
 
 def adapters_act(decoder: Decoder, spec: DecoderSpec) -> bool:
-    """Whether any adapter changes the model's output: `lora_b` not zero, or DoRA."""
-    if spec.trained_tables or spec.trained_tokens:
+    """Whether any adapter changes the model's output: no factor zero, or DoRA."""
+    if spec.trained_tables or spec.trained_tokens or spec.trained_biases:
         return True
-    for linear in _linears(decoder, spec):
-        is_dora = linear.lora_magnitude is not None
-        if is_dora or isinstance(linear.bias, nnx.Param):
+    if any(adapter.is_dora for adapter in spec.adapters.values()):
+        return True
+    for module in _modules(decoder, spec):
+        # The factor that starts at zero differs between linears and embeddings.
+        factors = (module.lora_a, module.lora_b)
+        if all(held is not None and _any(held) for held in factors):
             return True
-        if linear.lora_b is not None and bool(jnp.any(linear.lora_b.get_value() != 0)):
+        bias = module.lora_b_bias if isinstance(module, Linear) else None
+        if bias is not None and _any(bias):
             return True
     return False
 
 
 def adapter_weights(decoder: Decoder, spec: DecoderSpec) -> dict[str, Array]:
-    """Returns adapters, trained biases and tables by canonical name."""
+    """Returns adapters, trained biases and tables by canonical name.
+
+    Adapted tables come with their weights, as PEFT keeps them.
+    """
 
     def wanted(name: str) -> bool:
-        return _is_adapter(name) or _is_trained_beside(name, spec)
+        return is_of_adapter(name) or _is_trained_beside(name, spec)
 
     return dict(flat_weights(decoder, spec, wanted=wanted))
 
@@ -165,56 +182,14 @@ def set_adapter_weights(decoder: Decoder, spec: DecoderSpec, weights: Adapters) 
     Raises:
       ValueError: Some have no place.
     """
-    left: Weights = dict(weights)
+    dtype = jnp.dtype(spec.param_dtype)
+    left: Weights = {
+        name: array.astype(dtype) if _is_under_adapter(name, spec) else array
+        for name, array in weights.items()
+    }
     place_weights(decoder, spec, left)
     if left:
         raise ValueError(f"adapter weights without a place: {sorted(left)[:10]}")
-
-
-def merged_weights(
-    base: Iterable[tuple[str, Array | NF4Array]], adapters: Adapters, spec: DecoderSpec
-) -> Iterator[tuple[str, Array | NF4Array]]:
-    """Yields (canonical name, array) of the model with its adapters merged.
-
-    What adapters change is float32, for the writer to round once; all else comes as it
-    is.
-
-    Args:
-      base: Every weight of the base model.
-      adapters: From `adapter_weights`.
-      spec: Structure of the adapted decoder.
-    """
-    for name, value in base:
-        if _is_adapter(name):
-            continue
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module in spec.adapters:
-            weight = dequantize(value) if isinstance(value, NF4Array) else value
-            yield name, _merged(weight, module, adapters, spec.adapters[module])
-        elif f"{module}.rows" in adapters:
-            rows = adapters[f"{module}.rows"]
-            table = jnp.asarray(value).astype(jnp.float32)
-            yield name, with_rows(table, spec.trained_tokens, rows)
-        else:
-            yield name, adapters.get(name, value)
-
-
-def column_norm(weight: Float[Array, "I O"]) -> Float[Array, " O"]:
-    """Returns the Euclidean norm of each output feature's weights, in float32."""
-    return jnp.sqrt(jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=0))
-
-
-def _merged(
-    weight: Float[Array, "I O"], module: str, adapters: Adapters, adapter: AdapterSpec
-) -> Float[Array, "I O"]:
-    """Returns the float32 weight that does what the base and its adapter do."""
-    a, b = adapters[f"{module}.lora_a"], adapters[f"{module}.lora_b"]
-    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    merged = weight.astype(jnp.float32) + adapter.scaling * product
-    if adapter.is_dora:
-        factor = adapters[f"{module}.lora_magnitude"] / column_norm(merged)
-        merged = merged * factor[None, :]
-    return merged
 
 
 def _rehoused(decoder: Decoder, old: DecoderSpec, new: DecoderSpec) -> Decoder:
@@ -229,13 +204,34 @@ def _rehoused(decoder: Decoder, old: DecoderSpec, new: DecoderSpec) -> Decoder:
             if path in held and path[-1] not in (*ADAPTER_LEAVES, "lora_scaling"):
                 variable.set_value(held[path].get_value())
     else:
-        base = flat_weights(decoder, old, wanted=lambda n: not _is_adapter(n))
+        base = flat_weights(decoder, old, wanted=lambda n: not is_of_adapter(n))
         place_weights(housed, new, dict(base))
     for path, variable in nnx.to_flat_state(nnx.state(housed)):
         is_beside = path[-1] == "bias" or path[0] in new.trained_tables
         if is_beside and isinstance(variable, nnx.Param):
             variable.set_value(variable.get_value().astype(jnp.float32))
     return housed
+
+
+def _require_plain_tables(tables: set[str], lora: LoRAConfig) -> None:
+    """Checks that adapters of embeddings and head are such as PEFT has."""
+    if not tables:
+        return
+    twice = tables & set(lora.modules_to_save)
+    if "embed_tokens" in tables and lora.trainable_token_indices:
+        twice.add("embed_tokens")
+    if twice:
+        raise ConfigError(
+            f"{', '.join(sorted(twice))} would train twice: by an adapter and by "
+            "modules_to_save or trainable_token_indices; choose one"
+        )
+    wrong = {"use_dora": lora.use_dora, "lora_b_bias": lora.lora_b_bias}
+    for name in (name for name, is_on in wrong.items() if is_on):
+        raise ConfigError(
+            f"{name} is for linear layers, but target_modules names "
+            f"{' and '.join(sorted(tables))}",
+            fix=f"leave out {name}, or name these in modules_to_save",
+        )
 
 
 def _trained_tables(config: TransformerConfig, lora: LoRAConfig) -> frozenset[Table]:
@@ -262,8 +258,8 @@ def _trained_tokens(config: TransformerConfig, lora: LoRAConfig) -> tuple[int, .
     return tokens
 
 
-def _layer_of(name: str) -> int:
-    return int(name.split(".")[1])
+def _layer_of(name: str) -> int | None:
+    return None if name in TABLES else int(name.split(".")[1])
 
 
 def _require_frozen_base(spec: DecoderSpec) -> None:
@@ -275,28 +271,43 @@ def _require_frozen_base(spec: DecoderSpec) -> None:
         )
 
 
-def _linears(decoder: Decoder, spec: DecoderSpec) -> Iterator[Linear]:
-    """Yields the linears of the layers, those of consecutive equal layers at once."""
+def _modules(decoder: Decoder, spec: DecoderSpec) -> Iterator[Linear | Embedding]:
+    """Yields what may have adapters; linears of consecutive equal layers at once."""
     names = [name.split(".") for name in layer_linears(spec.config)]
     for segment in decoder.segments:
         for part, name in names:
             yield getattr(getattr(segment.block, part), name)
+    yield decoder.embed_tokens
+    if decoder.lm_head is not None:
+        yield decoder.lm_head
 
 
-def _initialise(linear: Linear, key: PRNGKeyArray, *, is_gaussian: bool) -> None:
-    if linear.lora_a is None or linear.lora_b is None:
+def _initialise(
+    module: Linear | Embedding, key: PRNGKeyArray, *, is_gaussian: bool
+) -> None:
+    if module.lora_a is None or module.lora_b is None:
         return
-    shape = linear.lora_a.get_value().shape
+    shape, up_shape = (x.get_value().shape for x in (module.lora_a, module.lora_b))
+    if isinstance(module, Embedding) and not module.is_head:
+        # As PEFT: few tokens are seen, so it is the down projection that starts at 0.
+        module.lora_a.set_value(jnp.zeros(shape, jnp.float32))
+        module.lora_b.set_value(jax.random.normal(key, up_shape, jnp.float32))
+        return
     if is_gaussian:
         start = jax.random.normal(key, shape, jnp.float32) / shape[-1]
     else:
         bound = shape[-2] ** -0.5
         start = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-    linear.lora_a.set_value(start)
-    linear.lora_b.set_value(jnp.zeros(linear.lora_b.get_value().shape, jnp.float32))
-    if linear.lora_magnitude is not None:
-        weight = linear.weight.get_value()
-        linear.lora_magnitude.set_value(jax.lax.map(_magnitude, weight))
+    module.lora_a.set_value(start)
+    module.lora_b.set_value(jnp.zeros(up_shape, jnp.float32))
+    if isinstance(module, Embedding):
+        return
+    if module.lora_b_bias is not None:
+        bias = module.lora_b_bias
+        bias.set_value(jnp.zeros(bias.get_value().shape, jnp.float32))
+    if module.lora_magnitude is not None:
+        weight = module.weight.get_value()
+        module.lora_magnitude.set_value(jax.lax.map(_magnitude, weight))
 
 
 def _magnitude(weight: Array | NF4Array) -> Float[Array, " O"]:
@@ -304,11 +315,17 @@ def _magnitude(weight: Array | NF4Array) -> Float[Array, " O"]:
     return column_norm(dense)
 
 
-def _is_adapter(name: str) -> bool:
-    return name.rpartition(".")[2] in ADAPTER_LEAVES
-
-
 def _is_trained_beside(name: str, spec: DecoderSpec) -> bool:
     module, _, leaf = name.rpartition(".")
     is_bias = leaf == "bias" and module in spec.trained_biases
-    return is_bias or module in spec.trained_tables
+    return is_bias or module in spec.trained_tables or _is_under_adapter(name, spec)
+
+
+def _is_under_adapter(name: str, spec: DecoderSpec) -> bool:
+    """Whether a weight is a table with an adapter on it."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and module in TABLES and module in spec.adapters
+
+
+def _any(variable: nnx.Variable) -> bool:
+    return bool(jnp.any(variable.get_value() != 0))

@@ -24,8 +24,10 @@ class LoRAConfig:
       lora_alpha: The adapter is multiplied by alpha / r.
       lora_dropout: Share of the adapter's input that is dropped while training.
       lora_target_modules: "all-linear", a regular expression over full module names,
-        or names that match by suffix, as in PEFT.
+        or names that match by suffix, as in PEFT; embed_tokens and lm_head are among
+        them.
       lora_bias: Biases that train: none, all, or those of adapted layers.
+      lora_b_bias: The up projection has a bias that trains, PEFT's `lora_bias`.
       use_rslora: Multiply by alpha / sqrt(r) instead (2312.03732).
       use_dora: Train a magnitude for each output feature (2402.09353).
       rank_pattern: Other ranks for some modules, "down_proj=4"; what stands before
@@ -46,6 +48,7 @@ class LoRAConfig:
     lora_dropout: Number = 0.0
     lora_target_modules: str | tuple[str, ...] = ALL_LINEAR
     lora_bias: LoRABias = "none"
+    lora_b_bias: bool = False
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: tuple[str, ...] = ()
@@ -88,6 +91,10 @@ class LoRAConfig:
             modules_to_save=(
                 not tokens or "embed_tokens" not in self.modules_to_save,
                 "without embed_tokens when trainable_token_indices names tokens",
+            ),
+            lora_b_bias=(
+                not (self.lora_b_bias and self.use_dora),
+                "false with use_dora",
             ),
             init_lora_weights=(
                 self.init_lora_weights != "loftq" or not self.use_dora,

@@ -1,10 +1,39 @@
-"""Which linear layers `target_modules` means, by the rules of PEFT."""
+"""Which modules `target_modules` means, by the rules of PEFT."""
 
 import re
 from collections.abc import Sequence
 
 from fastjax.config import ALL_LINEAR
 from fastjax.errors import ConfigError, printable
+
+_MODEL, _HEAD = "model.", "lm_head"
+
+
+def full_name(module: str) -> str:
+    """Returns Hugging Face's full name of one of our modules."""
+    return module if module == _HEAD else _MODEL + module
+
+
+def own_name(name: str) -> str:
+    """Returns our name of a module from Hugging Face's full one."""
+    return name.removeprefix(_MODEL)
+
+
+def adaptable_modules(
+    target: str | tuple[str, ...], linears: Sequence[str], *, is_tied: bool
+) -> list[str]:
+    """Returns the full names that a target may mean.
+
+    Args:
+      target: "all-linear" means linears of the layers alone; what else is named may
+        be the embeddings or the output head.
+      linears: Full names of the linears of the layers.
+      is_tied: One table is both, and has the embeddings' name.
+    """
+    if target == ALL_LINEAR:
+        return [*linears]
+    tables = ["embed_tokens"] if is_tied else ["embed_tokens", _HEAD]
+    return [*linears, *map(full_name, tables)]
 
 
 def matched_modules(
@@ -54,8 +83,8 @@ def _pattern(text: str) -> re.Pattern[str]:
 def _no_match(entry: str, names: Sequence[str]) -> ConfigError:
     known = sorted({name.rpartition(".")[2] for name in names})
     return ConfigError(
-        f"target_modules={printable(entry)!r} matches no linear layer",
-        where=f"layers that exist: {', '.join(known)}; in full, "
+        f"target_modules={printable(entry)!r} matches no linear layer or table",
+        where=f"modules that exist: {', '.join(known)}; in full, "
         f"{', '.join(names[:3])}, ...",
         fix="name some of them in a list, or use all-linear; a single string is a "
         "regular expression over the full name",

@@ -47,7 +47,7 @@ def write_gguf_lora(
     tensors: dict[str, np.ndarray] = {}
     for name, array in weights.items():
         module, _, leaf = name.rpartition(".")
-        if leaf not in _SIDES:
+        if leaf not in _SIDES or module in ("embed_tokens", "lm_head"):
             raise _no_place(f"{name}, a trained weight")
         rows = np.asarray(array).astype(np.float32).T
         if leaf == "lora_b":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -16,7 +16,11 @@ from fastjax.config import (
     choices,
 )
 from fastjax.errors import ConfigError, ModelError, printable
-from fastjax.target_modules import ends_with_module, matched_modules
+from fastjax.target_modules import (
+    adaptable_modules,
+    ends_with_module,
+    matched_modules,
+)
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1_000_000
@@ -29,7 +33,13 @@ _KNOWN = frozenset(
         *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias"),
         *("ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode"),
         *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
-        *("lora_alpha", "lora_dropout", "megatron_core", "modules_to_save"),
+        *(
+            "lora_alpha",
+            "lora_bias",
+            "lora_dropout",
+            "megatron_core",
+            "modules_to_save",
+        ),
         *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
         *("revision", "runtime_config", "target_modules", "task_type"),
         *("trainable_token_indices", "use_dora", "use_rslora"),
@@ -45,6 +55,7 @@ _DEFAULTS: dict[str, Any] = {
     "layers_pattern": None,
     "layers_to_transform": None,
     "loftq_config": {},
+    "lora_bias": False,
     "lora_dropout": 0.0,
     "modules_to_save": None,
     "rank_pattern": {},
@@ -59,7 +70,6 @@ _STARTS = ("gaussian", "eva", "orthogonal")
 # How we note a start from what 4 bits lose: PEFT keeps it and does nothing.
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
 _LAYER_LISTS = ((), ("layers",))
-_OUTSIDE_BLOCKS = ("embed_tokens", "lm_head")
 # Nested repetition can make a match take exponential time.
 _NESTED_REPETITION = re.compile(r"[*+}]\??\)[*+{]")
 _MAX_EXPRESSION = 10_000
@@ -89,15 +99,22 @@ class AdapterConfig:
     ties_tables: bool = False
     where: str = CONFIG_NAME
 
-    def resolved(self, names: Sequence[str]) -> tuple[LoRAConfig, tuple[str, ...]]:
-        """Returns the adapter's kind and its modules among the full names given.
+    def resolved(
+        self, linears: Sequence[str], *, is_tied: bool = False
+    ) -> tuple[LoRAConfig, tuple[str, ...]]:
+        """Returns the adapter's kind and the full names of its modules.
 
         Target modules of the result match exactly these modules.
+
+        Args:
+          linears: Full names of the base's linears.
+          is_tied: Its embeddings are its output head as well.
 
         Raises:
           ModelError: They match nothing.
         """
         target = self.lora.lora_target_modules
+        names = adaptable_modules(target, linears, is_tied=is_tied)
         if isinstance(target, tuple):
             target = tuple(
                 entry
@@ -123,15 +140,20 @@ class AdapterConfig:
             )
         return lora, kept
 
-    def check_tables(self, *, is_tied: bool) -> None:
+    def check_tables(self, adapted: Collection[str], *, is_tied: bool) -> None:
         """Checks that trained tables are those of the base.
+
+        Args:
+          adapted: Our names of the modules with an adapter.
+          is_tied: The base's embeddings are its output head as well.
 
         Raises:
           ModelError: PEFT trained one end of tied embeddings apart from the other.
         """
-        if is_tied and self.lora.modules_to_save and not self.ties_tables:
+        trains = bool(self.lora.modules_to_save) or _EMBEDDING in adapted
+        if is_tied and trains and not self.ties_tables:
             raise ModelError(
-                "modules_to_save trains one end of tied embeddings without the other",
+                "this adapter trains one end of tied embeddings without the other",
                 where=self.where,
                 fix="train it with ensure_weight_tying=true, or merge it with PEFT",
             )
@@ -187,9 +209,6 @@ def _lora(fields: ConfigFields) -> LoRAConfig:
     target = _target(fields, "target_modules")
     if not target:
         raise fields.error("target_modules", "a list of names or an expression")
-    names = target if isinstance(target, tuple) else ()
-    if any(entry.rpartition(".")[2] in _OUTSIDE_BLOCKS for entry in names):
-        raise _unsupported(fields, "target_modules")
     dropout = fields.get("lora_dropout")
     return LoRAConfig(
         lora_r=fields.integer("r"),
@@ -197,6 +216,7 @@ def _lora(fields: ConfigFields) -> LoRAConfig:
         lora_dropout=fields.number("lora_dropout") if dropout != 0 else 0.0,
         lora_target_modules=target,
         lora_bias=cast(LoRABias, fields.choice("bias", choices(LoRABias))),
+        lora_b_bias=fields.flag("lora_bias"),
         use_rslora=fields.flag("use_rslora"),
         use_dora=fields.flag("use_dora"),
         rank_pattern=_pattern(fields, "rank_pattern"),
@@ -308,6 +328,6 @@ def _unsupported(fields: ConfigFields, key: str) -> ModelError:
         f"{key}={printable(repr(fields.get(key)))} is not supported yet",
         where=fields.where,
         fix="adapters may be LoRA, rsLoRA or DoRA on the linear layers inside blocks, "
-        "with biases, and embeddings and output head may train whole or by token; "
-        "merge this one with PEFT first",
+        "with biases, and embeddings and output head may have LoRA, or train whole or "
+        "by token; merge this one with PEFT first",
     )

@@ -4,32 +4,28 @@ import re
 from collections.abc import Set
 
 from conversions.rules import Layout
+from fastjax.target_modules import full_name
 
 _PREFIX = "base_model.model."
-_MODEL = "model."
-_HEAD = "lm_head"
-TABLES = ("embed_tokens", _HEAD)
+_EMBEDDING, _HEAD = TABLES = ("embed_tokens", "lm_head")
 _KEYS: dict[str, tuple[str, Layout]] = {
     "lora_a": ("lora_A.weight", "transpose"),
     "lora_b": ("lora_B.weight", "transpose"),
+    "lora_b_bias": ("lora_B.bias", "identity"),
     "lora_magnitude": ("lora_magnitude_vector", "identity"),
+}
+_EMBEDDING_KEYS: dict[str, tuple[str, Layout]] = {
+    "lora_a": ("lora_embedding_A", "transpose"),
+    "lora_b": ("lora_embedding_B", "transpose"),
 }
 _TABLE_KEYS = {
     "weight": "weight",
     "rows": "token_adapter.trainable_tokens_delta",
 }
 _MAGNITUDE = ".lora_magnitude_vector"
-_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.default(?=\.|$)")
-
-
-def full_name(module: str) -> str:
-    """Returns Hugging Face's full name of one of our modules."""
-    return module if module == _HEAD else _MODEL + module
-
-
-def own_name(name: str) -> str:
-    """Returns our name of a module from Hugging Face's full one."""
-    return name.removeprefix(_MODEL)
+_ADAPTER_NAME = re.compile(
+    r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.default(?=\.|$)"
+)
 
 
 def is_of_table(name: str) -> bool:
@@ -53,11 +49,37 @@ def peft_key(name: str, adapted: Set[str]) -> tuple[str, Layout]:
         inner = "base_layer.bias" if module in adapted else "bias"
         return f"{_PREFIX}{full_name(module)}.{inner}", "identity"
     if is_of_table(name) and leaf in _TABLE_KEYS:
-        return f"{_PREFIX}{full_name(module)}.{_TABLE_KEYS[leaf]}", "identity"
-    if leaf not in _KEYS or module not in adapted:
+        inner = "base_layer.weight" if module in adapted else _TABLE_KEYS[leaf]
+        return f"{_PREFIX}{full_name(module)}.{inner}", "identity"
+    keys = _EMBEDDING_KEYS if module == _EMBEDDING else _KEYS
+    if leaf not in keys or module not in adapted:
         raise ValueError(f"{name} is not a tensor of an adapter")
-    key, layout = _KEYS[leaf]
+    key, layout = keys[leaf]
     return f"{_PREFIX}{full_name(module)}.{key}", layout
+
+
+def second_end_keys(adapted: Set[str]) -> dict[str, tuple[str, bool]]:
+    """Returns the keys under which PEFT stores tied embeddings once more, as a head.
+
+    Args:
+      adapted: Our names of the modules with an adapter.
+
+    Returns:
+      Key of the head -> (that of the embeddings, whether it is transposed).
+    """
+
+    has_adapter = _EMBEDDING in adapted
+    both = set(TABLES) if has_adapter else set[str]()
+    ends = [("weight", "weight", False)]
+    if has_adapter:
+        ends += [("lora_a", "lora_b", True), ("lora_b", "lora_a", True)]
+    return {
+        peft_key(f"{_HEAD}.{leaf}", both)[0]: (
+            peft_key(f"{_EMBEDDING}.{first}", both)[0],
+            is_turned,
+        )
+        for leaf, first, is_turned in ends
+    }
 
 
 def plain_key(key: str) -> str:

@@ -10,12 +10,10 @@ from jaxtyping import Array
 from conversions.hf.families import checkpoint_tensors
 from conversions.peft.adapter_config import read_adapter_config
 from conversions.peft.names import (
-    TABLES,
-    full_name,
     is_of_table,
-    own_name,
     peft_key,
     plain_key,
+    second_end_keys,
 )
 from conversions.report import TensorReport, compare_shapes
 from conversions.rules import Tensor, relaid
@@ -23,6 +21,7 @@ from conversions.safetensors_file import SafetensorsFile
 from fastjax.config import LoRAConfig
 from fastjax.errors import ModelError, printable
 from fastjax.models.transformer_config import TransformerConfig
+from fastjax.target_modules import full_name, own_name
 
 ADAPTER_NAME = "adapter_model.safetensors"
 
@@ -35,7 +34,7 @@ class Adapter:
 
     Attributes:
       lora: Its kind; target modules match exactly the adapted ones.
-      weights: Float32 arrays by our names.
+      weights: Float32 arrays by our names; tables under adapters as they are stored.
       base_model_name_or_path: Folder or hub name of the base model, if recorded.
       revision: Of the base model, if recorded.
     """
@@ -57,13 +56,19 @@ def read_adapter(folder: Path, config: TransformerConfig) -> Adapter:
     recorded = read_adapter_config(folder)
     base = checkpoint_tensors(config)
     names = [full_name(_module(tensor)) for tensor in base if tensor.is_linear]
-    lora, modules = recorded.resolved(names)
-    recorded.check_tables(is_tied=config.tie_word_embeddings)
-    expected = _expected(base, {own_name(name) for name in modules}, lora)
+    lora, modules = recorded.resolved(names, is_tied=config.tie_word_embeddings)
+    adapted = set(map(own_name, modules))
+    recorded.check_tables(adapted, is_tied=config.tie_word_embeddings)
     file = SafetensorsFile(_weights_path(folder))
     keys = _keys(file)
-    if config.tie_word_embeddings and lora.modules_to_save:
-        _drop_second_end(file, keys)
+    if config.tie_word_embeddings:
+        _drop_second_end(file, keys, adapted)
+    # PEFT may have been told to leave the weights under adapted tables out.
+    expected = [
+        tensor
+        for tensor in _expected(base, adapted, lora)
+        if tensor.hf in keys or not _is_under_adapter(tensor.name, adapted)
+    ]
     found = {plain: file.tensors[key].shape for plain, key in keys.items()}
     report = compare_shapes({t.hf: t.shape for t in expected}, found)
     wrong_dtypes = {
@@ -79,7 +84,12 @@ def read_adapter(folder: Path, config: TransformerConfig) -> Adapter:
     )
     return Adapter(
         lora=lora,
-        weights={t.name: _read(file, keys[t.hf], t) for t in expected},
+        weights={
+            t.name: _read(
+                file, keys[t.hf], t, keeps_dtype=_is_under_adapter(t.name, adapted)
+            )
+            for t in expected
+        },
         base_model_name_or_path=recorded.base_model_name_or_path,
         revision=recorded.revision,
     )
@@ -97,6 +107,8 @@ def _expected(
             rank = lora.rank(full_name(module))
             shapes[f"{module}.lora_a"] = (rank, inputs)
             shapes[f"{module}.lora_b"] = (outputs, rank)
+            if lora.lora_b_bias:
+                shapes[f"{module}.lora_b_bias"] = (outputs,)
             if lora.use_dora:
                 shapes[f"{module}.lora_magnitude"] = (outputs,)
         is_trained = lora.lora_bias == "all" or module in adapted
@@ -105,7 +117,17 @@ def _expected(
         if tensor.name == "embed_tokens.weight" and lora.trainable_token_indices:
             count = len(lora.trainable_token_indices)
             shapes["embed_tokens.rows"] = (count, tensor.shape[1])
-        if is_of_table(tensor.name) and _is_trained(module, base, lora):
+        if not is_of_table(tensor.name):
+            continue
+        if module in adapted:
+            rows, features = tensor.shape
+            rank = lora.rank(full_name(module))
+            is_head = module == "lm_head"
+            inputs, outputs = (features, rows) if is_head else (rows, features)
+            shapes[f"{module}.lora_a"] = (rank, inputs)
+            shapes[f"{module}.lora_b"] = (outputs, rank)
+            shapes[tensor.name] = tensor.shape
+        elif _is_trained(module, base, lora):
             shapes[tensor.name] = tensor.shape
     tensors = []
     for name, shape in shapes.items():
@@ -122,20 +144,29 @@ def _is_trained(table: str, base: tuple[Tensor, ...], lora: LoRAConfig) -> bool:
     )
 
 
-def _drop_second_end(file: SafetensorsFile, keys: dict[str, str]) -> None:
+def _drop_second_end(
+    file: SafetensorsFile, keys: dict[str, str], adapted: set[str]
+) -> None:
     """Leaves out the output head of tied embeddings, which PEFT stores twice."""
-    first, second = (peft_key(f"{table}.weight", set())[0] for table in TABLES)
-    if second not in keys:
-        return
-    if first not in keys:
-        keys[first] = keys.pop(second)
-        return
-    head = file.read(keys.pop(second))
-    if not np.array_equal(head, file.read(keys[first])):
-        raise ModelError(
-            "embeddings and output head are one table, but differ here",
-            where=str(file.path),
-        )
+    for second, (first, is_turned) in second_end_keys(adapted).items():
+        if second not in keys:
+            continue
+        if first not in keys and not is_turned:
+            keys[first] = keys.pop(second)
+            continue
+        head = file.read(keys.pop(second))
+        same = file.read(keys[first]) if first in keys else None
+        if same is None or not np.array_equal(head.T if is_turned else head, same):
+            raise ModelError(
+                "embeddings and output head are one table, but differ here",
+                where=f"{file.path}, {second}",
+            )
+
+
+def _is_under_adapter(name: str, adapted: set[str]) -> bool:
+    """Says whether a weight is a table's with an adapter on it."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and module in adapted
 
 
 def _module(tensor: Tensor) -> str:
@@ -156,8 +187,11 @@ def _keys(file: SafetensorsFile) -> dict[str, str]:
     return keys
 
 
-def _read(file: SafetensorsFile, key: str, tensor: Tensor) -> Array:
-    host = file.read(key).astype(np.float32)
+def _read(
+    file: SafetensorsFile, key: str, tensor: Tensor, *, keeps_dtype: bool
+) -> Array:
+    host = file.read(key)
+    host = host if keeps_dtype else host.astype(np.float32)
     bad = np.count_nonzero(~np.isfinite(host))
     if bad:
         raise ModelError(

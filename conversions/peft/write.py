@@ -8,15 +8,15 @@ import numpy as np
 from jaxtyping import Array
 
 from conversions.peft.adapter_config import CONFIG_NAME, LOFTQ, plain_number
-from conversions.peft.names import TABLES, full_name, is_of_table, peft_key
+from conversions.peft.names import TABLES, peft_key, second_end_keys
 from conversions.peft.read import ADAPTER_NAME
 from conversions.rules import relaid
 from conversions.safetensors_writer import write_safetensors
 from fastjax.config import ALL_LINEAR, LoRAConfig
 from fastjax.files import make_folder, new_file
+from fastjax.target_modules import full_name
 
 PEFT_VERSION = "0.21.2"
-_EMBEDDING, _HEAD = (peft_key(f"{t}.weight", set())[0] for t in TABLES)
 _CARD = """\
 ---
 base_model: {base}
@@ -65,15 +65,21 @@ def write_adapter(
     tensors = {}
     for name, array in weights.items():
         key, layout = peft_key(name, adapted)
-        tensors[key] = relaid(np.asarray(array).astype(np.float32, copy=False), layout)
-    if is_tied and _EMBEDDING in tensors:
-        tensors[_HEAD] = tensors[_EMBEDDING]
+        module, _, leaf = name.rpartition(".")
+        host = np.asarray(array)
+        if leaf != "weight" or module not in adapted:
+            host = host.astype(np.float32, copy=False)
+        tensors[key] = relaid(host, layout)
+    for second, (first, is_turned) in second_end_keys(adapted).items():
+        if is_tied and first in tensors:
+            same = tensors[first]
+            tensors[second] = np.ascontiguousarray(same.T) if is_turned else same
     make_folder(folder)
     write_safetensors(folder / ADAPTER_NAME, tensors)
     _write_config(
         folder,
         lora,
-        [full_name(module) for module in sorted(adapted)],
+        sorted(adapted),
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
         is_tied=is_tied,
@@ -100,7 +106,7 @@ def _write_config(
     Args:
       folder: Folder of the adapter.
       lora: Kind of the adapter.
-      modules: Full names of the adapted modules, which replace "all-linear".
+      modules: Our names of the adapted modules, which replace "all-linear".
       base_model_name_or_path: Folder or hub name of the base model.
       revision: Of the base model.
       is_tied: Its embeddings are its output head as well.
@@ -108,7 +114,8 @@ def _write_config(
     target = lora.lora_target_modules
     # PEFT takes no expression together with layers_to_transform.
     is_listed = target == ALL_LINEAR or bool(lora.layers_to_transform)
-    listed = modules if is_listed and isinstance(target, str) else target
+    names = [full_name(module) for module in modules]
+    listed = names if is_listed and isinstance(target, str) else target
     start = lora.init_lora_weights
     is_loftq = start == "loftq"
     tokens = list(lora.trainable_token_indices)
@@ -138,8 +145,11 @@ def _write_config(
     }
     values |= {"loftq_config": LOFTQ} if is_loftq else {}
     values |= {"trainable_token_indices": tokens} if tokens else {}
+    values |= {"lora_bias": True} if lora.lora_b_bias else {}
+    if is_tied and (lora.modules_to_save or TABLES[0] in modules):
+        values |= {"ensure_weight_tying": True}
     if is_tied and lora.modules_to_save:
-        values |= {"ensure_weight_tying": True, "modules_to_save": TABLES[:1]}
+        values |= {"modules_to_save": TABLES[:1]}
     values = dict(sorted(values.items()))
     with new_file(folder / CONFIG_NAME) as file:
         file.write(json.dumps(values, indent=2).encode("utf-8"))
@@ -153,10 +163,11 @@ def _as_object(pattern: tuple[str, ...]) -> dict[str, float | int]:
 def _adapted(weights: Mapping[str, Array], lora: LoRAConfig) -> set[str]:
     """Returns the adapted modules, each of which has all its tensors of its rank."""
     leaves = {"lora_a", "lora_b"} | ({"lora_magnitude"} if lora.use_dora else set())
+    leaves |= {"lora_b_bias"} if lora.lora_b_bias else set()
     held: dict[str, set[str]] = {}
     for name, array in weights.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "bias" or is_of_table(name):
+        if leaf in ("bias", "weight", "rows"):
             continue
         held.setdefault(module, set()).add(leaf)
         rank = {"lora_a": array.shape[-1], "lora_b": array.shape[0]}.get(leaf)

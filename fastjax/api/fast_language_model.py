@@ -94,6 +94,7 @@ class FastLanguageModel:
         *,
         lora_dropout: float | int = 0,
         bias: LoRABias = "none",
+        lora_bias: bool = False,
         use_rslora: bool = False,
         use_dora: bool = False,
         use_gradient_checkpointing: bool | str = True,
@@ -116,6 +117,7 @@ class FastLanguageModel:
           lora_alpha: The adapter is multiplied by alpha / r.
           lora_dropout: Share of the adapter's input dropped while training.
           bias: Biases that train.
+          lora_bias: The up projections of adapters have biases that train.
           use_rslora: Multiply by alpha / sqrt(r) instead.
           use_dora: Train a magnitude for each output feature.
           use_gradient_checkpointing: True recomputes attention blocks in the backward
@@ -150,6 +152,7 @@ class FastLanguageModel:
             lora_dropout=lora_dropout,
             lora_target_modules=_targets(target_modules),
             lora_bias=bias,
+            lora_b_bias=lora_bias,
             use_rslora=use_rslora,
             use_dora=use_dora,
         )

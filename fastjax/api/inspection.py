@@ -120,7 +120,7 @@ def _inspect_adapter(found: _Findings, folder: Path, recorded: AdapterConfig) ->
     if adapter is not None:
         count = sum(array.size for array in adapter.weights.values())
         modules = sum(name.endswith(".lora_a") for name in adapter.weights)
-        found.facts["trained"] = f"{count:,} values, {modules} adapted linears"
+        found.facts["trained"] = f"{count:,} values, {modules} adapted modules"
 
 
 def _inspect_weights(
@@ -200,6 +200,7 @@ def _kind(lora: LoRAConfig) -> str:
         f"{field}={getattr(lora, field)}" for field in _EXTRAS if getattr(lora, field)
     ]
     bias = [] if lora.lora_bias == "none" else [f"biases {lora.lora_bias}"]
+    bias += ["biases of up projections"] if lora.lora_b_bias else []
     return ", ".join(
         [
             f"{' and '.join(kinds)} of rank {lora.lora_r}, alpha {lora.lora_alpha:g}",

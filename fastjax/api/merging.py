@@ -17,7 +17,8 @@ from conversions.peft import read_adapter
 from fastjax.api.finding import FoundModel
 from fastjax.config import BasePrecision, DType, QuantConfig
 from fastjax.errors import ConfigError
-from fastjax.lora import adapted_spec, merged_weights
+from fastjax.lora import adapted_spec
+from fastjax.merge import merged_weights
 from fastjax.models.build import DecoderSpec, flat_weights, linear_names
 from fastjax.nn.decoder import Decoder
 from fastjax.nn.linear import PackedFormat

@@ -1,6 +1,8 @@
 """What servers will not load, said before anything is trained."""
 
-from fastjax.config import LoRAConfig
+from typing import get_args
+
+from fastjax.config import LoRAConfig, Table
 
 _VLLM_LARGEST_RANK = 512
 _MERGE = "merge it with `fastjax export` to serve it there"
@@ -16,9 +18,12 @@ def serving_notes(lora: LoRAConfig) -> list[str]:
             "an adapter that started with LoftQ is right on its 4-bit base alone: "
             "elsewhere export a merged model with --base_precision dequantised"
         )
-    if lora.lora_bias != "none":
+    if lora.lora_bias != "none" or lora.lora_b_bias:
         notes.append(f"vLLM and llama.cpp load no adapters with biases: {_MERGE}")
-    if lora.modules_to_save or lora.trainable_token_indices:
+    targets = lora.lora_target_modules
+    names = () if isinstance(targets, str) else targets
+    on_tables = any(name.rpartition(".")[2] in get_args(Table) for name in names)
+    if on_tables or lora.modules_to_save or lora.trainable_token_indices:
         notes.append(
             f"vLLM and llama.cpp load no adapters with trained embeddings: {_MERGE}"
         )

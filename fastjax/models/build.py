@@ -49,7 +49,8 @@ class DecoderSpec:
       trains_weights: Every weight trains (full fine-tuning).
       packed: 4-bit format of the linears that have one, by canonical module name
         such as `layers.3.mlp.up_proj`.
-      adapters: Adapter of the linears that have one, by the same names.
+      adapters: Adapter of the linears that have one, by the same names, and of
+        embed_tokens and lm_head.
       trained_biases: Linears whose bias trains beside the adapters.
       trained_tables: Which of embed_tokens and lm_head train beside the adapters.
       trained_tokens: Tokens whose rows of embed_tokens train instead.
@@ -85,7 +86,8 @@ class DecoderSpec:
         is_tied = self.config.tie_word_embeddings
         head: Table = "embed_tokens" if is_tied else "lm_head"
         has_rows = is_tied and bool(self.trained_tokens)
-        return self.trains_weights or has_rows or head in self.trained_tables
+        is_beside = head in self.trained_tables or head in self.adapters
+        return self.trains_weights or has_rows or is_beside
 
     def segments(self) -> list[range]:
         """Returns the runs of consecutive layers that share one structure."""
@@ -208,6 +210,8 @@ def _table(spec: DecoderSpec, name: Table) -> Embedding:
         dtype=jnp.dtype("float32" if is_beside_adapters else spec.param_dtype),
         is_trainable=spec.trains_weights or is_beside_adapters,
         tokens=spec.trained_tokens if name == "embed_tokens" else (),
+        adapter=spec.adapters.get(name),
+        is_head=name == "lm_head",
     )
 
 

@@ -47,12 +47,14 @@ class AdapterSpec:
       scaling: Factor of the product: alpha / R, or alpha / sqrt(R) for rsLoRA.
       dropout: Share of the adapter's input dropped while training.
       is_dora: It also trains a magnitude per output feature (2402.09353).
+      has_bias: Its up projection has a bias.
     """
 
     rank: int
     scaling: float
     dropout: float = 0.0
     is_dora: bool = False
+    has_bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +108,8 @@ class Linear(nnx.Module):
         self.lora_a = _parameter((in_features, rank), f32) if adapter else None
         self.lora_b = _parameter((rank, out_features), f32) if adapter else None
         self.lora_magnitude = _parameter((out_features,), f32) if is_dora else None
+        has_up_bias = adapter is not None and adapter.has_bias
+        self.lora_b_bias = _parameter((out_features,), f32) if has_up_bias else None
         self.lora_scaling = Frozen(jnp.float32(adapter.scaling)) if adapter else None
         self.lora_dropout = adapter.dropout if adapter else 0.0
         self.implementation = implementation
@@ -125,12 +129,20 @@ class Linear(nnx.Module):
         """Returns the arrays of this layer as the matmul takes them."""
         return Projection(
             weight=self.weight.get_value(),
-            bias=_value(self.bias),
+            bias=self._whole_bias(),
             lora_a=_value(self.lora_a),
             lora_b=_value(self.lora_b),
             scaling=_value(self.lora_scaling),
             magnitude=_value(self.lora_magnitude),
         )
+
+    def _whole_bias(self) -> Float[Array, " O"] | None:
+        """Returns the bias of the layer and that of its adapter as one."""
+        own = _value(self.bias)
+        if self.lora_b_bias is None or self.lora_scaling is None:
+            return own
+        added = self.lora_scaling.get_value() * self.lora_b_bias.get_value()
+        return added if own is None else own.astype(jnp.float32) + added
 
 
 def project(

@@ -52,6 +52,22 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma2",
         {"target_modules": ["o_proj"], "trainable_token_indices": [7, 150]},
     ),
+    "up_biases": (
+        "granite",
+        {"target_modules": ["q_proj", "o_proj", "down_proj"], "lora_bias": True},
+    ),
+    "ends": (
+        "olmo2",
+        {
+            "target_modules": ["q_proj", "embed_tokens", "lm_head"],
+            "rank_pattern": {"lm_head": 3},
+            "use_rslora": True,
+        },
+    ),
+    "tied_ends": (
+        "gemma2",
+        {"target_modules": ["v_proj", "embed_tokens"], "ensure_weight_tying": True},
+    ),
     "layers": (
         "gemma2",
         {
@@ -87,7 +103,7 @@ def write_adapter(folder: Path, base: Path, options: dict[str, Any]) -> None:
         for parameter in trained.values():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     ids = torch.randint(6, model.config.vocab_size, (2, TOKENS))
-    ids[0, :6] = torch.tensor([3, 9, 7, 140, 150 % model.config.vocab_size, 3])
+    ids[0, :6] = torch.tensor([3, 9, 7, 140, 150, 3]) % model.config.vocab_size
     output = adapted(ids, labels=ids)
     output.loss.backward()
     adapted.save_pretrained(folder)
@@ -97,10 +113,17 @@ def write_adapter(folder: Path, base: Path, options: dict[str, Any]) -> None:
     config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2))
     state = get_peft_model_state_dict(adapted)
-    places = {value.data_ptr(): key for key, value in state.items()}
+    places: dict[int, str] = {}
+    for key, value in state.items():
+        places.setdefault(value.data_ptr(), key)
     numbers = {"input_ids": ids, "logits": output.logits, "loss": output.loss}
     for parameter in trained.values():
-        numbers[f"grad.{places[parameter.data_ptr()]}"] = parameter.grad
+        key = f"grad.{places[parameter.data_ptr()]}"
+        # The adapters of tied ends are one memory, but two parameters.
+        gradient = parameter.grad
+        if key in numbers:
+            gradient = numbers[key] + gradient.T
+        numbers[key] = gradient
     numbers = {k: v.detach().contiguous().clone() for k, v in numbers.items()}
     save_file(numbers, folder / "reference.safetensors")
 

@@ -36,7 +36,7 @@ def test_an_adapter_what_will_not_serve_it_and_what_is_missing(
     found = inspect_folder(tmp_path)
     assert not found.problems
     assert found.facts["adapter"].startswith("rsLoRA and DoRA of rank 4, alpha 8")
-    assert found.facts["trained"].endswith("values, 14 adapted linears")
+    assert found.facts["trained"].endswith("values, 14 adapted modules")
     assert "DoRA" in found.remarks[0]
     (tmp_path / "adapter_model.safetensors").unlink()
     assert cli.run("inspect", [str(tmp_path)]) == ModelError.exit_code
