@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from kernels.device import multiprocessors, require_hopper
 from kernels.dispatch import UnsupportedOp
-from kernels.lora_matmul.tiles import TileConfig, tiles_for
+from kernels.persistent_product import TileConfig, tiles_for
 
 from . import vjp
 from .mosaic_gpu import odds

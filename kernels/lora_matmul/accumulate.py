@@ -3,13 +3,9 @@
 `y[g] = sum over s of lhs[g, s] @ rhs[g, s]`: the low-rank product of an adapter is one
 more step of the loop over the contracted axis, and the gradient of an input that
 several weights read is one loop over all of them. Nothing is joined or added in memory.
-
-A block is persistent: one warpgroup copies operands into a ring of shared memory, two
-multiply and store. Budget at 128 x 256 x 64 with 4 stages: 192 KiB ring, 32 KiB
-results; 232 registers a thread that multiplies, of which 128 hold the accumulator.
+Blocks are those of `kernels.persistent_product`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,17 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.dispatch import UnsupportedOp
-
-from .memory import accumulator, swizzled
-from .tiles import TileConfig
+from kernels.persistent_product import (
+    PIECE,
+    PersistentProduct,
+    ProductBlock,
+    TileConfig,
+)
 
 KERNEL_NAME = "accumulated_products"
-
-_MULTIPLIERS = 2  # warpgroups
-_LOADER = _MULTIPLIERS
-_LOADER_REGISTERS, _MULTIPLIER_REGISTERS = 40, 232
-_STORED_ROWS, _STORED_COLUMNS = 64, 64
-_SLOTS = 2  # stored pieces in flight, for each multiplying warpgroup
 
 Term = tuple[jax.Array, jax.Array]
 """Operands (M, C) and (C, N), or (M, C) and (N, C), which is read transposed."""
@@ -69,7 +62,6 @@ def accumulated_products(
     rows = lhs[0].shape[0]
     if rows % tiles.tile_m:
         raise UnsupportedOp(f"{rows} rows are no multiple of {tiles.tile_m}")
-    tiles = dataclasses.replace(tiles, stages=min(tiles.stages, sum(plan[0].steps)))
     return _launch(
         lhs, rhs, plan=plan, is_transposed=is_transposed, tiles=tiles, blocks=blocks
     )
@@ -89,43 +81,22 @@ def _launch(
 ) -> list[jax.Array]:
     """Runs the kernel. Compiled, so that equal calls in a program are lowered once."""
     rows, dtype = lhs[0].shape[0], lhs[0].dtype
-    transforms = swizzled(tiles.tile_k, dtype)
-    b_tile = (tiles.tile_k, tiles.tile_n)
-    scratch = {
-        "a_smem": plgpu.SMEM(
-            (tiles.stages, tiles.tile_m, tiles.tile_k), dtype, transforms=transforms
-        ),
-        "b_smem": plgpu.SMEM(
-            (tiles.stages, *(b_tile[::-1] if is_transposed else b_tile)),
-            dtype,
-            transforms=transforms,
-        ),
-        "out_smem": plgpu.SMEM(
-            (_MULTIPLIERS, _SLOTS, _STORED_ROWS, _STORED_COLUMNS),
-            dtype,
-            transforms=swizzled(_STORED_COLUMNS, dtype),
-        ),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
-        "empty": plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=tiles.stages),
-    }
+    steps = sum(plan[0].steps)
+    product = PersistentProduct(
+        tiles=tiles,
+        stages=min(tiles.stages, steps),
+        grid=(rows // tiles.tile_m, plan[-1].end),
+        steps=steps,
+        is_transposed=is_transposed,
+    )
     widths = [(part.end - part.first) * tiles.tile_n for part in plan]
-    return plgpu.kernel(
+    return product.kernel(
         functools.partial(
-            _body,
-            plan=plan,
-            inputs=(len(lhs), len(rhs)),
-            tiles=tiles,
-            rows=rows,
-            is_transposed=is_transposed,
+            _body, plan=plan, inputs=(len(lhs), len(rhs)), product=product
         ),
         out_type=[jax.ShapeDtypeStruct((rows, width), dtype) for width in widths],
-        scratch_types=scratch,
-        grid=(min(blocks, rows // tiles.tile_m * plan[-1].end),),
-        grid_names=("block",),
-        num_threads=_MULTIPLIERS + 1,
-        thread_name="warpgroup",
-        kernel_name=KERNEL_NAME,
-        compiler_params=plgpu.CompilerParams(),
+        blocks=blocks,
+        name=KERNEL_NAME,
     )(*lhs, *rhs)
 
 
@@ -160,33 +131,18 @@ def _place(arrays: list[jax.Array], array: jax.Array) -> int:
 
 def _body(
     *refs,
-    a_smem,
-    b_smem,
-    out_smem,
-    full,
-    empty,
     plan: tuple[_Sum, ...],
     inputs: tuple[int, int],
-    tiles: TileConfig,
-    rows: int,
-    is_transposed: bool,
+    product: PersistentProduct,
+    **memory,
 ) -> None:
     lhs, rhs, outs = (
         refs[: inputs[0]],
         refs[inputs[0] : sum(inputs)],
         refs[sum(inputs) :],
     )
-    grid = (rows // tiles.tile_m, plan[-1].end)
-    steps = sum(plan[0].steps)
-    warpgroup = lax.axis_index("warpgroup")
-    my_columns = tiles.tile_n // _MULTIPLIERS
-
-    def each_tile(run):
-        @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="block")
-        def _(loop):
-            (index,) = loop.index
-            m, n = plgpu.planar_snake(index, grid, 0, tiles.width)
-            run(m, n, loop.local_index * steps)
+    block = ProductBlock(product=product, **memory)
+    tiles = product.tiles
 
     def load(m, n, step):
         for part in plan:
@@ -195,82 +151,35 @@ def _body(
             def _(part=part):
                 first = step
                 for (left, right), count in zip(part.operands, part.steps, strict=True):
-                    load_term(lhs[left], rhs[right], m, n - part.first, first, count)
+                    block.stream(lhs[left], rhs[right], m, n - part.first, first, count)
                     first += count
 
-    def load_term(left, right, m, n, first, count):
-        def load_step(k, _):
-            slot = lax.rem(first + k, tiles.stages)
+    def epilogue(m, n):
+        return functools.partial(store, m, n)
 
-            @pl.when(first + k >= tiles.stages)
-            def _():
-                plgpu.barrier_wait(empty.at[slot])
-
-            contracted = pl.ds(k * tiles.tile_k, tiles.tile_k)
-            columns = pl.ds(n * tiles.tile_n, tiles.tile_n)
-            b = (columns, contracted) if is_transposed else (contracted, columns)
-            a = (pl.ds(m * tiles.tile_m, tiles.tile_m), contracted)
-            plgpu.copy_gmem_to_smem(left.at[a], a_smem.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(right.at[b], b_smem.at[slot], full.at[slot])
-
-        lax.fori_loop(0, count, load_step, None)
-
-    def multiply(m, n, step):
-        @functools.partial(pl.run_scoped, acc=accumulator(tiles.tile_m, my_columns))
-        def _(acc):
-            def multiply_step(k, _):
-                slot = lax.rem(step + k, tiles.stages)
-                plgpu.barrier_wait(full.at[slot])
-                a, b = a_smem.at[slot], b_smem.at[slot]
-                if is_transposed:
-                    b = b.transpose((1, 0))
-                plgpu.wgmma(acc, a, b.at[:, pl.ds(warpgroup * my_columns, my_columns)])
-                plgpu.wgmma_wait(1)
-
-                @pl.when(k > 0)
-                def _():
-                    plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, tiles.stages)])
-
-            lax.fori_loop(0, steps, multiply_step, None)
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(empty.at[lax.rem(step + steps - 1, tiles.stages)])
-            store(acc[...].astype(a_smem.dtype), m, n)
-
-    def store(values, m, n):
-        row, column = m * tiles.tile_m, n * tiles.tile_n + warpgroup * my_columns
+    def store(m, n, values):
+        values = values.astype(outs[0].dtype)
+        row = m * tiles.tile_m
+        column = n * tiles.tile_n + lax.axis_index("warpgroup") * block.columns
         pieces = [
             (i, j)
-            for i in range(0, tiles.tile_m, _STORED_ROWS)
-            for j in range(0, my_columns, _STORED_COLUMNS)
+            for i in range(0, tiles.tile_m, PIECE)
+            for j in range(0, block.columns, PIECE)
         ]
         for index, (i, j) in enumerate(pieces):
-            piece_smem = out_smem.at[warpgroup, index % _SLOTS]
-            plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
-            piece_smem[...] = values[i : i + _STORED_ROWS, j : j + _STORED_COLUMNS]
-            plgpu.commit_smem()
-            store_piece(piece_smem, n, row + i, column + j)
+            piece_smem = block.placed(index, values[i : i + PIECE, j : j + PIECE])
+            copy(piece_smem, n, row + i, column + j)
 
-    def store_piece(piece_smem, n, row, column):
+    def copy(piece_smem, n, row, column):
         for part, out in zip(plan, outs, strict=True):
 
             @_when_in(part, n, plan)
             def _(part=part, out=out):
                 first_column = column - part.first * tiles.tile_n
-                at = (pl.ds(row, _STORED_ROWS), pl.ds(first_column, _STORED_COLUMNS))
+                at = (pl.ds(row, PIECE), pl.ds(first_column, PIECE))
                 plgpu.copy_smem_to_gmem(piece_smem, out.at[at])
 
-    @pl.when(warpgroup == _LOADER)
-    def _():
-        plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
-        each_tile(load)
-        for slot in range(tiles.stages):
-            plgpu.barrier_wait(empty.at[slot])
-
-    @pl.when(warpgroup < _LOADER)
-    def _():
-        plgpu.set_max_registers(_MULTIPLIER_REGISTERS, action="increase")
-        each_tile(multiply)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    block.run(load, epilogue)
 
 
 def _when_in(part: _Sum, n, plan: tuple[_Sum, ...]):

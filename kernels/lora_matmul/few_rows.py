@@ -29,8 +29,7 @@ from kernels.dispatch import UnsupportedOp
 from kernels.nf4 import NF4Array, ptx, rounding
 from kernels.nf4.codebooks import CODEBOOKS, DYNAMIC_MAP
 from kernels.stand_in import stand_in
-
-from .memory import accumulator, swizzled
+from kernels.wgmma import accumulator, swizzled
 
 KERNEL_NAME = "few_rows_product"
 MAX_ROWS = 64

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels.device import multiprocessors, require_hopper
 from kernels.dispatch import UnsupportedOp
 from kernels.nf4 import NF4Array
+from kernels.persistent_product import tiles_for
 
 from . import xla
 from .accumulate import accumulated_products
@@ -26,11 +27,11 @@ from .products import dense, product
 from .projection import Projection
 from .skinny import (
     MAX_COTANGENT_RANK,
+    MAX_RANK,
     low_rank_cotangents,
     low_rank_gradient,
     low_rank_product,
 )
-from .tiles import MAX_RANK, tiles_for
 from .xla import RESIDUAL_NAMES, Keys, Projections
 
 _PAD = 8  # columns: 16 bytes, the least that the copy engine moves

@@ -22,13 +22,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from kernels.dispatch import UnsupportedOp
-
-from .memory import accumulator, swizzled
-from .tiles import MAX_RANK
+from kernels.wgmma import accumulator, swizzled
 
 PRODUCT_NAME = "low_rank_product"
 GRADIENT_NAME = "low_rank_gradient"
 COTANGENTS_NAME = "low_rank_cotangents"
+
+MAX_RANK = 256
+"""Ranks of a group together: columns of one wgmma instruction."""
 
 _LINE = 64  # elements of 16 bits in a swizzled line
 MAX_COTANGENT_RANK = _LINE

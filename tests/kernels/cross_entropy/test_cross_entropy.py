@@ -113,7 +113,7 @@ def test_the_kernel_matches_at_real_shapes(case: Case) -> None:
     for got, want in zip(
         jax.tree.leaves(actual)[:3], jax.tree.leaves(expected)[:3], strict=True
     ):
-        error = _device_error(got.astype(jnp.float32), want)
+        error = relative_error(got.astype(jnp.float32), want)
         assert error < tolerance("bfloat16", terms=3)
 
 
@@ -141,11 +141,6 @@ def test_the_kernel_says_what_it_lacks(changes: dict[str, Any], reason: str) -> 
         )
 
 
-def _device_error(actual: jax.Array, expected: jax.Array) -> float:
-    """The relative error without a copy on the host, where it would take minutes."""
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_large_float32_products_take_no_tf32(case: Case) -> None:
@@ -159,8 +154,8 @@ def test_large_float32_products_take_no_tf32(case: Case) -> None:
     for got, want in zip(
         jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
     ):
-        # TF32 would give 3e-4.
-        assert _device_error(got, want) < tolerance("float32", terms=3)
+        # Sums of up to 128,256 float32 terms differ by their order; TF32 gives 3e-4.
+        assert relative_error(got, want) < tolerance("float32", terms=50)
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,7 @@ def test_kernels_match_on_hopper(case: Case) -> None:
     )
     leaves = map(jax.tree.leaves, (actual, plain, expected))
     for got, with_xla, want in zip(*leaves, strict=True):
-        want = want.astype(jnp.float32)
-        least = _device_error(with_xla.astype(jnp.float32), want)
-        assert _device_error(got.astype(jnp.float32), want) < 1.5 * least
+        assert relative_error(got, want) < 1.5 * relative_error(with_xla, want)
 
 
 def _assert_exact(case: Case, actual: tuple, dtype: str) -> None:
@@ -461,11 +459,6 @@ def test_wrong_use_is_named() -> None:
         run(p, dropout_keys=(None, None))
 
 
-def _device_error(actual: jax.Array, expected: jax.Array) -> float:
-    """The relative error without a copy on the host, where it would take minutes."""
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_large_float32_products_take_no_tf32(case: Case) -> None:
@@ -478,4 +471,4 @@ def test_large_float32_products_take_no_tf32(case: Case) -> None:
         jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
     ):
         # TF32 would give 3e-4.
-        assert _device_error(got, want) < tolerance("float32", terms=4)
+        assert relative_error(got, want) < tolerance("float32", terms=4)

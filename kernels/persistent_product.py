@@ -1,0 +1,261 @@
+"""A large matrix product on Hopper by persistent blocks: what such kernels share.
+
+One warpgroup of a block copies operands into a ring of shared memory; two multiply,
+each half of a tile's columns, and store. Budget at 128 x 256 x 64 with 4 stages:
+192 KiB ring, 32 KiB results; 232 registers a thread that multiplies, of which 128 hold
+the accumulator.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.dispatch import UnsupportedOp
+from kernels.wgmma import accumulator, swizzled
+
+MULTIPLIERS = 2
+"""Warpgroups of a block that multiply."""
+
+PIECE = 64
+"""Rows and columns that are stored at a time."""
+
+_LOADER = MULTIPLIERS
+_LOADER_REGISTERS, _MULTIPLIER_REGISTERS = 40, 232
+_SLOTS = 2  # pieces on their way, for each multiplying warpgroup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileConfig:
+    """Tiles of one block: two warpgroups multiply a half of the columns each.
+
+    The defaults were the fastest of those timed on an H200; three stages cost 8 %.
+
+    Attributes:
+      tile_m: Rows.
+      tile_n: Columns.
+      tile_k: Contracted elements of one step; 64 of 16 bits are a swizzled line.
+      stages: Steps in shared memory at a time.
+      width: Columns of tiles that blocks walk along together, for the L2 cache.
+    """
+
+    tile_m: int = 128
+    tile_n: int = 256
+    tile_k: int = 64
+    stages: int = 4
+    width: int = 8
+
+    def __post_init__(self) -> None:
+        if self.tile_m % 64 or self.tile_n % 128 or self.tile_k % 64:
+            raise ValueError(f"{self} does not suit wgmma")
+
+
+def tiles_for(rows: int, widths: Sequence[int]) -> TileConfig:
+    """Returns the tiles for results of `rows` and each of `widths`.
+
+    Raises:
+      UnsupportedOp: The sizes are no multiples of any tile.
+    """
+    for tile_n in (256, 128):
+        if rows % 128 == 0 and all(width % tile_n == 0 for width in widths):
+            return TileConfig(tile_n=tile_n)
+    raise UnsupportedOp(f"{rows=} and {widths=} must be multiples of 128")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersistentProduct:
+    """Static facts of a kernel.
+
+    Attributes:
+      tiles: How to cut.
+      stages: Steps in shared memory at a time.
+      grid: Tiles along the rows and along the columns.
+      steps: Along the contracted axis, the same number for each tile.
+      is_transposed: Right operands are (N, C) in memory, not (C, N).
+    """
+
+    tiles: TileConfig
+    stages: int
+    grid: tuple[int, int]
+    steps: int
+    is_transposed: bool
+
+    def kernel(
+        self,
+        body: Callable[..., None],
+        *,
+        out_type: Sequence[jax.ShapeDtypeStruct],
+        blocks: int,
+        name: str,
+        approx_math: bool = False,
+    ) -> Callable[..., Any]:
+        """Returns the kernel, which takes the operands.
+
+        Args:
+          body: Takes the references of operands and results and, by name, those of
+            `ProductBlock`.
+          out_type: Results; the first one's dtype is that of the operands too.
+          blocks: Of the grid; as many as the device has multiprocessors.
+          name: Of the kernel.
+          approx_math: Whether exponentials may be approximate.
+        """
+        dtype, tiles = out_type[0].dtype, self.tiles
+        ring = swizzled(tiles.tile_k, dtype)
+        b_tile = (tiles.tile_k, tiles.tile_n)
+        return plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types={
+                "a_smem": plgpu.SMEM(
+                    (self.stages, tiles.tile_m, tiles.tile_k), dtype, transforms=ring
+                ),
+                "b_smem": plgpu.SMEM(
+                    (self.stages, *(b_tile[::-1] if self.is_transposed else b_tile)),
+                    dtype,
+                    transforms=ring,
+                ),
+                "out_smem": plgpu.SMEM(
+                    (MULTIPLIERS, _SLOTS, PIECE, PIECE),
+                    dtype,
+                    transforms=swizzled(PIECE, dtype),
+                ),
+                "full": plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
+                "empty": plgpu.Barrier(
+                    num_arrivals=MULTIPLIERS, num_barriers=self.stages
+                ),
+            },
+            grid=(min(blocks, self.grid[0] * self.grid[1]),),
+            grid_names=("block",),
+            num_threads=MULTIPLIERS + 1,
+            thread_name="warpgroup",
+            kernel_name=name,
+            compiler_params=plgpu.CompilerParams(approx_math=approx_math),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductBlock:
+    """A block at its work: the ring and what happens with it, inside of a kernel."""
+
+    product: PersistentProduct
+    a_smem: Any
+    b_smem: Any
+    out_smem: Any
+    full: Any
+    empty: Any
+
+    @property
+    def columns(self) -> int:
+        """Columns of a tile that are this warpgroup's."""
+        return self.product.tiles.tile_n // MULTIPLIERS
+
+    def run(
+        self,
+        load: Callable[[Any, Any, Any], None],
+        epilogue: Callable[[Any, Any], Callable[[Any], None]],
+    ) -> None:
+        """Takes this block's tiles, one after the other.
+
+        Args:
+          load: Streams the operands of tile (m, n); its third argument is the step of
+            the ring that comes first.
+          epilogue: Called for tile (m, n) before the multiplication; what it returns
+            takes this warpgroup's float32 (tile_m, columns).
+        """
+
+        @pl.when(lax.axis_index("warpgroup") == _LOADER)
+        def _():
+            plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+            self._each_tile(load)
+            for slot in range(self.product.stages):
+                plgpu.barrier_wait(self.empty.at[slot])
+
+        @pl.when(lax.axis_index("warpgroup") < _LOADER)
+        def _():
+            plgpu.set_max_registers(_MULTIPLIER_REGISTERS, action="increase")
+            self._each_tile(functools.partial(self._multiply, epilogue))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _each_tile(self, run: Callable[[Any, Any, Any], None]) -> None:
+        grid = self.product.grid
+
+        @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="block")
+        def _(loop):
+            (index,) = loop.index
+            m, n = plgpu.planar_snake(index, grid, 0, self.product.tiles.width)
+            run(m, n, loop.local_index * self.product.steps)
+
+    def stream(self, left: Any, right: Any, m: Any, n: Any, first: Any, count: int):
+        """Copies `count` steps of rows m and columns n, from step `first` of the ring.
+
+        Args:
+          left: Reference of (M, C); rows and columns are counted in tiles.
+          right: Reference of (C, N), or (N, C) if the product is transposed.
+          m: Tile along the rows.
+          n: Tile along the columns.
+          first: Step of the ring.
+          count: Steps along C.
+        """
+        tiles, stages = self.product.tiles, self.product.stages
+
+        def load_step(k, _):
+            slot = lax.rem(first + k, stages)
+
+            @pl.when(first + k >= stages)
+            def _():
+                plgpu.barrier_wait(self.empty.at[slot])
+
+            contracted = pl.ds(k * tiles.tile_k, tiles.tile_k)
+            columns = pl.ds(n * tiles.tile_n, tiles.tile_n)
+            a = (pl.ds(m * tiles.tile_m, tiles.tile_m), contracted)
+            b = (contracted, columns)
+            if self.product.is_transposed:
+                b = b[::-1]
+            full = self.full.at[slot]
+            plgpu.copy_gmem_to_smem(left.at[a], self.a_smem.at[slot], full)
+            plgpu.copy_gmem_to_smem(right.at[b], self.b_smem.at[slot], full)
+
+        lax.fori_loop(0, count, load_step, None)
+
+    def _multiply(self, epilogue: Callable, m: Any, n: Any, first: Any) -> None:
+        product, steps = self.product, self.product.steps
+        store = epilogue(m, n)
+        mine = pl.ds(lax.axis_index("warpgroup") * self.columns, self.columns)
+
+        def slot_of(step):
+            return lax.rem(first + step, product.stages)
+
+        @functools.partial(
+            pl.run_scoped, acc=accumulator(product.tiles.tile_m, self.columns)
+        )
+        def _(acc):
+            def multiply_step(k, _):
+                slot = slot_of(k)
+                plgpu.barrier_wait(self.full.at[slot])
+                b = self.b_smem.at[slot]
+                if product.is_transposed:
+                    b = b.transpose((1, 0))
+                plgpu.wgmma(acc, self.a_smem.at[slot], b.at[:, mine])
+                plgpu.wgmma_wait(1)
+
+                @pl.when(k > 0)
+                def _():
+                    plgpu.barrier_arrive(self.empty.at[slot_of(k - 1)])
+
+            lax.fori_loop(0, steps, multiply_step, None)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(self.empty.at[slot_of(steps - 1)])
+            store(acc[...])
+
+    def placed(self, index: int, piece: Any) -> Any:
+        """Returns shared memory with a piece of this tile, the `index`-th, to copy."""
+        memory = self.out_smem.at[lax.axis_index("warpgroup"), index % _SLOTS]
+        plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+        memory[...] = piece.astype(self.out_smem.dtype)
+        plgpu.commit_smem()
+        return memory
