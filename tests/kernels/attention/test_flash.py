@@ -27,11 +27,11 @@ def output_and_gradients(function, arrays):
     dout = jnp.asarray(dout).astype(jnp.bfloat16).astype(arrays[0].dtype)
 
     @jax.jit
-    def run(*arrays):
+    def run(dout, *arrays):
         out, pullback = jax.vjp(function, *arrays)
         return out, *pullback(dout)
 
-    return run(*arrays)
+    return run(dout, *arrays)
 
 
 def check(case, run):

@@ -25,7 +25,7 @@ def product_and_gradients(case: GatedCase, gate, up, implementation):
     dout = dout.astype(jnp.bfloat16).astype(gate.dtype)
 
     @jax.jit
-    def run(gate, up):
+    def run(gate, up, dout):
         def op(gate, up):
             return gated_activation(
                 gate, up, activation=case.activation, implementation=implementation
@@ -34,7 +34,7 @@ def product_and_gradients(case: GatedCase, gate, up, implementation):
         out, pullback = jax.vjp(op, gate, up)
         return out, *pullback(dout)
 
-    return run(gate, up)
+    return run(gate, up, dout)
 
 
 def check(case, dtype):

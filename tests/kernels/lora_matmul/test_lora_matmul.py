@@ -60,9 +60,11 @@ def _trained(projection: Projection) -> dict[str, jax.Array]:
     return {name: array for name, array in found.items() if array is not None}
 
 
-def _with(projection: Projection, trained: dict[str, jax.Array]) -> Projection:
+def _with(
+    projection: Projection, trained: dict[str, jax.Array], weight: Any = None
+) -> Projection:
     return Projection(
-        projection.weight,
+        projection.weight if weight is None else weight,
         **{"scaling": projection.scaling, **_trained(projection), **trained},
     )
 
@@ -72,15 +74,20 @@ def _value_and_grads(
 ) -> tuple[tuple[jax.Array, ...], Any]:
     """Outputs, and the gradients of a fixed random combination of them."""
     run = _gradients(case, projections, keys, implementation)
-    gradients, outputs = run(x, [_trained(p) for p in projections])
+    gradients, outputs = run(*_arguments(x, projections))
     return outputs, gradients
+
+
+def _arguments(x: jax.Array, projections: tuple) -> tuple:
+    """What a program takes; as a constant of it, a large weight costs minutes."""
+    return x, [_trained(p) for p in projections], [p.weight for p in projections]
 
 
 def _gradients(case: Case, projections: tuple, keys: tuple, implementation: str) -> Any:
     """Compiled: from x and what is trained to their gradients and the outputs."""
 
-    def loss(x: jax.Array, trained: list[dict]) -> tuple[jax.Array, tuple]:
-        group = tuple(map(_with, projections, trained))
+    def loss(x: jax.Array, trained: list[dict], weights: list) -> tuple[Any, tuple]:
+        group = tuple(map(_with, projections, trained, weights))
         outputs = lora_matmul_group(
             x,
             group,
@@ -88,12 +95,12 @@ def _gradients(case: Case, projections: tuple, keys: tuple, implementation: str)
             dropout_keys=keys,
             implementation=implementation,
         )
-        weights = [
+        cotangents = [
             _normal(jax.random.key(i), y.shape, y.dtype) for i, y in enumerate(outputs)
         ]
         terms = [
-            jnp.sum(y.astype(jnp.float32) * w.astype(jnp.float32))
-            for y, w in zip(outputs, weights, strict=True)
+            jnp.sum(y.astype(jnp.float32) * c.astype(jnp.float32))
+            for y, c in zip(outputs, cotangents, strict=True)
         ]
         return sum(terms[1:], terms[0]), outputs
 
@@ -130,7 +137,7 @@ def test_kernels_lower_for_hopper(case: Case) -> None:
     x, projections, keys = _inputs(case, "bfloat16")
     run = _gradients(case, projections, (None,) * len(keys), "mosaic_gpu")
     with assume_compute_capability(HOPPER):
-        traced = run.trace(x, [_trained(p) for p in projections])
+        traced = run.trace(*_arguments(x, projections))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -150,7 +157,9 @@ def test_kernels_match_on_hopper(case: Case) -> None:
     )
     leaves = map(jax.tree.leaves, (actual, plain, expected))
     for got, with_xla, want in zip(*leaves, strict=True):
-        assert relative_error(got, want) < 1.5 * relative_error(with_xla, want)
+        # Sums of a few rows may be exact.
+        least = max(relative_error(with_xla, want), tolerance("float32"))
+        assert relative_error(got, want) < 1.5 * least
 
 
 def _assert_exact(case: Case, actual: tuple, dtype: str) -> None:

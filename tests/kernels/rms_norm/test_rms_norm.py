@@ -60,9 +60,8 @@ def add_norm_and_gradients(case: RMSNormCase, arrays, implementation):
 
 
 def weighted_sum(x):
-    weights = np.random.default_rng(9).normal(size=x.shape).astype(np.float32)
-    weights = jnp.asarray(weights).astype(x.dtype).astype(jnp.float32)
-    return jnp.sum(x.astype(jnp.float32) * weights)
+    weights = jax.random.normal(jax.random.key(9), x.shape).astype(x.dtype)
+    return jnp.sum(x.astype(jnp.float32) * weights.astype(jnp.float32))
 
 
 def check(function, case, dtype, implementation="xla"):
