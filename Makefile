@@ -42,7 +42,8 @@ check: setup
 	$(RUN) -m sphinx -q -W -b dummy docs build/site-check
 
 test-gpu:
-	JAX_PLATFORMS=cuda $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/kernels
+	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	$(GPU_PYTHON) -m pytest -q -n 4 -m gpu -p no:cacheprovider tests/kernels
 
 # Compiles every kernel for Hopper; needs no GPU. Its own environment: 1.5 GB.
 $(KERNELS_CI)/.ready: pyproject.toml constraints.txt
