@@ -141,7 +141,6 @@ _OFF = (None, False, 0, "", "no", "none", "None", "False", "false", "0", [], {})
 # Name -> (values that change nothing, what to know of the others).
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "trust_remote_code": (_OFF, "fastjax runs no code from model repositories"),
-    "load_in_8bit": (_OFF, "use load_in_4bit, or 16-bit weights"),
     "greater_is_better": (_OFF, "the evaluation's loss is better when smaller"),
     "logging_strategy": (("steps", None), "logging_steps counts steps"),
     "packing_strategy": (("bfd", None), "documents are packed by best fit"),

@@ -79,11 +79,24 @@ class Implementations:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
-    """How frozen weights are stored (2305.14314)."""
+    """How frozen weights are stored (2305.14314, in 8 bits 2208.07339)."""
 
     load_in_4bit: bool = True
+    load_in_8bit: bool = False
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     bnb_4bit_use_double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError(
+                "load_in_4bit and load_in_8bit are both on; weights have one size",
+                fix="add --no-load_in_4bit or drop --load_in_8bit",
+            )
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether linears take fewer bits than 16."""
+        return self.load_in_4bit or self.load_in_8bit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -309,9 +322,9 @@ class TrainConfig:
                 "full_determinism set remat to none, attention, layer or offload",
             ),
             (
-                self.full_finetuning and self.quant.load_in_4bit,
-                "full_finetuning trains every weight, load_in_4bit freezes them; "
-                "add --no-load_in_4bit or drop --full_finetuning",
+                self.full_finetuning and self.quant.is_packed,
+                "full_finetuning trains every weight, load_in_4bit and load_in_8bit "
+                "freeze them; add --no-load_in_4bit or drop --full_finetuning",
             ),
             (
                 self.full_finetuning and self.implementations.lora_matmul is not None,

@@ -189,7 +189,8 @@ def _implied(
     implied: dict[str, Any] = {}
     if values.get("eval_strategy") == "steps" and "eval_steps" not in given:
         implied["eval_steps"] = values.get("logging_steps", base.logging_steps)
-    if values.get("full_finetuning") and "load_in_4bit" not in given:
+    is_other = values.get("full_finetuning") or values.get("load_in_8bit")
+    if is_other and "load_in_4bit" not in given:
         implied["load_in_4bit"] = False
     return implied
 

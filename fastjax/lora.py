@@ -31,7 +31,7 @@ from fastjax.target_modules import (
     matched_modules,
     own_name,
 )
-from kernels.nf4 import NF4Array, dequantize
+from kernels.packed import PackedArray, dense
 
 
 def adapted_names(config: TransformerConfig, lora: LoRAConfig) -> tuple[str, ...]:
@@ -310,9 +310,8 @@ def _initialise(
         module.lora_magnitude.set_value(jax.lax.map(_magnitude, weight))
 
 
-def _magnitude(weight: Array | NF4Array) -> Float[Array, " O"]:
-    dense = dequantize(weight) if isinstance(weight, NF4Array) else weight
-    return column_norm(dense)
+def _magnitude(weight: Array | PackedArray) -> Float[Array, " O"]:
+    return column_norm(dense(weight))
 
 
 def _is_trained_beside(name: str, spec: DecoderSpec) -> bool:

@@ -17,15 +17,17 @@ from fastjax.models.build import (
 )
 from fastjax.nn.embedding import with_product, with_rows
 from fastjax.nn.linear import AdapterSpec
-from kernels.nf4 import NF4Array, dequantize
+from kernels.packed import PackedArray, dense
 
 TABLES = get_args(Table)
 ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_b_bias", "lora_magnitude", "rows")
 
 
 def merged_weights(
-    base: Iterable[tuple[str, Array | NF4Array]], adapters: Adapters, spec: DecoderSpec
-) -> Iterator[tuple[str, Array | NF4Array]]:
+    base: Iterable[tuple[str, Array | PackedArray]],
+    adapters: Adapters,
+    spec: DecoderSpec,
+) -> Iterator[tuple[str, Array | PackedArray]]:
     """Yields (canonical name, array) of the model with its adapters merged.
 
     What adapters change is float32, for the writer to round once; all else comes as it
@@ -45,8 +47,7 @@ def merged_weights(
             continue
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in spec.adapters:
-            held = adapters.get(name, value)
-            weight = dequantize(held) if isinstance(held, NF4Array) else held
+            weight = dense(adapters.get(name, value))
             yield name, _merged(weight, module, adapters, spec.adapters[module])
         elif leaf == "bias" and f"{module}.lora_b_bias" in adapters:
             added = spec.adapters[module].scaling * adapters[f"{module}.lora_b_bias"]

@@ -66,7 +66,7 @@ def _mebibytes(text: str) -> int:
     return int(text) * _MEBIBYTE if text.isdigit() else 0
 
 
-def memory_share(memory_gib: float) -> float | None:
+def memory_share(memory_gib: float | int) -> float | None:
     """Returns the share of the memory of the GPU that runs use that so many GiB are.
 
     That is the first one of `CUDA_VISIBLE_DEVICES`. None where 0 GiB leave it to JAX,

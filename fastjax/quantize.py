@@ -1,4 +1,4 @@
-"""Which weights are 4-bit, in which format, and the way there and back."""
+"""Which weights are packed, in which format, and the way there and back."""
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,32 +6,42 @@ from collections.abc import Iterable, Iterator, Mapping
 import jax
 from jaxtyping import Array, Float
 
+from fastjax.config import DType, QuantConfig
 from fastjax.models.build import Weights
 from fastjax.nn.linear import PackedFormat
-from kernels.nf4 import NF4Array, dequantize
+from kernels.nf4 import NF4Array
+from kernels.packed import PackedArray, dense
+
+
+def wanted_format(quant: QuantConfig | None, dtype: DType) -> PackedFormat | None:
+    """Returns the format that linears of 16 bits are given; None keeps them."""
+    if quant is None or not quant.is_packed:
+        return None
+    return PackedFormat(
+        code="int8" if quant.load_in_8bit else quant.bnb_4bit_quant_type,
+        double_quant=quant.bnb_4bit_use_double_quant and not quant.load_in_8bit,
+        dtype=dtype,
+    )
 
 
 def packed_formats(weights: Weights) -> dict[str, PackedFormat]:
-    """Returns the 4-bit format of each packed linear, by canonical module name.
+    """Returns the format of each packed linear, by canonical module name.
 
     A checkpoint decides per tensor what is packed, so that dynamic 4-bit ones keep
     the layers that their makers left in 16 bits.
     """
     return {
-        name.removesuffix(".weight"): PackedFormat(
-            code=value.code,
-            double_quant=value.nested_absmax is not None,
-            dtype=value.dtype,
-        )
+        name.removesuffix(".weight"): _format_of(value)
         for name, value in weights.items()
-        if isinstance(value, NF4Array)
+        if isinstance(value, PackedArray)
     }
 
 
 def packed_weights(
-    weights: Iterable[tuple[str, Array | NF4Array]], formats: Mapping[str, PackedFormat]
-) -> Iterator[tuple[str, Array | NF4Array]]:
-    """Yields the weights, those of `formats` in 4 bits; what is packed stays so.
+    weights: Iterable[tuple[str, Array | PackedArray]],
+    formats: Mapping[str, PackedFormat],
+) -> Iterator[tuple[str, Array | PackedArray]]:
+    """Yields the weights, those of `formats` in 4 bits; what has 4 bits stays so.
 
     Args:
       weights: Canonical names and arrays.
@@ -42,17 +52,24 @@ def packed_weights(
         if packed is None or isinstance(value, NF4Array):
             yield name, value
         else:
-            yield name, _packed(value, packed=packed)
+            yield name, _packed(dense(value), packed=packed)
 
 
 def dense_weights(
-    weights: Iterable[tuple[str, Array | NF4Array]],
+    weights: Iterable[tuple[str, Array | PackedArray]],
 ) -> Iterator[tuple[str, Array]]:
-    """Yields the weights, 4-bit ones dequantised."""
+    """Yields the weights, packed ones dequantised."""
     for name, value in weights:
-        yield name, dequantize(value) if isinstance(value, NF4Array) else value
+        yield name, dense(value)
+
+
+def _format_of(value: PackedArray) -> PackedFormat:
+    if isinstance(value, NF4Array):
+        has_nested = value.nested_absmax is not None
+        return PackedFormat(code=value.code, double_quant=has_nested, dtype=value.dtype)
+    return PackedFormat(code="int8", double_quant=False, dtype=value.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("packed",))
-def _packed(weight: Float[Array, "I O"], *, packed: PackedFormat) -> NF4Array:
+def _packed(weight: Float[Array, "I O"], *, packed: PackedFormat) -> PackedArray:
     return packed.pack(weight)

@@ -20,7 +20,7 @@ from fastjax.models.build import DecoderSpec, linear_names, weight_places
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.decoder import Decoder
 from fastjax.nn.linear import PackedFormat
-from kernels.nf4 import dequantize
+from kernels.packed import dense
 
 Batch = Mapping[str, Int[Array, "B T"]]
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -147,7 +147,7 @@ def kept_in_16_bits(
 
 @functools.partial(jax.jit, static_argnames=("packed",))
 def _rounded(weight: Float[Array, "I O"], *, packed: PackedFormat) -> Array:
-    return dequantize(packed.pack(weight)).astype(jnp.float32)
+    return dense(packed.pack(weight)).astype(jnp.float32)
 
 
 def _norm(parts: Iterable[Array]) -> float:

@@ -111,6 +111,8 @@ def nf4_specs(
       shape: In Hugging Face's order.
       packed: Its format.
     """
+    if packed.code == "int8":
+        raise ValueError("int8 is no 4-bit format")
     blocks = -(-math.prod(shape) // BLOCK)
     small, float32 = np.dtype(np.uint8), np.dtype(np.float32)
     specs = {

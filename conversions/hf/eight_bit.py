@@ -1,4 +1,4 @@
-"""8-bit linear layers in Hugging Face files, dequantised as they are read.
+"""8-bit linear layers in Hugging Face files, mostly dequantised as they are read.
 
 FP8 in blocks (DeepSeek-V3, arxiv.org/abs/2412.19437 section 3.3; Qwen3-FP8): codes e4m3
 and `weight_scale_inv`, a float32 factor for each 128 x 128 block. LLM.int8
@@ -12,14 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from conversions.hf.checkpoint import Checkpoint
+from fastjax.config import DType
 from fastjax.errors import ModelError
+from kernels.int8 import STEP, Int8Array
 
 BLOCK = 128
 _FP8, _INT8 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.int8)
 _SCALES = {_FP8: "weight_scale_inv", _INT8: "SCB"}
 _FORMAT = "weight_format"
-# bitsandbytes multiplies by this float32 in the place of a division by 127.
-_INT8_STEP = np.float32(7.874015718698502e-3)
 
 
 def is_eight_bit(dtype: np.dtype) -> bool:
@@ -50,6 +50,30 @@ def read_eight_bit(checkpoint: Checkpoint, weight: str) -> Float[Array, "O I"]:
     Raises:
       ModelError: Its scales are not float32 or not finite, or its order is not by row.
     """
+    codes, scales = _stored(checkpoint, weight)
+    on_device = jax.device_put(codes, may_alias=False)
+    if codes.dtype == _FP8:
+        return _from_blocks(on_device, jnp.asarray(scales))
+    return _from_rows(on_device, jnp.asarray(scales))
+
+
+def read_int8(checkpoint: Checkpoint, weight: str, *, dtype: DType) -> Int8Array:
+    """Returns a weight of LLM.int8 as it is stored; see `read_eight_bit`."""
+    codes, scales = _stored(checkpoint, weight)
+    return Int8Array(
+        codes=_turned(jax.device_put(codes, may_alias=False)),
+        absmax=jnp.asarray(scales),
+        dtype=dtype,
+    )
+
+
+def is_int8(dtype: np.dtype) -> bool:
+    """Says whether weights of this dtype are of LLM.int8."""
+    return dtype == _INT8
+
+
+def _stored(checkpoint: Checkpoint, weight: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the codes of an 8-bit weight and their float32 scales, both checked."""
     codes = checkpoint.read(weight)
     name = weight.removesuffix("weight") + _SCALES[codes.dtype]
     scales = checkpoint.read(name)
@@ -59,13 +83,16 @@ def read_eight_bit(checkpoint: Checkpoint, weight: str) -> Float[Array, "O I"]:
     scales = scales.astype(np.float32)
     if not np.isfinite(scales).all():
         raise ModelError("scales are NaN or infinite", where=where)
-    on_device = jax.device_put(codes, may_alias=False)
-    if codes.dtype == _FP8:
-        return _from_blocks(on_device, jnp.asarray(scales))
-    order = checkpoint.read(weight.removesuffix("weight") + _FORMAT)
-    if int(order) != 0:
-        raise ModelError("int8 rows are in an order of old GPUs", where=where)
-    return _from_rows(on_device, jnp.asarray(scales))
+    if codes.dtype == _INT8:
+        order = checkpoint.read(weight.removesuffix("weight") + _FORMAT)
+        if int(order) != 0:
+            raise ModelError("int8 rows are in an order of old GPUs", where=where)
+    return codes, scales
+
+
+@jax.jit
+def _turned(codes: Int8[Array, "O I"]) -> Int8[Array, "I O"]:
+    return codes.T
 
 
 @jax.jit
@@ -79,4 +106,4 @@ def _from_blocks(codes: Array, scales: Float[Array, "_ _"]) -> Float[Array, "O I
 def _from_rows(
     codes: Int8[Array, "O I"], scales: Float[Array, " O"]
 ) -> Float[Array, "O I"]:
-    return codes.astype(jnp.float32) * scales[:, None] * _INT8_STEP
+    return codes.astype(jnp.float32) * scales[:, None] * STEP

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,13 @@ from conversions.bnb import (
     read_nf4,
 )
 from conversions.hf.checkpoint import Checkpoint
-from conversions.hf.eight_bit import companions, is_eight_bit, read_eight_bit
+from conversions.hf.eight_bit import (
+    companions,
+    is_eight_bit,
+    is_int8,
+    read_eight_bit,
+    read_int8,
+)
 from conversions.hf.families import checkpoint_tensors
 from conversions.report import TensorReport, compare_shapes
 from conversions.rules import Layout, Tensor, relaid
@@ -26,7 +31,8 @@ from fastjax.errors import CheckpointMismatch, ModelError
 from fastjax.models.build import Weights
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.linear import PackedFormat
-from kernels.nf4 import NF4Array, quantize
+from fastjax.quantize import wanted_format
+from kernels.packed import PackedArray
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -61,7 +67,7 @@ def stream_weights(
     dtype: DType = "bfloat16",
     quant: QuantConfig | None = None,
     is_quantised_name: Callable[[str], bool] | None = None,
-) -> Iterator[tuple[str, Array | NF4Array]]:
+) -> Iterator[tuple[str, Array | PackedArray]]:
     """Yields the weights of a checkpoint one by one, in the order of its files.
 
     A tensor that the checkpoint holds in 4 bits stays as it is, whatever `quant`
@@ -71,7 +77,7 @@ def stream_weights(
       checkpoint: The files.
       config: Says exactly which tensors must be there.
       dtype: Of weights that are not quantised, and of dequantised values.
-      quant: Quantises linear layers of 16-bit checkpoints; None keeps them dense.
+      quant: Packs linear layers of 16-bit checkpoints; None keeps them dense.
       is_quantised_name: Chooses among the linear layers by our name, such as
         "layers.0.self_attn.q_proj.weight"; None takes all of them.
 
@@ -81,7 +87,7 @@ def stream_weights(
       ModelError: A tensor holds NaN or infinite values, or broken 4-bit data.
     """
     expected, states = check_tensors(checkpoint, config)
-    is_dense = states or quant is None or not quant.load_in_4bit
+    wanted_packed = None if states else wanted_format(quant, dtype)
     names = [name for name in checkpoint.tensors if name in expected]
     for hf_name, following in zip(names, [*names[1:], None], strict=True):
         if following is not None:
@@ -91,19 +97,17 @@ def stream_weights(
         if hf_name in states:
             yield tensor.name, read_nf4(hf_name, states[hf_name], checkpoint.read)
             continue
-        array = _read_dense(checkpoint, hf_name, dtype)
         wanted = is_quantised_name is None or is_quantised_name(tensor.name)
-        if is_dense or quant is None or not tensor.is_linear or not wanted:
+        packs = tensor.is_linear and wanted
+        is_stored = is_int8(checkpoint.tensors[hf_name].dtype)
+        if packs and is_stored and wanted_packed and wanted_packed.code == "int8":
+            yield tensor.name, read_int8(checkpoint, hf_name, dtype=dtype)
+            continue
+        array = _read_dense(checkpoint, hf_name, dtype)
+        if wanted_packed is None or not packs:
             yield tensor.name, _relaid(array, layout=tensor.layout)
         else:
-            yield (
-                tensor.name,
-                _quantised(
-                    array,
-                    code=quant.bnb_4bit_quant_type,
-                    double_quant=quant.bnb_4bit_use_double_quant,
-                ),
-            )
+            yield tensor.name, _quantised(array, packed=wanted_packed)
 
 
 def check_tensors(
@@ -256,8 +260,6 @@ def _relaid(array: Array, *, layout: Layout) -> Array:
     return relaid(array, layout)
 
 
-@functools.partial(jax.jit, static_argnames=("code", "double_quant"))
-def _quantised(
-    array: Float[Array, "O I"], *, code: Literal["nf4", "fp4"], double_quant: bool
-) -> NF4Array:
-    return quantize(array.T, code=code, double_quant=double_quant)
+@functools.partial(jax.jit, static_argnames=("packed",))
+def _quantised(array: Float[Array, "O I"], *, packed: PackedFormat) -> PackedArray:
+    return packed.pack(array.T)

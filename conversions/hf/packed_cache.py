@@ -35,7 +35,7 @@ from fastjax.errors import ModelError, StorageError
 from fastjax.files import require_space
 from fastjax.models.build import Weights
 from fastjax.models.transformer_config import TransformerConfig
-from fastjax.nn.linear import PackedFormat
+from fastjax.quantize import wanted_format
 
 _VERSION = 1
 _LEAST_BYTES = 2**30
@@ -71,7 +71,7 @@ def load_packed_weights(
     """
     total = sum(spec.nbytes for spec in checkpoint.tensors.values())
     is_packed = bool(quantised_names(checkpoint.tensors))
-    if quant is None or not quant.load_in_4bit or is_packed or total < least_bytes:
+    if quant is None or not quant.is_packed or is_packed or total < least_bytes:
         return load_weights(checkpoint, config, dtype=dtype, quant=quant)
     structures = _structures(config, dtype, quant)
     specs = _specs(structures)
@@ -174,14 +174,10 @@ def _structures(
     config: TransformerConfig, dtype: DType, quant: QuantConfig
 ) -> dict[str, Any]:
     """Returns the shapes of all weights as they are held, by our names."""
-    packed = PackedFormat(
-        code=quant.bnb_4bit_quant_type,
-        double_quant=quant.bnb_4bit_use_double_quant,
-        dtype=dtype,
-    )
+    packed = wanted_format(quant, dtype)
 
     def structure(tensor: Tensor) -> Any:
-        if tensor.is_linear:
+        if tensor.is_linear and packed is not None:
             outputs, inputs = tensor.shape
             return packed.abstract((inputs, outputs))
         return jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(dtype))

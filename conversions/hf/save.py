@@ -28,6 +28,7 @@ from fastjax.files import new_file, new_folder, require_space
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.linear import PackedFormat
 from kernels.nf4 import NF4Array
+from kernels.packed import PackedArray, dense
 
 MAX_SHARD_BYTES = 5_000_000_000
 COPIED = (
@@ -49,7 +50,7 @@ type Shard = dict[str, TensorSpec]
 
 def save_model(
     folder: Path,
-    weights: Iterable[tuple[str, Array | np.ndarray | NF4Array]],
+    weights: Iterable[tuple[str, Array | np.ndarray | PackedArray]],
     config: TransformerConfig,
     *,
     source: Path,
@@ -164,7 +165,7 @@ def _write_tensors(
     folder: Path,
     shards: Sequence[Shard],
     tensors: Sequence[Tensor],
-    weights: Iterable[tuple[str, Array | np.ndarray | NF4Array]],
+    weights: Iterable[tuple[str, Array | np.ndarray | PackedArray]],
 ) -> None:
     names = [WEIGHTS_NAME]
     if len(shards) > 1:
@@ -190,13 +191,14 @@ def _write_tensors(
 
 def _stored(
     tensor: Tensor,
-    array: Array | np.ndarray | NF4Array,
+    array: Array | np.ndarray | PackedArray,
     specs: Mapping[str, TensorSpec],
 ) -> dict[str, np.ndarray]:
     """Returns a weight as the file holds it; a device casts and transposes its own."""
     if isinstance(array, NF4Array):
         return padded_nf4_tensors(tensor.hf, array, specs)
     dtype = specs[tensor.hf].dtype
+    array = dense(array) if isinstance(array, PackedArray) else array
     if isinstance(array, jax.Array):
         array = np.asarray(_laid_out(array, dtype=dtype.name, layout=tensor.layout))
         return {tensor.hf: array}

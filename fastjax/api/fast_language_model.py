@@ -47,8 +47,8 @@ class FastLanguageModel:
           dtype: Of activations: a name or a NumPy dtype; None takes bfloat16 where
             the device has it, else float16.
           load_in_4bit: Hold frozen weights in 4 bits.
-          load_in_8bit: Must be false.
-          full_finetuning: Train every weight; turns 4-bit off.
+          load_in_8bit: Hold them in 8 bits instead, with a scale for each output.
+          full_finetuning: Train every weight; turns 4 and 8 bits off.
           revision: Branch, tag or commit of a hub model.
           bnb_4bit_quant_type: "nf4" or "fp4".
           use_gradient_checkpointing: As in `get_peft_model`, for full fine-tuning.
@@ -67,11 +67,12 @@ class FastLanguageModel:
                 "token is not taken, so that it does not stay in scripts and logs",
                 fix="run `hf auth login` once, or set HF_TOKEN in the environment",
             )
-        switches = {"load_in_8bit": load_in_8bit}
-        train_config(switches | {"trust_remote_code": trust_remote_code})
+        train_config({"trust_remote_code": trust_remote_code})
         runtime.configure(memory_share=nvidia.memory_share(memory_gib))
         quant = {"bnb_4bit_quant_type": bnb_4bit_quant_type}
-        quant |= {"load_in_4bit": load_in_4bit and not full_finetuning}
+        is_other = full_finetuning or load_in_8bit
+        quant |= {"load_in_4bit": load_in_4bit and not is_other}
+        quant |= {"load_in_8bit": load_in_8bit and not full_finetuning}
         model = load_model(
             model_name,
             revision=revision,

@@ -31,7 +31,7 @@ from fastjax.inference.generate import generate, require_known_tokens
 from fastjax.inference.sampling import Sampling
 from fastjax.models.build import DecoderSpec
 from fastjax.nn.decoder import Decoder
-from kernels.nf4 import NF4Array
+from kernels.packed import PackedArray
 
 SaveMethod = Literal["merged_16bit", "merged_4bit", "lora"]
 _NOT_DRAWN = "temperature, top_k, top_p and min_p have no effect without do_sample=True"
@@ -85,7 +85,8 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         """Returns family, size, storage and adapter in one line."""
-        config, held = self.config, "4-bit" if self.spec.packed else "dense"
+        codes = {packed.code for packed in self.spec.packed.values()}
+        config, held = self.config, " and ".join(sorted(codes)) or "dense"
         adapter = "" if self.lora is None else f", adapter of rank {self.lora.lora_r}"
         return (
             f"LanguageModel({self.source.name}: {config.family}, "
@@ -376,6 +377,7 @@ def _sampling(
 
 
 def _weights_in(value: Any) -> int:
-    if not isinstance(value, NF4Array):
+    if not isinstance(value, PackedArray):
         return int(value.size)
-    return int(np.prod(value.codes.shape[:-1], dtype=int)) * value.size
+    layers = value.absmax.shape[:-1]
+    return int(np.prod(layers, dtype=int)) * value.size

@@ -41,7 +41,7 @@ def load_model(
       name: Preset name, folder or hub name.
       revision: Branch, tag or commit of a hub model.
       dtype: Of activations, and of weights that stay in 16 bits.
-      quant: Whether and how weights become 4-bit; None keeps them dense.
+      quant: Whether and how weights are packed; None keeps them dense.
       full_finetuning: Every weight trains, as float32.
       implementations: Implementation of each op; None takes the first able one.
       max_seq_length: Longest row that training uses, in tokens.
@@ -127,7 +127,7 @@ def _commit(folder: Path) -> str | None:
 
 def _put_adapter(model: LanguageModel, folder: Path) -> None:
     adapter = read_adapter(folder, model.config)
-    if adapter.lora.init_lora_weights == "loftq" and not model.spec.packed:
+    if adapter.lora.init_lora_weights == "loftq" and not model.spec.has_4bit:
         raise ModelError(
             "this adapter started from what 4 bits lose (LoftQ), so it belongs to the "
             "4-bit weights",

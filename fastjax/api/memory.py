@@ -6,11 +6,12 @@ from typing import NoReturn
 
 from fastjax import lora as adapters
 from fastjax.api.benchmark_report import device_bytes
-from fastjax.config import QuantConfig, RematPolicy, TrainConfig
+from fastjax.config import DType, QuantConfig, RematPolicy, TrainConfig
 from fastjax.errors import OutOfMemory
 from fastjax.models.build import DecoderSpec, linear_names
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.linear import PackedFormat
+from fastjax.quantize import wanted_format
 from fastjax.remat import RematPlan
 from fastjax.train.memory_plan import (
     BatchShape,
@@ -227,16 +228,10 @@ _NAMES = {
 
 
 def _packed(
-    quant: QuantConfig, sizes: TransformerConfig, dtype: str
+    quant: QuantConfig, sizes: TransformerConfig, dtype: DType
 ) -> dict[str, PackedFormat]:
-    if not quant.load_in_4bit:
-        return {}
-    packed = PackedFormat(
-        code=quant.bnb_4bit_quant_type,
-        double_quant=quant.bnb_4bit_use_double_quant,
-        dtype=dtype,
-    )
-    return dict.fromkeys(linear_names(sizes), packed)
+    packed = wanted_format(quant, dtype)
+    return {} if packed is None else dict.fromkeys(linear_names(sizes), packed)
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:

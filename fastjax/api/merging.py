@@ -23,7 +23,7 @@ from fastjax.models.build import DecoderSpec, flat_weights, linear_names
 from fastjax.nn.decoder import Decoder
 from fastjax.nn.linear import PackedFormat
 from fastjax.quantize import dense_weights, packed_weights
-from kernels.nf4 import NF4Array
+from kernels.packed import PackedArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,14 +111,14 @@ class Merge:
 
     def _merged(
         self, base_precision: BasePrecision, dtype: DType
-    ) -> Iterator[tuple[str, Array | NF4Array]]:
+    ) -> Iterator[tuple[str, Array | PackedArray]]:
         return merged_weights(
             self._base(base_precision, dtype), self.adapter, self.spec
         )
 
     def _base(
         self, base_precision: BasePrecision, dtype: DType
-    ) -> Iterator[tuple[str, Array | NF4Array]]:
+    ) -> Iterator[tuple[str, Array | PackedArray]]:
         if self.needs_4bit and base_precision == "original":
             raise ConfigError(
                 "this adapter started from what 4 bits lose of the base (LoftQ); on "

@@ -10,6 +10,7 @@ from fastjax import files
 from fastjax.api.language_model import LanguageModel
 from fastjax.config import TrainConfig
 from fastjax.errors import printable
+from fastjax.quantize import wanted_format
 from fastjax.train import TrainResult
 from fastjax.train.record import environment
 
@@ -91,7 +92,8 @@ def _settings(config: TrainConfig, *, is_adapter: bool) -> dict[str, Any]:
         "sequence length": config.data.max_length,
         "seed": config.seed,
     }
-    held = config.quant.bnb_4bit_quant_type if config.quant.load_in_4bit else "none"
+    packed = wanted_format(config.quant, config.dtype)
+    held = "none" if packed is None else packed.code
     adapter = {"rank": lora.lora_r, "alpha": lora.lora_alpha, "quantisation": held}
     return {**(adapter if is_adapter else {}), **shared}
 

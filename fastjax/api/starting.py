@@ -11,6 +11,7 @@ from fastjax.loftq import low_rank_start
 from fastjax.lora import set_adapter_weights
 from fastjax.models.build import flat_weights
 from kernels.nf4 import NF4Array, dequantize
+from kernels.packed import PackedArray
 
 
 def start_from_loss(model: LanguageModel, *, seed: int) -> None:
@@ -24,7 +25,7 @@ def start_from_loss(model: LanguageModel, *, seed: int) -> None:
       ConfigError: There are no 4-bit weights, or no 16-bit ones to compare with.
     """
     checkpoint = Checkpoint(model.source.folder)
-    if not model.spec.packed or stored_formats(checkpoint, model.config):
+    if not model.spec.has_4bit or stored_formats(checkpoint, model.config):
         raise ConfigError(
             "init_lora_weights=loftq needs a 16-bit model that is loaded in 4 bits",
             fix="set load_in_4bit and give the model that is not quantised yet",
@@ -38,7 +39,7 @@ def start_from_loss(model: LanguageModel, *, seed: int) -> None:
     key = jax.random.key(seed)
     for name, weight in stream_weights(checkpoint, model.config, dtype="float32"):
         held = packed.pop(name, None)
-        if not isinstance(held, NF4Array) or isinstance(weight, NF4Array):
+        if not isinstance(held, NF4Array) or isinstance(weight, PackedArray):
             continue
         module = name.removesuffix(".weight")
         adapter = model.spec.adapters[module]

@@ -331,7 +331,11 @@ def _resolved(
         model_revision=model.source.revision or config.model_revision,
         dtype=model.spec.compute_dtype,
         full_finetuning=model.spec.trains_weights,
-        quant=dataclasses.replace(config.quant, load_in_4bit=bool(model.spec.packed)),
+        quant=dataclasses.replace(
+            config.quant,
+            load_in_4bit=model.spec.has_4bit,
+            load_in_8bit=bool(model.spec.packed) and not model.spec.has_4bit,
+        ),
         lora=model.lora or config.lora,
         remat=config.remat if wants_remat else model.remat,
         data=dataclasses.replace(config.data, **given),

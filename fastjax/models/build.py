@@ -21,9 +21,9 @@ from fastjax.nn.mlp import GatedMLP
 from fastjax.nn.norm import RMSNorm
 from fastjax.nn.rope import RotaryEmbedding
 from fastjax.rope_config import RopeConfig
-from kernels.nf4 import NF4Array
+from kernels.packed import PackedArray
 
-type Weights = dict[str, Array | NF4Array]
+type Weights = dict[str, Array | PackedArray]
 type Adapters = Mapping[str, Array]
 
 _LINEARS = (
@@ -47,7 +47,7 @@ class DecoderSpec:
       param_dtype: Of dense weights.
       compute_dtype: Of activations and matrix products.
       trains_weights: Every weight trains (full fine-tuning).
-      packed: 4-bit format of the linears that have one, by canonical module name
+      packed: Packed format of the linears that have one, by canonical module name
         such as `layers.3.mlp.up_proj`.
       adapters: Adapter of the linears that have one, by the same names, and of
         embed_tokens and lm_head.
@@ -79,6 +79,11 @@ class DecoderSpec:
             trains_weight=self.trains_weights,
             trains_bias=name in self.trained_biases,
         )
+
+    @property
+    def has_4bit(self) -> bool:
+        """Whether some linears are held in 4 bits."""
+        return any(packed.is_4bit for packed in self.packed.values())
 
     @property
     def trains_head(self) -> bool:

@@ -10,30 +10,39 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fastjax.nn.variables import Frozen, LoRAParam, abstract, variable
+from kernels import int8, nf4
 from kernels.lora_matmul import Projection, lora_matmul_group
-from kernels.nf4 import NF4Array, quantize
+from kernels.packed import PackedArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PackedFormat:
-    """How a 4-bit weight is stored (2305.14314 section 3).
+    """How a weight of fewer bits is stored.
 
     Attributes:
-      code: Table of the sixteen values.
-      double_quant: The block scales are themselves 8-bit.
+      code: Table of the sixteen values of 4 bits (2305.14314 section 3), or 8 bits
+        with a scale for each output (2208.07339).
+      double_quant: The block scales of 4 bits are themselves 8-bit.
       dtype: Of the dequantised values, which are rounded to it.
     """
 
-    code: Literal["nf4", "fp4"] = "nf4"
+    code: Literal["nf4", "fp4", "int8"] = "nf4"
     double_quant: bool = True
     dtype: str = "bfloat16"
 
-    def pack(self, weight: Float[Array, "I O"]) -> NF4Array:
+    @property
+    def is_4bit(self) -> bool:
+        """Whether it is of 4 bits."""
+        return self.code != "int8"
+
+    def pack(self, weight: Float[Array, "I O"]) -> PackedArray:
         """Returns the weight, rounded to `dtype`, in this format."""
         rounded = weight.astype(self.dtype)
-        return quantize(rounded, code=self.code, double_quant=self.double_quant)
+        if self.code == "int8":
+            return int8.quantize(rounded)
+        return nf4.quantize(rounded, code=self.code, double_quant=self.double_quant)
 
-    def abstract(self, shape: tuple[int, int]) -> NF4Array:
+    def abstract(self, shape: tuple[int, int]) -> PackedArray:
         """Returns the shapes of a packed weight."""
         return jax.eval_shape(self.pack, abstract(shape, jnp.dtype(self.dtype)))
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from kernels import dispatch
 from kernels.choice import fastest_first
-from kernels.nf4 import NF4Array
+from kernels.packed import PackedArray
 
 from . import reference, vjp
 from .projection import Projection
@@ -21,7 +21,7 @@ _IMPLEMENTATIONS = {
 
 def lora_matmul(
     x: Float[Array, "*B I"],
-    w: Float[Array, "I O"] | NF4Array,
+    w: Float[Array, "I O"] | PackedArray,
     a: Float[Array, "I R"] | None,
     b: Float[Array, "R O"] | None,
     *,

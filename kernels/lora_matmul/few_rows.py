@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Float32
 from kernels.dispatch import UnsupportedOp
 from kernels.nf4 import NF4Array, ptx, rounding
 from kernels.nf4.codebooks import CODEBOOKS, DYNAMIC_MAP
+from kernels.packed import PackedArray
 from kernels.stand_in import stand_in
 from kernels.wgmma import accumulator, swizzled
 
@@ -101,7 +102,7 @@ def few_rows_product(
     return jnp.sum(parts, axis=0)[:, :rows].T
 
 
-def check_few_rows(x: jax.Array, w: jax.Array | NF4Array) -> None:
+def check_few_rows(x: jax.Array, w: jax.Array | PackedArray) -> None:
     """Raises `UnsupportedOp` for what the kernel lacks."""
     if not isinstance(w, NF4Array):
         raise UnsupportedOp("few rows need a 4-bit weight")

@@ -18,12 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels.device import multiprocessors, require_hopper
 from kernels.dispatch import UnsupportedOp
 from kernels.nf4 import NF4Array
+from kernels.packed import dense
 from kernels.persistent_product import tiles_for
 
 from . import xla
 from .accumulate import accumulated_products
 from .few_rows import MAX_ROWS, check_few_rows, few_rows_product
-from .products import dense, product
+from .products import product
 from .projection import Projection
 from .skinny import (
     MAX_COTANGENT_RANK,

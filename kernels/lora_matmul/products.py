@@ -6,18 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.nf4 import NF4Array, dequantize
-
 _ALIGNMENT = 8
-
-
-def dense(
-    weight: Float[Array, "I O"] | NF4Array, dtype: jax.typing.DTypeLike
-) -> Float[Array, "I O"]:
-    """Returns the frozen weight as a matrix of `dtype`."""
-    if isinstance(weight, NF4Array):
-        return dequantize(weight, dtype=dtype)
-    return weight.astype(dtype)
 
 
 def product(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from kernels.nf4 import NF4Array
+from kernels.packed import PackedArray
 
 
 @functools.partial(
@@ -30,7 +30,7 @@ class Projection:
       magnitude: Length of each output's column, for DoRA (arxiv.org/abs/2402.09353).
     """
 
-    weight: Float[Array, "I O"] | NF4Array
+    weight: Float[Array, "I O"] | PackedArray
     bias: Float[Array, " O"] | None = None
     lora_a: Float[Array, "I R"] | None = None
     lora_b: Float[Array, "R O"] | None = None

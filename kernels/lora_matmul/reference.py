@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from kernels.nf4 import NF4Array, dequantize
+from kernels.packed import dense
 
 from .dropout import dropped, kept_scale
 from .projection import Projection
@@ -34,7 +35,7 @@ def _project(
     weight = projection.weight
     if isinstance(weight, NF4Array):
         weight = dequantize(weight, implementation="reference")
-    weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
+    weight = jax.lax.stop_gradient(dense(weight, jnp.float32))
     y = jnp.dot(x, weight, precision=_EXACT)
     if projection.lora_a is not None and projection.lora_b is not None:
         scale = jax.lax.stop_gradient(projection.scale)

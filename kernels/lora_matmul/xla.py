@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
-from kernels.nf4 import NF4Array
+from kernels.packed import PackedArray, dense
 
 from .dora import column_norm
 from .dropout import dropped, kept_scale
-from .products import dense, product, sum_of_products
+from .products import product, sum_of_products
 from .projection import Projection
 
 RESIDUAL_NAMES = ("lora_xa",)
@@ -288,7 +288,7 @@ def _joining_moves_less(rows: int, joined: int, added: int, copied: int) -> bool
 
 def _copied_weights(projections: Projections) -> list[jax.Array]:
     """Weights that joining would copy; a packed one is written anew in any case."""
-    return [p.weight for p in projections if not isinstance(p.weight, NF4Array)]
+    return [p.weight for p in projections if not isinstance(p.weight, PackedArray)]
 
 
 def _down(projection: Projection, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -13,6 +13,7 @@ from conversions.hf.eight_bit import read_eight_bit
 from conversions.safetensors_writer import write_safetensors
 from fastjax.config import QuantConfig
 from fastjax.errors import CheckpointMismatch, ModelError
+from kernels.int8 import Int8Array
 from kernels.nf4 import NF4Array
 
 Tensors = dict[str, np.ndarray]
@@ -93,3 +94,16 @@ def test_scales_must_be_there_and_finite(fixtures: Path, tmp_path: Path) -> None
     write_safetensors(folder / "model.safetensors", tensors)
     with pytest.raises(CheckpointMismatch, match=f"missing: {name}"):
         load_weights(Checkpoint(folder), read_config(folder))
+
+
+def test_rows_of_8_bits_are_taken_as_they_are(fixtures: Path, tmp_path: Path) -> None:
+    folder = written(fixtures, tmp_path, int8, INT8)
+    quant = QuantConfig(load_in_4bit=False, load_in_8bit=True)
+    checkpoint = Checkpoint(folder)
+    weights = load_weights(checkpoint, read_config(folder), quant=quant)
+    held = weights["layers.0.self_attn.q_proj.weight"]
+    assert isinstance(held, Int8Array)
+    np.testing.assert_array_equal(held.codes, checkpoint.read(Q).T)
+    np.testing.assert_array_equal(
+        held.absmax, checkpoint.read(Q.removesuffix("weight") + "SCB")
+    )

@@ -51,3 +51,19 @@ def test_tables_start_as_they_are_and_train_in_float32(small_model: Path) -> Non
     assert model.split()[1]["lm_head"]["weight"].get_value().dtype == jnp.float32
     with pytest.raises(FastJaxError, match="load the base model again"):
         model.base_decoder()
+
+
+def test_an_8_bit_base_computes_what_its_weights_say(
+    small_model: Path, tmp_path: Path
+) -> None:
+    model, _ = FastLanguageModel.from_pretrained(
+        str(small_model), dtype="float32", load_in_8bit=True
+    )
+    assert "int8" in repr(model)
+    dense = np.asarray(load_model(str(small_model), dtype="float32").logits(IDS))
+    logits = np.asarray(model.logits(IDS))
+    assert 0 < np.abs(logits - dense).max() < 0.05 * np.ptp(dense)
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    folder = model.save_pretrained_merged(tmp_path / "m", base_precision="dequantised")
+    again = load_model(str(folder), dtype="float32").logits(IDS)
+    np.testing.assert_allclose(again, logits, atol=1e-5)

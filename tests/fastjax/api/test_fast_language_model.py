@@ -59,7 +59,6 @@ def test_wrong_dtypes_are_refused(small_model: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"load_in_8bit": True}, "load_in_4bit"),
         ({"trust_remote_code": True}, "no code"),
         ({"token": "hf_secret"}, "HF_TOKEN"),
         ({"bnb_4bit_quant_type": "int4"}, "nf4, fp4"),
