@@ -102,12 +102,18 @@ def rematerialised(
     """Returns a layer's function that keeps what `policy` names, no more.
 
     Args:
-      body: Of one layer.
+      body: Of one layer: its place, its input, what trains of it, stacks of the rest.
       policy: What its backward pass finds.
       is_scanned: Forward and backward pass are loops of their own. In one program XLA
         would else find the same terms in both and keep them all.
     """
-    return jax.checkpoint(body, policy=_saveable(policy), prevent_cse=not is_scanned)
+    keeps = _saveable(policy)
+    if is_scanned:
+        return jax.checkpoint(body, policy=keeps, prevent_cse=False)
+    # The place stays a constant to XLA, so that kernels read stacks where they lie. The
+    # inner jit holds the body's constants, for which a tuple has no entries.
+    prevent_cse = (False, True, True, True)
+    return jax.checkpoint(jax.jit(body), policy=keeps, prevent_cse=prevent_cse)
 
 
 def _saveable(policy: RematPolicy) -> Callable[..., Any]:

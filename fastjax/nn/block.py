@@ -55,8 +55,9 @@ class Block(nnx.Module):
         """Returns the hidden states after this layer, and its cache if it had one."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x = checkpoint_name(x, remat.LAYER_INPUT)
+        normed, x = _forked(x, self.input_layernorm)
         mixed, cache = self.self_attn(
-            _normalised(x, self.input_layernorm),
+            normed,
             context,
             window=window,
             dropout_key=keys[0],
@@ -69,15 +70,18 @@ class Block(nnx.Module):
         # The name must sit on the array that the norm's VJP keeps, or the backward
         # pass would recompute the attention to get it.
         x = checkpoint_name(x + self._scaled(mixed), remat.ATTENTION_RESIDUAL)
-        update = self.mlp(_normalised(x, before_mlp), dropout_key=keys[1])
-        update = _normalised(update, self.post_feedforward_layernorm)
+        normed, x = _forked(x, before_mlp)
+        update = self.mlp(normed, dropout_key=keys[1])
+        if self.post_feedforward_layernorm is not None:
+            update = self.post_feedforward_layernorm(update)
         return x + self._scaled(update), cache
 
     def _scaled(self, update: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return update if self.residual_scale == 1.0 else update * self.residual_scale
 
 
-def _normalised(
+def _forked(
     x: Float[Array, "B T D"], norm: RMSNorm | None
-) -> Float[Array, "B T D"]:
-    return x if norm is None else norm(x)
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """Returns what the next part reads, and what its update is added to."""
+    return (x, x) if norm is None else norm.and_input(x)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -79,11 +80,11 @@ class Segment(nnx.Module):
         frozen = (frozen, *self._places())
         inputs = (trained, keys)
 
-        def layer(index: Any, hidden: Array, own: Any) -> Array:
+        def layer(index: Any, hidden: Array, own: Any, stacks: Any) -> Array:
             trained, key = own
             # Picked here, since a stack that is cut before the scan would be copied.
             held, window, rope = jax.tree.map(
-                functools.partial(_layer_of, index), frozen
+                functools.partial(_layer_of, index), stacks
             )
             return nnx.merge(graphdef, trained, held)(
                 hidden,
@@ -93,7 +94,7 @@ class Segment(nnx.Module):
             )[0]
 
         if remat is None:
-            return _scanned(layer, x, inputs, range(self.num_layers))
+            return _scanned(layer, x, inputs, frozen, range(self.num_layers))
         for run, policy in remat.groups(
             range(first_layer, first_layer + self.num_layers)
         ):
@@ -103,9 +104,9 @@ class Segment(nnx.Module):
                 kept = jax.jit(rematerialised(layer, policy, is_scanned=False))
                 for index in own:
                     part = jax.tree.map(lambda leaf, i=index: leaf[i], inputs)
-                    x = kept(jnp.int32(index), x, part)
+                    x = kept(jnp.int32(index), x, part, frozen)
             else:
-                x = _scanned(rematerialised(layer, policy), x, inputs, own)
+                x = _scanned(rematerialised(layer, policy), x, inputs, frozen, own)
         return x
 
     def decode(
@@ -278,17 +279,24 @@ def _scaled(x: Float[Array, "*B D"], scale: float) -> Float[Array, "*B D"]:
 
 
 def _scanned(
-    layer: Callable[[Any, Array, Any], Array], x: Array, inputs: Any, layers: range
+    layer: Callable[[Any, Array, Any, Any], Array],
+    x: Array,
+    inputs: Any,
+    stacks: Any,
+    layers: range,
 ) -> Array:
     """Returns `x` after consecutive layers, each with its part of the inputs."""
 
     def body(hidden: Array, item: tuple[Array, Any]) -> tuple[Array, None]:
         index, own = item
-        return layer(index, hidden, own), None
+        return layer(index, hidden, own, stacks), None
 
     part = slice(layers.start, layers.stop)
     own = jax.tree.map(lambda leaf: leaf[part], inputs)
-    return jax.lax.scan(body, x, (jnp.arange(part.start, part.stop), own))[0]
+    # A constant, not an iota: from it XLA knows which part of a stack each turn reads,
+    # and lets the kernels read it there. NumPy's own the backward pass would not share.
+    indices = jnp.asarray(np.arange(part.start, part.stop, dtype=np.int32))
+    return jax.lax.scan(body, x, (indices, own))[0]
 
 
 def _layer_of(index: Any, stack: Array) -> Array:

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fastjax.nn.variables import abstract, variable
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nnx.Module):
@@ -30,6 +30,22 @@ class RMSNorm(nnx.Module):
         """Returns the normalised `x`; the statistics are float32."""
         return rms_norm(
             x,
+            self.weight.get_value(),
+            eps=self.eps,
+            offset=self.offset,
+            implementation=self.implementation,
+        )
+
+    def and_input(
+        self, x: Float[Array, "*B D"]
+    ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+        """Returns the normalised `x`, and `x` for what adds to it.
+
+        The gradients of the two meet in the norm's one pass.
+        """
+        return add_rms_norm(
+            x,
+            None,
             self.weight.get_value(),
             eps=self.eps,
             offset=self.offset,

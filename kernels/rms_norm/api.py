@@ -51,7 +51,7 @@ def rms_norm(
 
 def add_rms_norm(
     x: Float[Array, "*B D"],
-    residual: Float[Array, "*B D"],
+    residual: Float[Array, "*B D"] | None,
     weight: Float[Array, " D"],
     *,
     eps: float,
@@ -61,14 +61,16 @@ def add_rms_norm(
     """Returns (`rms_norm(total)`, `total`) where `total = x + residual`.
 
     The sum is rounded to the dtype of `x` before it is normalised, so that the pair
-    equals an addition followed by `rms_norm`; see there for the arguments.
+    equals an addition followed by `rms_norm`; see there for the arguments. Without a
+    residual `total` is `x`: what reads it then sends its gradient through the norm's
+    one pass, in place of an addition afterwards.
 
     Raises:
       ValueError: The sizes or dtypes disagree.
       UnsupportedOp: The named implementation cannot run these shapes here.
     """
     _check(x, weight)
-    if x.shape != residual.shape or x.dtype != residual.dtype:
+    if residual is not None and not _alike(x, residual):
         types = f"{jax.typeof(x)}, {jax.typeof(residual)}"
         raise ValueError(f"x and residual must be alike: {types}")
     return dispatch.run(
@@ -81,6 +83,10 @@ def add_rms_norm(
         eps=eps,
         offset=offset,
     )
+
+
+def _alike(x: Array, residual: Array) -> bool:
+    return x.shape == residual.shape and x.dtype == residual.dtype
 
 
 def _implementations(

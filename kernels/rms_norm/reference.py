@@ -17,12 +17,12 @@ def rms_norm(
 
 def add_rms_norm(
     x: Float[Array, "*B D"],
-    residual: Float[Array, "*B D"],
+    residual: Float[Array, "*B D"] | None,
     weight: Float[Array, " D"],
     *,
     eps: float,
     offset: float,
 ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
-    """Returns the norm of `x + residual`, and that sum."""
-    total = x + residual
+    """Returns the norm of `x + residual`, and that sum; None adds nothing."""
+    total = x if residual is None else x + residual
     return rms_norm(total, weight, eps=eps, offset=offset), total

@@ -58,7 +58,7 @@ def rms_norm(
 def add_rms_norm(
     passes: Passes,
     x: Float[Array, "*B D"],
-    residual: Float[Array, "*B D"],
+    residual: Float[Array, "*B D"] | None,
     weight: Float[Array, " D"],
     *,
     eps: float,
@@ -72,16 +72,17 @@ def add_rms_norm(
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["x", "weight"],
-    meta_fields=["wants_dweight"],
+    meta_fields=["wants_dweight", "is_sum"],
 )
 @no_type_check  # JAX rebuilds pytrees with leaves that are no arrays
 @dataclass(frozen=True)
 class _Saved:
-    """What the backward needs: the normalised input, the weight, who is trained."""
+    """What the backward needs: the normalised input, the weight, who has gradients."""
 
     x: Array
     weight: Array
     wants_dweight: bool
+    is_sum: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
@@ -106,27 +107,46 @@ def _backward(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
 def _add_rms_norm(
-    passes: Passes, x: Array, residual: Array, weight: Array, eps: float, offset: float
+    passes: Passes,
+    x: Array,
+    residual: Array | None,
+    weight: Array,
+    eps: float,
+    offset: float,
 ) -> tuple[Array, Array]:
+    return _norm_and_sum(passes, x, residual, weight, eps, offset)
+
+
+def _norm_and_sum(
+    passes: Passes,
+    x: Array,
+    residual: Array | None,
+    weight: Array,
+    eps: float,
+    offset: float,
+) -> tuple[Array, Array]:
+    if residual is None:
+        return passes.rms_norm(x, weight, eps=eps, offset=offset), x
     return passes.add_rms_norm(x, residual, weight, eps=eps, offset=offset)
 
 
 def _add_forward(
     passes: Passes, x: Any, residual: Any, weight: Any, eps: float, offset: float
 ) -> tuple[tuple[Array, Array], _Saved]:
-    norm, total = passes.add_rms_norm(
-        x.value, residual.value, weight.value, eps=eps, offset=offset
+    added = None if residual is None else residual.value
+    norm, total = _norm_and_sum(passes, x.value, added, weight.value, eps, offset)
+    return (norm, total), _Saved(
+        total, weight.value, weight.perturbed, is_sum=added is not None
     )
-    return (norm, total), _Saved(total, weight.value, weight.perturbed)
 
 
 def _add_backward(
     passes: Passes, eps: float, offset: float, saved: _Saved, cotangents: Any
-) -> tuple[Array, Array, Array | None]:
+) -> tuple[Array, Array | None, Array | None]:
     dnorm, dtotal = cotangents
     dtotal = None if isinstance(dtotal, SymbolicZero) else dtotal
     dx, dweight = _gradients(passes, saved, dnorm, dtotal, eps, offset)
-    return dx, dx, dweight
+    return dx, dx if saved.is_sum else None, dweight
 
 
 def _gradients(

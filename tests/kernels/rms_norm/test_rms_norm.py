@@ -197,6 +197,23 @@ def test_add_rms_norm_equals_an_addition_and_a_norm():
     assert jnp.array_equal(norm, rms_norm(total, weight, eps=1e-5))
 
 
+def test_what_reads_the_input_as_well_joins_the_gradient_of_the_norm():
+    x, _, weight = INTERPRETED_CASES[2].arrays(jnp.float32)
+
+    def joined(x):
+        norm, same = add_rms_norm(x, None, weight, eps=1e-5)
+        return weighted_sum(norm) + weighted_sum(jnp.sin(same))
+
+    def apart(x):
+        norm = rms_norm(x, weight, eps=1e-5)
+        return weighted_sum(norm) + weighted_sum(jnp.sin(x))
+
+    actual, expected = jax.grad(joined)(x), jax.grad(apart)(x)
+    assert relative_error(actual, expected) < tolerance(jnp.float32)
+    counted = launches(jax.grad(joined), x.astype(jnp.bfloat16))
+    assert counted == {"rms_norm_dx": 1}
+
+
 def test_the_weight_gradient_is_summed_in_float32():
     tokens = 3000
     x = jnp.ones((tokens, 4), jnp.bfloat16)
