@@ -32,7 +32,7 @@ class GroupError:
 
     Attributes:
       modules: Canonical names.
-      extra_bytes: What they need more in 16 bits.
+      extra_bytes: What they need more as they are than in 4 bits.
       divergence: Of the next token's probabilities when only they are in 4 bits:
         nats a token (Kullback-Leibler, from the whole model).
       weight_error: Norm of what 4 bits lose, over the norm of the weights.
@@ -76,7 +76,7 @@ class Calibration:
         for modules in linear_groups(self._config):
             weights = [self._weight(module) for module in modules]
             lost = [weight - self._rounded(weight) for weight in weights]
-            size = sum(weight.size for weight in weights)
+            dense = sum(weight.nbytes for weight in weights)
             held = sum(
                 leaf.size * leaf.dtype.itemsize
                 for weight in weights
@@ -84,7 +84,7 @@ class Calibration:
             )
             yield GroupError(
                 modules=modules,
-                extra_bytes=2 * size - held,
+                extra_bytes=dense - held,
                 divergence=self.divergence(modules),
                 weight_error=_norm(lost) / _norm(weights),
             )

@@ -108,7 +108,8 @@ def plan_dynamic(
         name: jnp.asarray(value).astype(dtype)
         for name, value in merge.weights(base_precision, dtype)
     }
-    dense_bytes = 2 * sum(value.size for value in weights.values())
+    itemsize = jnp.dtype(dtype).itemsize
+    dense_bytes = itemsize * sum(value.size for value in weights.values())
     spec = dataclasses.replace(
         plain_spec(merge.spec), param_dtype=dtype, compute_dtype=dtype, packed={}
     )

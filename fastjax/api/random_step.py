@@ -94,7 +94,7 @@ class RandomStep:
           shape: Of the batches.
           documents: Packed into each row, of equal length.
           parts: Structure and weights, whose trained ones the step consumes; with
-            shapes in the place of weights the step can be compiled, not run.
+            shapes in the place of weights the step runs after `load` only.
           compiler_options: Beside those of training.
         """
         graphdef, trainable, frozen = parts or random_parts(spec)
@@ -125,18 +125,25 @@ class RandomStep:
                 **(compiler_options or {}),
             },
         )
-        start = functools.partial(
+        self._start = functools.partial(
             init_state, optimizer=optimizer, dtype=spec.compute_dtype
         )
         is_abstract = isinstance(jax.tree.leaves(trainable)[0], jax.ShapeDtypeStruct)
         self.state: TrainState = (
-            jax.eval_shape(start, trainable) if is_abstract else start(trainable)
+            jax.eval_shape(self._start, trainable)
+            if is_abstract
+            else self._start(trainable)
         )
 
     def __call__(self, seed: int) -> float:
         """Runs a step on the batch of that seed, to its end, and returns the loss."""
         self.state, metrics = self.compiled(self.state, self._batch(seed))
         return float(metrics["loss"])
+
+    def load(self, parts: Parts) -> None:
+        """Takes weights in the place of shapes; the trained ones are consumed."""
+        _, trainable, self.compiled.frozen = parts
+        self.state = self._start(trainable)
 
     def compile(self) -> StepMemory | None:
         """Compiles the step and returns its memory, None where XLA does not tell."""

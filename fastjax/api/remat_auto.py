@@ -1,17 +1,20 @@
 """Remat "auto": policies measured on a few layers, and the fastest plan that fits."""
 
+import contextvars
 import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fastjax.api.benchmark_report import device_bytes
 from fastjax.api.memory import Planner, memory_limit
-from fastjax.api.random_step import RandomStep, random_parts
+from fastjax.api.random_step import Parts, RandomStep, random_parts
 from fastjax.config import RematPolicy
 from fastjax.errors import ConfigError, OutOfMemory
 from fastjax.models.build import DecoderSpec, abstract_decoder
@@ -22,10 +25,14 @@ from fastjax.train.remat_choice import Choice, PolicyCost, fastest
 
 # "attention" frees less memory for its time than the others do, so none is left to it.
 _POLICIES: tuple[RematPolicy, ...] = ("offload", "layer", "none")
+_PRODUCTS: dict[RematPolicy, float] = {"none": 2.0, "layer": 3.0, "offload": 3.1}
+"""Forward passes that a layer's time amounts to."""
 _FEW, _MORE = 2, 4
-_WARM_UP, _TIMED = 2, 5
+_WARM_UP_SECONDS, _TIMED = 1.0, 7
 _MARGIN = 0.98
 """Share of the limit that the compiler may plan with; the allocator needs the rest."""
+_SURELY = 0.85
+"""Share of the limit that the formula may come to if a step is to fit surely."""
 _ATTEMPTS = 3
 _GIB = 2**30
 
@@ -67,10 +74,17 @@ def _automatic(
     Each policy's step is compiled and timed with a few layers of the model, random
     weights in them.
     """
-    note("remat auto: timing a few layers under each policy")
     spec, shape, model = planner.spec, planner.shape, planner.model
     is_unrolled = planner.remat("none").is_unrolled
-    costs = _measured(planner, limit_bytes, documents)
+    # Where all fits that layers may keep, nothing is faster.
+    fits = planner.plan("none").peak < _SURELY * limit_bytes
+    policies: tuple[RematPolicy, ...] = ("none",) if fits else _POLICIES
+    note(f"remat auto: timing a few layers with {', '.join(policies)}")
+    costs = _measured(planner, policies, limit_bytes, documents)
+    is_timed = bool(costs)
+    if not is_timed:
+        note("remat auto: no room to time layers, the plan goes by their products")
+        costs = _counted(planner)
     resident = model.weights + model.trained + model.optimizer
     resident += model.gradients if shape.accumulation > 1 else 0
     planned = _MARGIN * limit_bytes
@@ -86,7 +100,8 @@ def _automatic(
         memory = compiled_memory(planner, choice.remat, documents=documents)
         need = memory.total_bytes if memory else choice.bytes + resident
         if need <= _MARGIN * limit_bytes:
-            choice = dataclasses.replace(choice, bytes=need)
+            seconds = choice.seconds if is_timed else None
+            choice = dataclasses.replace(choice, bytes=need, seconds=seconds)
             note(f"remat auto: {described(choice, shape)}")
             return choice
         planned -= need - _MARGIN * limit_bytes
@@ -98,51 +113,69 @@ def _automatic(
 
 
 def prediction(choice: Choice, shape: BatchShape) -> dict[str, float]:
-    """Returns what a plan is predicted to cost."""
-    return {
-        "peak_gib": choice.bytes / _GIB,
-        "tokens_per_second": shape.micro_batch_tokens / choice.seconds,
-    }
+    """Returns what a plan is predicted to cost; no speed where none was timed."""
+    costs = {"peak_gib": choice.bytes / _GIB}
+    if choice.seconds is not None:
+        costs["tokens_per_second"] = shape.micro_batch_tokens / choice.seconds
+    return costs
 
 
 def described(choice: Choice, shape: BatchShape) -> str:
     """Returns the plan and its predicted costs, for people."""
     predicted = prediction(choice, shape)
-    return (
-        f"{choice.remat}; predicted {predicted['peak_gib']:.2f} GiB and "
-        f"{predicted['tokens_per_second']:,.0f} tokens/s"
-    )
+    text = f"{choice.remat}; predicted {predicted['peak_gib']:.2f} GiB"
+    speed = predicted.get("tokens_per_second")
+    return text if speed is None else f"{text} and {speed:,.0f} tokens/s"
+
+
+def _counted(planner: Planner) -> dict[RematPolicy, PolicyCost]:
+    """Returns the costs by the closed formula, in units of a layer's products."""
+    tokens = planner.shape.micro_batch_tokens
+    return {
+        policy: PolicyCost(
+            base_seconds=0.0,
+            base_bytes=planner.plan(policy).workspace,
+            layer_seconds=_PRODUCTS[policy],
+            layer_bytes=saved_bytes(planner.spec, 0, policy)[0] * tokens,
+        )
+        for policy in _POLICIES
+    }
 
 
 def _measured(
-    planner: Planner, limit_bytes: int, documents: int
+    planner: Planner,
+    policies: Sequence[RematPolicy],
+    limit_bytes: int,
+    documents: int,
 ) -> dict[RematPolicy, PolicyCost]:
     """Returns the costs of the policies of which a few layers fit.
 
     The step without layers takes the same time under each, so that it is measured for
-    the leanest alone. The bytes that a layer keeps are counted, not measured.
+    the leanest of them alone. The bytes that a layer keeps are counted, not measured.
     """
-    is_unrolled = planner.remat("none").is_unrolled
-    # One after the other, since each has an embedding and a head.
-    few = _Short(planner, _FEW, documents).measured(_POLICIES[0], limit_bytes)
-    if few is None:
+    # A model that is loaded already leaves less room for these layers.
+    room = limit_bytes - (device_bytes("bytes_in_use") or 0)
+    runs: list[tuple[int, RematPolicy]] = [(_MORE, policy) for policy in policies]
+    few, *more = _compiled(planner, [(_FEW, policies[0]), *runs], documents)
+    fitting = [short for short in more if short.fits(room)]
+    if not fitting:
         return {}
-    more = _Short(planner, _MORE, documents)
-    base = 0.0
+    leanest = fitting[0].policy
+    if few.policy != leanest:
+        (few,) = _compiled(planner, [(_FEW, leanest)], documents)
+    # One after the other, since each has an embedding and a head.
+    (few_seconds,) = _seconds([few])
+    more_seconds = _seconds(fitting)
+    base = few_seconds - _FEW * (more_seconds[0] - few_seconds) / (_MORE - _FEW)
+    is_unrolled = planner.remat("none").is_unrolled
     costs: dict[RematPolicy, PolicyCost] = {}
-    for policy in _POLICIES:
-        found = more.measured(policy, limit_bytes)
-        if found is None:
-            continue
-        seconds, used = found
-        if not costs:
-            base = few[0] - _FEW * (seconds - few[0]) / (_MORE - _FEW)
-        kept = saved_bytes(planner.spec, 0, policy)[0]
+    for short, seconds in zip(fitting, more_seconds, strict=True):
+        kept = saved_bytes(planner.spec, 0, short.policy)[0]
         kept *= planner.shape.micro_batch_tokens
-        kept *= UNROLLED_SLACK if is_unrolled and policy == "none" else 1
-        costs[policy] = PolicyCost(
+        kept *= UNROLLED_SLACK if is_unrolled and short.policy == "none" else 1
+        costs[short.policy] = PolicyCost(
             base_seconds=base,
-            base_bytes=used - _MORE * kept,
+            base_bytes=short.temp_bytes - _MORE * kept,
             layer_seconds=(seconds - base) / _MORE,
             layer_bytes=kept,
         )
@@ -150,46 +183,66 @@ def _measured(
 
 
 class _Short:
-    """The first layers of a model, random weights in them."""
+    """The step of a model's first layers under one policy, compiled on shapes."""
 
-    def __init__(self, planner: Planner, layers: int, documents: int) -> None:
-        self._config, self._spec = planner.config, shortened(planner.spec, layers)
-        self._shape = dataclasses.replace(planner.shape, accumulation=1)
-        self._layers, self._documents = layers, documents
-        self._parts = random_parts(self._spec)
-
-    def measured(
-        self, policy: RematPolicy, limit_bytes: int
-    ) -> tuple[float, int] | None:
-        """Returns seconds and bytes of a step, None where it does not fit."""
-        remat = RematPlan(
-            policies=(policy,) * self._layers, is_unrolled=self._config.unroll_layers
+    def __init__(
+        self, planner: Planner, layers: int, policy: RematPolicy, documents: int
+    ) -> None:
+        self.policy: RematPolicy = policy
+        self.spec = shortened(planner.spec, layers)
+        self.step = RandomStep(
+            planner.config,
+            self.spec,
+            RematPlan(
+                policies=(policy,) * layers, is_unrolled=planner.config.unroll_layers
+            ),
+            dataclasses.replace(planner.shape, accumulation=1),
+            documents=documents,
+            parts=_abstract_parts(self.spec),
         )
-        graphdef, trainable, frozen = self._parts
+        self.memory = self.step.compile()
+
+    @property
+    def temp_bytes(self) -> int:
+        return self.memory.temp_bytes if self.memory else 0
+
+    def fits(self, room: int) -> bool:
+        return self.memory is None or self.memory.total_bytes <= room
+
+    def seconds(self, parts: Parts) -> float:
+        """Returns the median time of a warm step on these weights."""
+        graphdef, trainable, frozen = parts
         # The step takes the trained weights.
-        parts = graphdef, jax.tree.map(jnp.copy, trainable), frozen
-        step = RandomStep(
-            self._config,
-            self._spec,
-            remat,
-            self._shape,
-            documents=self._documents,
-            parts=parts,
-        )
-        memory = step.compile()
-        if memory is not None and memory.total_bytes > limit_bytes:
-            return None
-        return _seconds(step), memory.temp_bytes if memory else 0
+        self.step.load((graphdef, jax.tree.map(jnp.copy, trainable), frozen))
+        end = time.perf_counter() + _WARM_UP_SECONDS
+        seconds, seed = [], 0
+        while len(seconds) < _TIMED:
+            start = time.perf_counter()
+            self.step(seed)
+            seed += 1
+            if start > end:
+                seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
 
 
-def _seconds(step: RandomStep) -> float:
-    """Returns the median time of a warm step."""
-    seconds = []
-    for seed in range(_WARM_UP + _TIMED):
-        start = time.perf_counter()
-        step(seed)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[_WARM_UP:])
+def _compiled(
+    planner: Planner, runs: Sequence[tuple[int, RematPolicy]], documents: int
+) -> list[_Short]:
+    """Returns the compiled steps of so many layers and policies, made side by side."""
+
+    def make(run: tuple[contextvars.Context, tuple[int, RematPolicy]]) -> _Short:
+        context, (layers, policy) = run
+        return context.run(_Short, planner, layers, policy, documents)
+
+    contexts = [contextvars.copy_context() for _ in runs]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(make, zip(contexts, runs, strict=True)))
+
+
+def _seconds(steps: Sequence[_Short]) -> list[float]:
+    """Returns the time of each step of the same layers, on the same random weights."""
+    parts = random_parts(steps[0].spec)
+    return [step.seconds(parts) for step in steps]
 
 
 def compiled_memory(
@@ -203,10 +256,14 @@ def compiled_memory(
       documents: Most of a row.
     """
     config, spec, shape = planner.config, planner.spec, planner.shape
-    graphdef, trainable, frozen = nnx.split(abstract_decoder(spec), nnx.Param, ...)
-    parts = graphdef, trainable, frozen
+    parts = _abstract_parts(spec)
     step = RandomStep(config, spec, remat, shape, documents=documents, parts=parts)
     return step.compile()
+
+
+def _abstract_parts(spec: DecoderSpec) -> Parts:
+    graphdef, trainable, frozen = nnx.split(abstract_decoder(spec), nnx.Param, ...)
+    return graphdef, trainable, frozen
 
 
 def shortened(spec: DecoderSpec, layers: int) -> DecoderSpec:

@@ -42,7 +42,8 @@ _SCOPES = {
 
 _INSTRUCTION = re.compile(r"%?([\w.\-]+) = \(?\w+\[([\d,]*)\].*")
 _SOURCE = re.compile(r'op_name="([^"]*)"')
-_GEMM = re.compile(r"gemm|nvjet|cutlass|xmma|matmul", re.IGNORECASE)
+_GEMM = re.compile(r"gemm|nvjet|cutlass|xmma|matmul|products", re.IGNORECASE)
+_LOW_RANK = "low_rank"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,6 +213,8 @@ def kind_of(kernel: Kernel, instruction: Instruction | None) -> str:
     kind = places[innermost] if innermost >= 0 else "other"
     if kind != "matmul":
         return kind
+    if _LOW_RANK in lowered:
+        return "adapter matmul"
     if _GEMM.search(kernel.name) is None:
         return "around matmul"
     sizes = () if instruction is None else instruction.sizes[:2]

@@ -49,6 +49,7 @@ class CompiledSteps:
     """Keeps a compiled step for each shape of batch.
 
     Attributes:
+      frozen: Weights that every step reads, or their shapes while none runs.
       compile_seconds: Sum over shapes.
       memory: Of the shape that needs most; None where the backend does not tell.
       implementations: Op to the implementations that its calls took.
@@ -65,7 +66,7 @@ class CompiledSteps:
         self.compile_seconds = 0.0
         self.memory: StepMemory | None = None
         self.implementations: dict[str, list[str]] = {}
-        self._jitted, self._frozen = jitted, frozen
+        self._jitted, self.frozen = jitted, frozen
         self._before_compile = before_compile
         self._compiler_options = dict(compiler_options or {})
         self._steps: dict[tuple[int, ...], Any] = {}
@@ -78,7 +79,7 @@ class CompiledSteps:
             self.compile(state, batch)
         step = self._steps[batch.shape]
         with out_of_memory(self.memory):
-            return step(state, self._frozen, batch.arrays)
+            return step(state, self.frozen, batch.arrays)
 
     def program_text(self) -> str:
         """Returns the compiled program of the last shape, as XLA writes it."""
@@ -104,7 +105,7 @@ class CompiledSteps:
         self._before_compile()
         start = time.perf_counter()
         with dispatch.record() as chosen, out_of_memory(None):
-            lowered = self._jitted.lower(state, self._frozen, batch.arrays)
+            lowered = self._jitted.lower(state, self.frozen, batch.arrays)
             step = lowered.compile(compiler_options=self._compiler_options)
         self._steps[batch.shape] = step
         self.compile_seconds += time.perf_counter() - start

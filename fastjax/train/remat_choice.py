@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 
 from fastjax.config import RematPolicy
@@ -38,12 +39,12 @@ class Choice:
 
     Attributes:
       remat: The plan.
-      seconds: Of a micro-batch.
+      seconds: Of a micro-batch; None when nothing could be timed.
       bytes: Of activations and workspace.
     """
 
     remat: RematPlan
-    seconds: float
+    seconds: float | None
     bytes: float
 
 
@@ -66,15 +67,18 @@ def fastest(
       is_unrolled: The plan writes layers out.
     """
     names: list[RematPolicy] = [name for name in _EARLIEST_FIRST if name in costs]
-    best: Choice | None = None
+    if not names:
+        return None
+    best, least = None, math.inf
     for counts in _shares(num_layers, len(names)):
         used = [(costs[name], n) for name, n in zip(names, counts, strict=True) if n]
         size = max(cost.base_bytes for cost, _ in used)
         size += sum(n * cost.layer_bytes for cost, n in used)
         seconds = max(cost.base_seconds for cost, _ in used)
         seconds += sum(n * cost.layer_seconds for cost, n in used)
-        if size > limit_bytes or (best is not None and seconds >= best.seconds):
+        if size > limit_bytes or seconds >= least:
             continue
+        least = seconds
         policies: list[RematPolicy] = []
         for name, count in zip(names, counts, strict=True):
             policies.extend(itertools.repeat(name, count))

@@ -37,3 +37,4 @@ def test_a_layer_gives_way_before_its_neighbours_do() -> None:
 def test_the_leanest_plan_is_the_last_to_fit() -> None:
     assert set(_choice(12.0).remat.policies) == {"offload"}
     assert fastest(COSTS, num_layers=4, limit_bytes=11.0) is None
+    assert fastest({}, num_layers=4, limit_bytes=99.0) is None
