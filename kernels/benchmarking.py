@@ -19,6 +19,8 @@ from .program import Program
 Timer = Literal["cupti", "wall"]
 
 _ITERATIONS = {"cupti": 20, "wall": 100}
+_LEAST_ITERATIONS = 3
+_ENOUGH_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,17 +133,49 @@ def seconds(run: Callable[..., Any], arguments: tuple[Any, ...], timer: Timer) -
       run: A jitted function; it has run before.
       arguments: Of each call; larger than the L2 cache, or the time is the cache's.
       timer: "cupti" gives the median of the summed kernel times; "wall" the mean of
-        calls enqueued one after another, so that gaps between kernels count.
+        calls enqueued one after another, so that gaps between kernels count. Slow
+        calls are timed less often.
     """
-    iterations = _ITERATIONS[timer]
+    jax.block_until_ready(run(*arguments))
+    once = _wall_seconds(run, arguments, 1)
+    iterations = max(int(_ENOUGH_SECONDS / once), _LEAST_ITERATIONS)
+    iterations = min(iterations, _ITERATIONS[timer])
     if timer == "wall":
-        started = time.perf_counter()
+        return _wall_seconds(run, arguments, iterations)
+    return statistics.median(_kernel_seconds(run, arguments, iterations))
+
+
+def _wall_seconds(
+    run: Callable[..., Any], arguments: tuple[Any, ...], iterations: int
+) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready([run(*arguments) for _ in range(iterations)])
+    return (time.perf_counter() - started) / iterations
+
+
+def _kernel_seconds(
+    run: Callable[..., Any], arguments: tuple[Any, ...], iterations: int
+) -> list[float]:
+    """Returns the sum of the kernel times of each of so many calls in a row.
+
+    As JAX's `profiler.measure`, which refuses calls whose kernels come in another
+    order each time; XLA runs small ones side by side.
+    """
+    private: Any = profiler
+    cupti = private.mosaic_gpu_lib._mosaic_gpu_ext
+    cupti._cupti_init()
+    try:
         jax.block_until_ready([run(*arguments) for _ in range(iterations)])
-        return (time.perf_counter() - started) / iterations
-    _, milliseconds = profiler.measure(run, iterations=iterations)(*arguments)
-    if milliseconds is None:
-        raise RuntimeError("CUPTI saw no kernel: use the wall timer")
-    return statistics.median(milliseconds) / 1e3
+    finally:
+        launches = cupti._cupti_get_timings(True)
+    each, rest = divmod(len(launches), iterations)
+    if rest or not each:
+        raise RuntimeError(
+            f"CUPTI saw {len(launches)} kernels in {iterations} calls: use the wall "
+            "timer"
+        )
+    times = [milliseconds / 1e3 for _, milliseconds in launches]
+    return [sum(times[i : i + each]) for i in range(0, len(times), each)]
 
 
 def largest_error(actual: Any, expected: Any) -> float:

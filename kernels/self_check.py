@@ -24,7 +24,7 @@ from .numerics import relative_error, tolerance
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rotary_tables
 
-IMPLEMENTATIONS = ("mosaic_gpu", "cudnn", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_gpu_cudnn", "cudnn", "xla")
 """All that an op may have beside "reference"."""
 
 

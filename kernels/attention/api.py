@@ -8,10 +8,7 @@ from jaxtyping import Array, Float, Int
 from kernels import dispatch
 from kernels.choice import Case, fastest_first
 
-from . import cudnn, flash, reference, vjp
-
-_MEASURED_HEAD_SIZES = (128,)
-"""Those that the Hopper kernels were timed and checked with on a GPU."""
+from . import cudnn, flash, mixed, reference, vjp
 
 
 def attention(
@@ -51,8 +48,9 @@ def attention(
       max_segments: No row has more documents than this; only "cudnn" needs it, for
         packed rows, for which it keeps `4 * max_segments` bytes a query and head.
         Queries of a document above it become NaN there.
-      implementation: "mosaic_gpu", "cudnn", "xla" or "reference"; None takes the
-        fastest able, as measured.
+      implementation: "mosaic_gpu", "cudnn", "mosaic_gpu_cudnn" (forward by the one,
+        backward by the other), "xla" or "reference"; None takes the fastest able, as
+        measured.
 
     Raises:
       ValueError: Shapes, dtypes or options contradict each other.
@@ -97,20 +95,19 @@ def _implementations(
 ) -> dict[str, Callable[..., Array]]:
     """Returns name to function, the default first: by table, or as measured on H200.
 
-    The kernels of this folder skip what other documents hide, forward and backward.
-    Where no GPU has run them yet they must be asked for by name.
+    The kernels of this folder skip what other documents hide, forward and backward,
+    and know the soft cap, for which no table is asked: XLA alone is their rival there.
     """
     kernel = {"mosaic_gpu": flash.attention}
     library = {"cudnn": cudnn.attention}
-    plain = {"xla": vjp.attention}
-    slow = {"reference": reference.attention}
-    if has_softcap or q.shape[3] not in _MEASURED_HEAD_SIZES:
-        return library | plain | kernel | slow
-    first = kernel | library if is_packed else library | kernel
-    best_first = first | plain | slow
+    both = {"mosaic_gpu_cudnn": mixed.attention}
+    others = {"xla": vjp.attention, "reference": reference.attention}
+    if has_softcap:
+        return kernel | others | library | both
+    first = kernel | library | both if is_packed else both | library | kernel
     sizes = q.shape[3], q.shape[1]
     case = choice_case(*sizes, is_packed=is_packed, has_window=has_window)
-    return fastest_first("attention", case, best_first)
+    return fastest_first("attention", case, first | others)
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:

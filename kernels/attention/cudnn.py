@@ -8,7 +8,7 @@ so what it leaves there, forward and backward, is replaced by zeros.
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import jax
@@ -20,6 +20,9 @@ from kernels.dispatch import UnsupportedOp
 
 _PRIVATE_API = "jax._src.cudnn.fused_attention_stablehlo"
 _NO_CUDNN = "cuDNN is not detected"
+
+type Causal = Callable[[Array, Array, Array, float, int | None], Array]
+"""Of q, k, v, the scale and the window."""
 
 
 def attention(
@@ -34,8 +37,12 @@ def attention(
     softcap: float | None,
     scale: float,
     max_segments: int | None,
+    causal: Causal | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns attention by cuDNN; see `api.attention`.
+
+    Args:
+      causal: Stands in for cuDNN where rows are not packed.
 
     Raises:
       UnsupportedOp: cuDNN lacks this case, or there is no such device.
@@ -45,16 +52,17 @@ def attention(
         raise UnsupportedOp("documents of queries and keys must be the same array")
     packed = max_segments is not None and max_segments > 1 and segment_ids is not None
     check_device(q.shape[3], packed=packed)
-    local = None if window is None else (int(window) - 1, 0)
+    causal = _causal if causal is None else causal
+    window = None if window is None else int(window)
     if segment_ids is None:
-        return _causal(q, k, v, scale, local)
+        return causal(q, k, v, scale, window)
     if max_segments is None:
         raise UnsupportedOp("segment_ids need max_segments")
     real = segment_ids > 0
     q, k, v = (_without_padding_gradient(x, real) for x in (q, k, v))
     if not packed:
-        out = _causal(q, k, v, scale, local)
-    elif local is None:
+        out = causal(q, k, v, scale, window)
+    elif window is None:
         out = _packed(q, k, v, segment_ids, max_segments, scale)
     else:
         raise UnsupportedOp("no sliding window over packed rows")
@@ -73,6 +81,12 @@ def check_device(head_size: int, *, packed: bool) -> None:
     largest = 256 if capability >= (9, 0) else 128
     if head_size > largest or head_size % 8:
         raise UnsupportedOp(f"{head_size=} must be a multiple of 8 up to {largest}")
+
+
+def require_cudnn() -> None:
+    """Raises UnsupportedOp where JAX finds no cuDNN."""
+    with _as_unsupported():
+        _private_api().check_cudnn_version()
 
 
 def _check_options(
@@ -94,9 +108,7 @@ def _check_options(
         raise UnsupportedOp("the window must be a plain integer")
 
 
-def _causal(
-    q: Array, k: Array, v: Array, scale: float, local: tuple[int, int] | None
-) -> Array:
+def _causal(q: Array, k: Array, v: Array, scale: float, window: int | None) -> Array:
     """Returns causal attention; padding at the end of a row cannot reach its tokens."""
     with _as_unsupported():
         return jax.nn.dot_product_attention(
@@ -105,9 +117,38 @@ def _causal(
             v,
             scale=scale,
             is_causal=True,
-            local_window_size=local,
+            local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
+
+
+def causal_gradient(
+    residuals: tuple[Array, ...], dout: Array, scale: float, window: int | None
+) -> tuple[Array, Array, Array]:
+    """Returns dq, dk, dv of causal attention that need not be cuDNN's.
+
+    Args:
+      residuals: q, k, v, the output and the log-sum-exp (B, N, T).
+      dout: Gradient of the output.
+      scale: Of the scores.
+      window: Tokens seen, or None.
+    """
+    q, k, v, out, lse = residuals
+    fused = _private_api()
+    absent = jnp.zeros(0, q.dtype)  # bias, lengths, offsets and pages
+    dq, dk, dv = fused._dot_product_attention_bwd_p_wrapper.bind(
+        *(q, k, v),
+        *[absent] * 7,
+        *(lse, out, dout),
+        scale=scale,
+        seed=0,
+        dropout_rate=0.0,
+        variadic_args=(False, False),
+        mask_type=fused.MaskType.CAUSAL,
+        layout=fused.AttentionLayout.BTNH.value,
+        sliding_window_length=window,
+    )
+    return dq, dk, dv
 
 
 def _packed(

@@ -1,13 +1,15 @@
 """Attention forward on Hopper, in the manner of FlashAttention-3 (2407.08608).
 
-A thread block holds `block_q` queries of one head, 64 for each compute warpgroup; keys
-and values stream through shared memory, brought by one more warpgroup. While a
-warpgroup exponentiates its scores, the other one multiplies: they take turns. The
-product with the values of a step is issued together with the scores of the next one.
+Each multiprocessor runs one thread block for the whole launch. It takes `block_q`
+queries of one head at a time, 64 for each compute warpgroup; keys and values stream
+through shared memory, brought by one more warpgroup, which is ahead into the next
+queries when the last ones are stored. While a warpgroup exponentiates its scores, the
+other one multiplies: they take turns. The product with the values of a step is issued
+together with the scores of the next one.
 
-Budget at H 128: 160 KiB of shared memory (queries 32, two stages of keys and values
-128), 240 registers a thread, of which 64 hold the output, 64 the scores and 64 the
-weights of two steps.
+Budget at H 128: 192 KiB of shared memory (two blocks of queries 64, two stages of keys
+and values 128), 240 registers a thread, of which 64 hold the output, 64 the scores and
+64 the weights of two steps.
 """
 
 import functools
@@ -20,7 +22,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from .mosaic_tiles import WARPGROUP_ROWS, TileConfig, Visit, accumulator, operand
+from kernels.device import multiprocessors
+
+from .mosaic_tiles import (
+    WARPGROUP_ROWS,
+    Ring,
+    Share,
+    TileConfig,
+    Visit,
+    accumulator,
+    operand,
+    stream_keys,
+)
 from .spans import Spans, key_blocks
 
 KERNEL_NAME = "attention_forward"
@@ -45,12 +58,22 @@ def attention_forward(
     T and S are whole blocks; a chunk of a longer row differs in its spans only.
     """
     batch, q_tokens, heads, head_size = q.shape
-    count = q_tokens // tiles.block_q
-    rows = (tiles.groups, WARPGROUP_ROWS)
-    kv_stages = operand((tiles.stages, tiles.forward_k, head_size), q.dtype)
+    blocks = (q_tokens // tiles.block_q, batch, heads)
+    dealt = math.prod(blocks)
+    if tiles.is_persistent:
+        dealt = min(multiprocessors(), dealt)
+    groups, q_tiles = tiles.groups, tiles.groups * tiles.q_buffers
+    tile = functools.partial(operand, dtype=q.dtype, step=tiles.forward_k)
+    kv_stages = tile((tiles.stages, tiles.forward_k, head_size))
     stage_loaded = plgpu.Barrier(num_barriers=tiles.stages)
-    stage_free = plgpu.Barrier(num_arrivals=tiles.groups, num_barriers=tiles.stages)
-    body = functools.partial(_body, scale=scale, softcap=softcap, tiles=tiles)
+    stage_free = plgpu.Barrier(num_arrivals=groups, num_barriers=tiles.stages)
+    body = functools.partial(
+        _body,
+        dealt=dealt,
+        scale=scale,
+        softcap=softcap,
+        tiles=tiles,
+    )
     return plgpu.kernel(
         body,
         out_type=(
@@ -58,20 +81,21 @@ def attention_forward(
             jax.ShapeDtypeStruct((batch, heads, q_tokens), jnp.float32),
         ),
         scratch_types={
-            "q_smem": operand((*rows, head_size), q.dtype),
+            "q_smem": tile((q_tiles, WARPGROUP_ROWS, head_size)),
             "k_smem": kv_stages,
             "v_smem": kv_stages,
-            "lse_smem": plgpu.SMEM(rows, jnp.float32),
-            "q_loaded": plgpu.Barrier(num_barriers=tiles.groups),
+            "lse_smem": plgpu.SMEM((groups, WARPGROUP_ROWS), jnp.float32),
+            "q_loaded": plgpu.Barrier(num_barriers=q_tiles),
+            "q_free": plgpu.Barrier(num_barriers=q_tiles),
             "k_loaded": stage_loaded,
             "v_loaded": stage_loaded,
             "k_free": stage_free,
             "v_free": stage_free,
-            "turn": plgpu.Barrier(num_barriers=tiles.groups),
+            "turn": plgpu.Barrier(num_barriers=groups),
         },
-        grid=(count, batch, heads),
-        grid_names=("block", "batch", "head"),
-        num_threads=tiles.groups + 1,
+        grid=(dealt,),
+        grid_names=("block",),
+        num_threads=groups + 1,
         thread_name="group",
         kernel_name=KERNEL_NAME,
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -88,6 +112,7 @@ def _body(
     out_gmem,
     lse_gmem,
     *,
+    dealt: int,
     scale: float,
     softcap: float | None,
     tiles: TileConfig,
@@ -96,61 +121,60 @@ def _body(
     v_smem,
     lse_smem,
     q_loaded,
+    q_free,
     k_loaded,
     v_loaded,
     k_free,
     v_free,
     turn,
 ) -> None:
-    # The blocks with the most keys start first, so that the last ones end together.
-    block = q_gmem.shape[1] // tiles.block_q - 1 - lax.axis_index("block")
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    group = lax.axis_index("group")
-    kv_head = lax.div(head, jnp.int32(q_gmem.shape[2] // k_gmem.shape[2]))
-    visit = Visit.load(ranges_gmem.at[batch, block])
-    block_k, head_size = tiles.forward_k, q_gmem.shape[3]
+    batch, q_tokens, heads, head_size = q_gmem.shape
+    blocks = (q_tokens // tiles.block_q, batch, heads)
+    share = Share.of(lax.axis_index("block"), dealt, blocks)
+    group, block_k = lax.axis_index("group"), tiles.forward_k
+    heads_per_key = jnp.int32(heads // k_gmem.shape[2])
 
-    def queries(group):
+    def queries(block, group):
         return pl.ds(block * tiles.block_q + group * WARPGROUP_ROWS, WARPGROUP_ROWS)
-
-    def slot(step):
-        return lax.rem(step, jnp.int32(tiles.stages))
 
     @pl.when(group == tiles.groups)
     def _load():
         plgpu.set_max_registers(24, action="decrease")
-        for i in range(tiles.groups):
-            source = q_gmem.at[batch, queries(i), head]
-            plgpu.copy_gmem_to_smem(source, q_smem.at[i], q_loaded.at[i])
 
-        def load(step, _):
-            at, j = slot(step), visit.block(step)
-            for gmem, smem, loaded, free in (
-                (k_gmem, k_smem, k_loaded, k_free),
-                (v_gmem, v_smem, v_loaded, v_free),
-            ):
-                pl.when(step >= tiles.stages)(
-                    functools.partial(plgpu.barrier_wait, free.at[at])
-                )
-                source = gmem.at[batch, pl.ds(j * block_k, block_k), kv_head]
-                plgpu.copy_gmem_to_smem(source, smem.at[at], loaded.at[at])
+        queries_ring = Ring((q_smem,), q_loaded, q_free)
+        keys_ring = Ring((k_smem,), k_loaded, k_free)
+        values_ring = Ring((v_smem,), v_loaded, v_free)
+        streams = ((k_gmem, keys_ring), (v_gmem, values_ring))
 
-        def drain(step, _):
-            plgpu.barrier_wait(k_free.at[slot(step)])
-            plgpu.barrier_wait(v_free.at[slot(step)])
+        def load(number, begun):
+            block, row, head = share.place(number)
+            visit = Visit.load(ranges_gmem.at[row, block])
+            for i in range(tiles.groups):
+                source = q_gmem.at[row, queries(block, i), head]
+                queries_ring.fill(number * tiles.groups + i, source)
+            keys = (row, lax.div(head, heads_per_key))
+            return stream_keys(visit, keys, block_k, streams, begun)
 
-        steps = visit.steps
-        lax.fori_loop(0, steps, load, None)
-        lax.fori_loop(jnp.maximum(steps - tiles.stages, 0), steps, drain, None)
+        steps = lax.fori_loop(0, share.count, load, jnp.int32(0))
+        keys_ring.drain(steps)
+        values_ring.drain(steps)
+        queries_ring.drain(share.count * tiles.groups)
 
-    @pl.when(group < tiles.groups)
-    def _compute():
-        plgpu.set_max_registers(240, action="increase")
+    def compute(number, begun):
+        """Mixes one block, after so many steps of earlier ones; returns their sum."""
+        block, row, head = share.place(number)
+        visit = Visit.load(ranges_gmem.at[row, block])
+        mine = queries(block, group)
         first, end = (
-            plgpu.load(ref.at[batch, queries(group)], layout=_ROWS, optimized=False)
+            plgpu.load(ref.at[row, mine], layout=_ROWS, optimized=False)
             for ref in (first_gmem, end_gmem)
         )
-        plgpu.barrier_wait(q_loaded.at[group])
+        q_at = lax.rem(number * tiles.groups + group, jnp.int32(q_smem.shape[0]))
+        q_tile = q_smem.at[q_at]
+        plgpu.barrier_wait(q_loaded.at[q_at])
+
+        def slot(step):
+            return lax.rem(begun + step, jnp.int32(tiles.stages))
 
         def step(number, carry, *, is_first=False, is_masked=False):
             acc, top, total, weights = carry
@@ -159,7 +183,7 @@ def _body(
             plgpu.barrier_wait(turn.at[group])
 
             def products(acc_ref, scores_ref):
-                plgpu.wgmma(scores_ref, q_smem.at[group], k_smem.at[at].T)
+                plgpu.wgmma(scores_ref, q_tile, k_smem.at[at].T)
                 if not is_first:
                     acc_ref[...] = acc
                     plgpu.barrier_wait(v_loaded.at[before])
@@ -181,30 +205,17 @@ def _body(
                 return acc_new, *softmax
 
             acc, decay, top, total, weights = pl.run_scoped(
-                products,
-                accumulator(head_size),
-                accumulator(block_k),
+                products, accumulator(head_size), accumulator(block_k)
             )
             if not is_first:
                 acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
             return acc, top, total, weights.astype(v_smem.dtype)
 
-        pl.when(group == tiles.groups - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
-        zeros = jnp.zeros((WARPGROUP_ROWS, head_size), jnp.float32)
-        carry = (
-            plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),
-            plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf), _ROWS),
-            plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), _ROWS),
-            None,
-        )
-        carry = step(jnp.int32(0), carry, is_first=True, is_masked=True)
+        carry = step(jnp.int32(0), _nothing(head_size), is_first=True, is_masked=True)
         masked = functools.partial(step, is_masked=True)
         full_steps = jnp.maximum(visit.full_steps, 1)
         carry = lax.fori_loop(1, full_steps, step, carry)
-        carry = lax.fori_loop(full_steps, visit.steps, masked, carry)
-        acc, top, total, weights = carry
-
-        pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+        acc, top, total, weights = lax.fori_loop(full_steps, visit.steps, masked, carry)
         last = slot(visit.steps - 1)
         plgpu.barrier_wait(v_loaded.at[last])
 
@@ -215,17 +226,33 @@ def _body(
 
         acc = pl.run_scoped(last_product, accumulator(head_size))
         plgpu.barrier_arrive(v_free.at[last])
-        out, lse = _normalised(acc, top, total)
-        q_smem.at[group][...] = out.astype(q_smem.dtype)
-        lse_smem.at[group][...] = lse
+        out, lse_smem.at[group][...] = _normalised(acc, top, total)
+        q_tile[...] = out.astype(q_smem.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            q_smem.at[group], out_gmem.at[batch, queries(group), head]
-        )
-        plgpu.copy_smem_to_gmem(
-            lse_smem.at[group], lse_gmem.at[batch, head, queries(group)]
-        )
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.copy_smem_to_gmem(q_tile, out_gmem.at[row, mine, head])
+        plgpu.copy_smem_to_gmem(lse_smem.at[group], lse_gmem.at[row, head, mine])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(q_free.at[q_at])
+        return begun + visit.steps
+
+    @pl.when(group < tiles.groups)
+    def _compute():
+        plgpu.set_max_registers(240, action="increase")
+        pl.when(group == tiles.groups - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+        lax.fori_loop(0, share.count, compute, jnp.int32(0))
+        pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+
+
+def _nothing(head_size: int):
+    """Returns what no step has left: (output, maximum, sum, no weights yet)."""
+    zeros = jnp.zeros((WARPGROUP_ROWS, head_size), jnp.float32)
+    rows = jnp.zeros((WARPGROUP_ROWS,), jnp.float32)
+    return (
+        plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf), _ROWS),
+        plgpu.layout_cast(rows, _ROWS),
+        None,
+    )
 
 
 def _mask(seen_from, seen_to, block_k: int):

@@ -24,7 +24,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from .mosaic_tiles import WARPGROUP_ROWS, TileConfig, Visit, accumulator, operand
+from .mosaic_tiles import (
+    WARPGROUP_ROWS,
+    Ring,
+    TileConfig,
+    Visit,
+    accumulator,
+    operand,
+    stream_keys,
+)
 from .spans import Spans, key_blocks, query_blocks
 
 DQ_KERNEL_NAME = "attention_dq"
@@ -145,25 +153,12 @@ def _dq_body(
                 source = gmem.at[batch, queries(i), head]
                 plgpu.copy_gmem_to_smem(source, smem.at[i], q_loaded.at[i])
 
-        def load(step, _):
-            at, j = slot(step), visit.block(step)
-            for gmem, smem, loaded, free in (
-                (k_gmem, k_smem, k_loaded, k_free),
-                (v_gmem, v_smem, v_loaded, v_free),
-            ):
-                pl.when(step >= tiles.dq_stages)(
-                    functools.partial(plgpu.barrier_wait, free.at[at])
-                )
-                source = gmem.at[batch, pl.ds(j * block_k, block_k), kv_head]
-                plgpu.copy_gmem_to_smem(source, smem.at[at], loaded.at[at])
-
-        def drain(step, _):
-            plgpu.barrier_wait(k_free.at[slot(step)])
-            plgpu.barrier_wait(v_free.at[slot(step)])
-
-        steps = visit.steps
-        lax.fori_loop(0, steps, load, None)
-        lax.fori_loop(jnp.maximum(steps - tiles.dq_stages, 0), steps, drain, None)
+        keys_ring = Ring((k_smem,), k_loaded, k_free)
+        values_ring = Ring((v_smem,), v_loaded, v_free)
+        streams = ((k_gmem, keys_ring), (v_gmem, values_ring))
+        stream_keys(visit, (batch, kv_head), block_k, streams)
+        keys_ring.drain(visit.steps)
+        values_ring.drain(visit.steps)
 
     @pl.when(group < tiles.groups)
     def _compute():
@@ -321,8 +316,7 @@ def _dkv_body(
         return pl.ds(start, WARPGROUP_ROWS)
 
     def slot(head, turn):
-        step = head * visit.steps + turn
-        return step, lax.rem(step, jnp.int32(tiles.dkv_stages))
+        return lax.rem(head * visit.steps + turn, jnp.int32(tiles.dkv_stages))
 
     @pl.when(group == 2)
     def _load():
@@ -332,36 +326,25 @@ def _dkv_body(
                 source = gmem.at[batch, keys(i), kv_head]
                 plgpu.copy_gmem_to_smem(source, smem.at[i], kv_loaded)
 
-        def step(head, turn, _):
-            step, at = slot(head, turn)
-            i = visit.block(turn)
+        queries_ring = Ring((q_smem, statistics_smem, spans_smem), q_loaded, q_free)
+        dout_ring = Ring((dout_smem,), dout_loaded, dout_free)
+
+        def load(head, turn, _):
+            step, i = head * visit.steps + turn, visit.block(turn)
             q_head = kv_head * heads + head
             source = (batch, pl.ds(i * tiles.dkv_q, tiles.dkv_q), q_head)
-            pairs = (
-                (q_gmem.at[source], q_smem),
-                (statistics_gmem.at[batch, q_head, i], statistics_smem),
-                (spans_gmem.at[batch, i], spans_smem),
+            statistics = statistics_gmem.at[batch, q_head, i]
+            queries_ring.fill(
+                step, q_gmem.at[source], statistics, spans_gmem.at[batch, i]
             )
-            is_reused = step >= tiles.dkv_stages
-            pl.when(is_reused)(lambda: plgpu.barrier_wait(q_free.at[at]))
-            for gmem, smem in pairs:
-                plgpu.copy_gmem_to_smem(gmem, smem.at[at], q_loaded.at[at])
-            pl.when(is_reused)(lambda: plgpu.barrier_wait(dout_free.at[at]))
-            plgpu.copy_gmem_to_smem(
-                dout_gmem.at[source], dout_smem.at[at], dout_loaded.at[at]
-            )
+            dout_ring.fill(step, dout_gmem.at[source])
 
         def over_head(head, _):
-            lax.fori_loop(0, visit.steps, functools.partial(step, head), None)
-
-        def drain(step, _):
-            at = lax.rem(step, jnp.int32(tiles.dkv_stages))
-            plgpu.barrier_wait(q_free.at[at])
-            plgpu.barrier_wait(dout_free.at[at])
+            lax.fori_loop(0, visit.steps, functools.partial(load, head), None)
 
         lax.fori_loop(0, heads, over_head, None)
-        total = heads * visit.steps
-        lax.fori_loop(jnp.maximum(total - tiles.dkv_stages, 0), total, drain, None)
+        queries_ring.drain(heads * visit.steps)
+        dout_ring.drain(heads * visit.steps)
 
     @pl.when(group < 2)
     def _compute():
@@ -370,7 +353,7 @@ def _dkv_body(
         mine = pl.ds(group * columns, columns) if shares_rows else slice(None)
 
         def step(head, turn, gradients, *, is_masked=False):
-            _, at = slot(head, turn)
+            at = slot(head, turn)
 
             def products(dk_ref, dv_ref, scores_ref, dweights_ref):
                 dk_ref[...], dv_ref[...] = gradients

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.dispatch import UnsupportedOp
@@ -24,6 +26,9 @@ class TileConfig:
 
     Attributes:
       groups: Compute warpgroups of the forward and dq kernels, 64 queries each.
+      is_persistent: A multiprocessor runs one thread block of the forward kernel,
+        which takes several blocks of queries.
+      q_buffers: Blocks of queries in shared memory, in the forward kernel.
       forward_k: Keys a step of the forward kernel.
       dq_k: Keys a step of the dq kernel.
       dkv_q: Queries a step of the dkv kernel.
@@ -35,6 +40,8 @@ class TileConfig:
     """
 
     groups: int = 2
+    is_persistent: bool = True
+    q_buffers: int = 2
     forward_k: int = 128
     dq_k: int = 64
     dkv_q: int = 64
@@ -57,14 +64,22 @@ class TileConfig:
 def tile_config(head_size: int, *, has_softcap: bool) -> TileConfig:
     """Returns the blocks for a head size, or raises `UnsupportedOp`.
 
-    Registers decide: 256 features leave few for a step, and the slope of a soft cap
-    takes what gradients of 128 features leave, so that there each warpgroup of dkv
-    holds half of the features.
+    Registers decide. 256 features leave few for a step, and none for a loop over
+    blocks of queries; the slope of a soft cap takes what gradients of 128 features
+    leave, so that there each warpgroup of dkv holds half of the features.
     """
     if head_size not in HEAD_SIZES:
         raise UnsupportedOp(f"{head_size=} must be one of {HEAD_SIZES}")
     if head_size == 256:
-        return TileConfig(forward_k=64, dq_k=32, dkv_q=32, dkv_k=64, dkv_stages=3)
+        return TileConfig(
+            is_persistent=False,
+            q_buffers=1,
+            forward_k=64,
+            dq_k=32,
+            dkv_q=32,
+            dkv_k=64,
+            dkv_stages=3,
+        )
     if has_softcap and head_size > 96:
         return TileConfig(dkv_k=64)
     return TileConfig(dq_k=128 if head_size == 128 else 64)
@@ -94,6 +109,77 @@ def accumulator(columns: int) -> Any:
     return plgpu.ACC(shape, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 
 
+class Ring(NamedTuple):
+    """Buffers in shared memory that blocks stream through.
+
+    Attributes:
+      buffers: Arrays; the first axis is the stage.
+      loaded: Barriers, one a stage, that each copy arrives at.
+      free: Barriers, one a stage, that its readers arrive at.
+    """
+
+    buffers: tuple[Any, ...]
+    loaded: Any
+    free: Any
+
+    def fill(self, step: Any, *sources: Any) -> None:
+        """Starts copies, one for each buffer, once the stage's last use is over.
+
+        Steps are counted from 0, over all blocks that the thread block works on.
+        """
+        at = self._stage(step)
+        is_reused = step >= self.free.shape[0]
+        pl.when(is_reused)(lambda: plgpu.barrier_wait(self.free.at[at]))
+        for source, buffer in zip(sources, self.buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[at], self.loaded.at[at])
+
+    def drain(self, steps: Any) -> None:
+        """Waits until what so many steps brought was read."""
+
+        def wait(step, _):
+            plgpu.barrier_wait(self.free.at[self._stage(step)])
+
+        lax.fori_loop(jnp.maximum(steps - self.free.shape[0], 0), steps, wait, None)
+
+    def _stage(self, step: Any) -> Any:
+        return lax.rem(step, jnp.int32(self.free.shape[0]))
+
+
+class Share(NamedTuple):
+    """The blocks of queries that one thread block takes, the longest first.
+
+    All blocks are dealt out to and fro, so that each thread block gets about as many
+    keys.
+
+    Attributes:
+      count: How many.
+    """
+
+    count: Any
+    position: Any
+    dealt: int
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, position: Any, dealt: int, shape: tuple[int, int, int]) -> "Share":
+        """Deals out (blocks, batch, heads) to `dealt` thread blocks."""
+        rounds, rest = divmod(math.prod(shape), dealt)
+        last = position if rounds % 2 == 0 else dealt - 1 - position
+        count = jnp.where(last < rest, rounds + 1, rounds) if rest else rounds
+        return cls(count, position, dealt, shape)
+
+    def place(self, number: Any) -> tuple[Any, Any, Any]:
+        """Returns the block, the row and the head of one of them."""
+        blocks, batch, heads = self.shape
+        back = self.dealt - 1 - self.position
+        offset = jnp.where(lax.rem(number, jnp.int32(2)) == 0, self.position, back)
+        index = number * self.dealt + offset
+        head = lax.rem(index, jnp.int32(heads))
+        index = lax.div(index, jnp.int32(heads))
+        row = lax.rem(index, jnp.int32(batch))
+        return blocks - 1 - lax.div(index, jnp.int32(batch)), row, head
+
+
 class Visit(NamedTuple):
     """The blocks that a thread block visits, those that need no mask first.
 
@@ -119,3 +205,30 @@ class Visit(NamedTuple):
         """Returns which block a step visits."""
         block = self.full_begin + step
         return jnp.where(block < self.stop, block, block - self.steps)
+
+
+def stream_keys(
+    visit: Visit,
+    place: tuple[Any, Any],
+    block_k: int,
+    streams: tuple[tuple[Any, Ring], ...],
+    begun: Any = 0,
+) -> Any:
+    """Brings the blocks of keys that a visit wants; returns the steps begun by then.
+
+    Args:
+      visit: Of blocks of keys.
+      place: The row, and the head of the keys.
+      block_k: Keys of a block.
+      streams: Arrays (B, S, K, H), and what each streams through.
+      begun: Steps of earlier visits.
+    """
+    row, head = place
+
+    def load(turn, _):
+        keys = pl.ds(visit.block(turn) * block_k, block_k)
+        for gmem, ring in streams:
+            ring.fill(begun + turn, gmem.at[row, keys, head])
+
+    lax.fori_loop(0, visit.steps, load, None)
+    return begun + visit.steps

@@ -55,7 +55,7 @@ def _program(
         bytes_moved=nbytes((shapes, results)),
         flops=products * 2 * case.heads * case.head_size * case.visible_pairs(),
         kernels=(mosaic_gpu.KERNEL_NAME, *kernels),
-        implementations=("mosaic_gpu", "cudnn", "xla"),
+        implementations=("mosaic_gpu", "mosaic_gpu_cudnn", "cudnn", "xla"),
         decides=("attention", decided) if is_deciding else None,
     )
 

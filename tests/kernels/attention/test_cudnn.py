@@ -9,7 +9,7 @@ import pytest
 
 from kernels.attention import SAVED_PRIMITIVES, attention, cudnn
 from kernels.attention.cases import GPU_CASES
-from kernels.device import compute_capability
+from kernels.device import HOPPER, assume_compute_capability, compute_capability
 from kernels.dispatch import UnsupportedOp, record
 from kernels.numerics import relative_error, tolerance
 
@@ -37,9 +37,9 @@ def shapes(case, dtype=jnp.bfloat16):
     return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in (q, k, k))
 
 
-def objective(case, **options):
+def objective(case, implementation="cudnn"):
     def call(q, k, v):
-        out = attention(q, k, v, implementation="cudnn", **(case.options() | options))
+        out = attention(q, k, v, implementation=implementation, **case.options())
         return out.astype(jnp.float32).sum()
 
     return call
@@ -50,6 +50,17 @@ def test_lowers_for_cuda(hopper, case):
     step = jax.jit(jax.grad(objective(case), argnums=(0, 1, 2)))
     lowered = step.trace(*shapes(case)).lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count(f'"{FORWARD}"') + lowered.count(f"@{FORWARD}(") == 1
+    assert lowered.count(f'"{BACKWARD}"') + lowered.count(f"@{BACKWARD}(") == 1
+
+
+@named([case for case in GPU_CASES if len(case.documents) < 2])
+def test_its_backward_follows_the_forward_kernel(hopper, case):
+    step = jax.jit(jax.grad(objective(case, "mosaic_gpu_cudnn"), argnums=(0, 1, 2)))
+    with assume_compute_capability(HOPPER):
+        traced = step.trace(*shapes(case))
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "attention_forward" in lowered
+    assert "attention_dq" not in lowered
     assert lowered.count(f'"{BACKWARD}"') + lowered.count(f"@{BACKWARD}(") == 1
 
 
@@ -253,8 +264,13 @@ def test_other_runtime_errors_are_shown(hopper, monkeypatch):
 
 
 @pytest.mark.gpu
-@named(GPU_CASES)
-def test_matches_the_float32_reference(case):
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [("cudnn", case) for case in GPU_CASES]
+    + [("mosaic_gpu_cudnn", case) for case in GPU_CASES if len(case.documents) < 2],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_matches_the_float32_reference(implementation, case):
     if compute_capability() is None:
         pytest.skip("needs a CUDA GPU")
     arrays, options = case.arrays(jnp.bfloat16), case.options()
@@ -270,7 +286,7 @@ def test_matches_the_float32_reference(case):
 
         return run(*arrays)
 
-    actual = output_and_gradients(arrays, "cudnn")
+    actual = output_and_gradients(arrays, implementation)
     floats = tuple(x.astype(jnp.float32) for x in arrays)
     expected = output_and_gradients(floats, "xla")
     for got, want in zip(actual, expected, strict=True):
