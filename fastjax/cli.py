@@ -25,6 +25,7 @@ from fastjax.errors import (
 # Each is a module of fastjax.commands; `-` becomes `_`.
 _COMMANDS = {
     "train": "train adapters, or every weight, on a data file",
+    "sweep": "train several adapters at once and compare them",
     "plan": "tell what memory a run needs, before anything is loaded",
     "check-data": "show what a data file holds and which of its tokens are trained",
     "eval": "measure the loss of a model or adapter on a data file",

@@ -109,6 +109,8 @@ class DataConfig:
       dataset_weights: How often an epoch sees each row of each of several sources:
         2 twice, 0.5 a half of them; none is once.
       eval_dataset_name: The same for evaluation; None evaluates on `val_set_size`.
+      max_train_samples: Rows that are read of each source, from its start; a set of the
+        hub is then streamed, not downloaded before. 0 reads all.
       val_set_size: Rows held out: a count, or a share below 1; 0 holds out none.
       dataset_text_field: Column of the format "text".
       column_map: Renames columns before the format is detected: "question=prompt".
@@ -133,6 +135,7 @@ class DataConfig:
     eval_dataset_name: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
+    max_train_samples: int = 0
     val_set_size: Number = 0.0
     data_format: DataFormat = "auto"
     dataset_text_field: str = "text"
@@ -159,6 +162,7 @@ class DataConfig:
                 "a count of rows, or a share below 1",
             ),
             skip_bad_rows=(self.skip_bad_rows >= 0, "0 or more"),
+            max_train_samples=(self.max_train_samples >= 0, "0 or more"),
             dataset_weights=(
                 all(is_positive(weight) for weight in self.dataset_weights),
                 "positive numbers",

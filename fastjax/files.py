@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 from fastjax.errors import ModelError, StorageError, printable
 
 _SPARE_BYTES = 64_000_000
+_ABANDONED_SECONDS = 3600.0
 
 
 @contextlib.contextmanager
@@ -198,6 +200,18 @@ def remove_leftovers(folder: Path) -> None:
     """Deletes what a crashed run left behind under temporary names."""
     for path in folder.glob(".tmp-*"):
         _remove(path)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Deletes what killed processes left in a folder that live ones write to as well.
+
+    That is what has a temporary name and has not grown for an hour.
+    """
+    for path in folder.glob(".tmp-*"):
+        with contextlib.suppress(OSError):
+            newest = max(p.stat().st_mtime for p in (path, *path.rglob("*")))
+            if time.time() - newest > _ABANDONED_SECONDS:
+                _remove(path)
 
 
 def temporary_name(name: str, kind: str = "tmp") -> str:

@@ -13,7 +13,6 @@ import os
 import queue
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from conversions.safetensors_header import TensorSpec
 from conversions.safetensors_writer import safetensors_writer
 from fastjax.config import DType, QuantConfig
 from fastjax.errors import ModelError, StorageError
-from fastjax.files import require_space
+from fastjax.files import remove_abandoned, require_space
 from fastjax.models.build import Weights
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.quantize import wanted_format
@@ -43,7 +42,6 @@ _IN_FLIGHT = 4
 _WAIT_SECONDS = 1.0
 _KEPT_COPIES = 8
 _FREE_SHARE = 0.1
-_ABANDONED_SECONDS = 3600.0
 
 
 def load_packed_weights(
@@ -103,13 +101,11 @@ def _has_room(path: Path, owner: str, specs: Mapping[str, TensorSpec]) -> bool:
 
 
 def _forget_old(folder: Path) -> None:
-    """Deletes the copies used longest ago, and what killed processes were writing."""
+    """Deletes the copies used longest ago, and what killed processes left."""
     copies = sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
     for path in copies[: 1 - _KEPT_COPIES]:
         path.unlink(missing_ok=True)
-    for path in folder.glob(".tmp-*"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-            path.unlink(missing_ok=True)
+    remove_abandoned(folder)
 
 
 class _Abandoned(Exception):

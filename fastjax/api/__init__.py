@@ -21,6 +21,9 @@ from fastjax.api.loading import load_model as load_model
 from fastjax.api.random_checkpoint import (
     make_random_checkpoint as make_random_checkpoint,
 )
+from fastjax.api.sweep import run_sweep as run_sweep
+from fastjax.api.sweep_plan import grid as grid
+from fastjax.api.sweep_result import SweepResult as SweepResult
 from fastjax.api.trainer import SFTTrainer as SFTTrainer
 from fastjax.api.trainer import get_chat_template as get_chat_template
 from fastjax.api.trainer import train_on_responses_only as train_on_responses_only

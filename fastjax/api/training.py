@@ -73,7 +73,7 @@ def run_training(
         _say(console, note)
     folder = Path(config.output_dir or default_output_dir(config))
     config = dataclasses.replace(config, output_dir=str(folder))
-    _require_writable(folder, console)
+    require_writable(folder, console)
     require_packages(config.report.report_to)
     _require_named_files(config)
     # Before any weight is read, so that a broken file shows in seconds.
@@ -96,7 +96,7 @@ def run_training(
         _say(console, note)
     settings = folder / "config.yaml"
     if not settings.exists():
-        _write_settings(settings, config)
+        write_settings(settings, config)
     result = train(
         model,
         config,
@@ -106,7 +106,7 @@ def run_training(
         planned=planned,
     )
     if not result.was_finished:
-        _write_settings(settings, config)
+        write_settings(settings, config)
     if config.report.push_to_hub and config.report.hub_model_id:
         address = push_folder(
             folder, config.report.hub_model_id, private=config.report.hub_private_repo
@@ -188,7 +188,7 @@ def train(
       ConfigError: Evaluation is asked for and there is nothing to evaluate on, or
         full determinism is asked for too late.
     """
-    _require_possible(config, data)
+    require_possible(config, data)
     console = console or open_console()
     for line in (*data.notes, f"training data: {data.train_report}"):
         _say(console, line)
@@ -205,7 +205,7 @@ def train(
         planned = planned_run(config, data, spec=model.spec, note=note)
     loader = planned.loader
     job = Job(
-        config=_in_steps(config, loader.steps_per_epoch),
+        config=in_steps(config, loader.steps_per_epoch),
         graphdef=graphdef,
         trainable=trainable,
         frozen=frozen,
@@ -213,7 +213,7 @@ def train(
         eval_loader=eval_loader(config, data),
         output_dir=folder,
         remat=planned.remat,
-        write_adapter=_adapter_writer(model),
+        write_adapter=adapter_writer(model),
         on_exit=model.update,
         resume_command=resume_command,
         base=folder_fingerprint(model.source.folder),
@@ -275,7 +275,8 @@ def default_output_dir(config: TrainConfig) -> str:
     return f"outputs/{Path(config.model).name}-{digest}"
 
 
-def _write_settings(path: Path, config: TrainConfig) -> None:
+def write_settings(path: Path, config: TrainConfig) -> None:
+    """Writes a file that `--config` takes."""
     with files.storage_errors(f"write {path.name}", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomic(path, config_yaml(config))
@@ -292,7 +293,7 @@ def _with_adapter_of(
     return dataclasses.replace(config, lora=model.lora)
 
 
-def _require_writable(folder: Path, console: Console) -> None:
+def require_writable(folder: Path, console: Console) -> None:
     """Finds out before anything heavy is loaded whether the folder can be used."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     with files.storage_errors("use the output folder", folder):
@@ -313,7 +314,8 @@ def _require_named_files(config: TrainConfig) -> None:
         resume.named(config.resume_from_checkpoint)
 
 
-def _require_possible(config: TrainConfig, data: TrainingData) -> None:
+def require_possible(config: TrainConfig, data: TrainingData) -> None:
+    """Raises `ConfigError` for what data and machine do not let a run do."""
     wants_evaluation = config.eval_strategy == "epoch" or config.eval_steps > 0
     report = config.report
     wants_best = report.load_best_model_at_end or report.early_stopping_patience > 0
@@ -341,7 +343,7 @@ def _require_possible(config: TrainConfig, data: TrainingData) -> None:
         )
 
 
-def _in_steps(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
+def in_steps(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
     """Returns the settings with steps in the place of epochs."""
     changes: dict[str, int] = {}
     if config.eval_strategy == "epoch":
@@ -364,7 +366,8 @@ def _flops_per_token(model: LanguageModel) -> float:
     return (6.0 if model.spec.trains_weights else 4.0) * count
 
 
-def _adapter_writer(model: LanguageModel) -> Any:
+def adapter_writer(model: LanguageModel) -> Any:
+    """Returns what writes adapter and tokenizer; None for a model without adapter."""
     if model.lora is None:
         return None
 

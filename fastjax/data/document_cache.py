@@ -26,6 +26,7 @@ from fastjax.data.documents import (
     DocumentWriter,
     mapped,
 )
+from fastjax.files import remove_abandoned
 
 MIN_FILE_BYTES = 4 << 20
 """Smaller data is tokenised in seconds and never kept."""
@@ -85,6 +86,7 @@ class DocumentCache:
         """Gives a writer into a folder aside, or into memory where that cannot be."""
         try:
             self._root.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self._root)
             aside = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self._root))
         except OSError:
             yield DocumentWriter()

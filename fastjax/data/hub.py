@@ -1,7 +1,8 @@
 """Data sets of the Hugging Face hub, by name."""
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastjax.data.files import is_data_file_name
@@ -43,10 +44,23 @@ def hub_rows(name: str, *, split: str, streaming: bool = False) -> Iterable[obje
     found = _NAME.fullmatch(name)
     assert found is not None
     chosen = found["split"] or split
-    try:
-        return load_dataset(
+    with _hub_faults(name):
+        rows = load_dataset(
             found["repo"], found["config"], split=chosen, streaming=streaming
         )
+    return _read(rows, name)
+
+
+def _read(rows: Iterable[object], name: str) -> Iterator[object]:
+    """Yields the rows; a connection may end on the way."""
+    with _hub_faults(name):
+        yield from rows
+
+
+@contextlib.contextmanager
+def _hub_faults(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise DataError(
             f"no such file, and the hub does not give it: {printable(error, 300)}",

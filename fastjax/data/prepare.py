@@ -13,6 +13,7 @@ from fastjax.data.document_cache import DocumentCache, cache_key
 from fastjax.data.documents import Documents, DocumentWriter
 from fastjax.data.embedded import embedded_announcement, embedded_examples
 from fastjax.data.files import eval_files
+from fastjax.data.hub import is_hub_name
 from fastjax.data.rendering import ResponseMarkers
 from fastjax.data.report import DataReport, data_report
 from fastjax.data.run_template import RunTemplate
@@ -141,9 +142,13 @@ class _Reader:
         """Returns the documents of sources, from the cache if they are there."""
         options = self._options(split)
         key = self._cache_key(sources, options)
-        if key is None:
-            return self._tokenised(sources, options, DocumentWriter())
         cache = DocumentCache(runtime.cache_folder() / "data")
+        if key is None and not self._is_from_hub(sources):
+            return self._tokenised(sources, options, DocumentWriter())
+        if key is None:
+            # On the disk while the run lasts: a set may be larger than the memory.
+            with cache.new_writer() as writer:
+                return self._tokenised(sources, options, writer)
         if (entry := cache.get(key)) is not None:
             return self._restored(entry)
         with cache.new_writer() as writer:
@@ -198,6 +203,10 @@ class _Reader:
             notes=(*facts["notes"], "tokenised data was kept from an earlier run"),
         )
 
+    def _is_from_hub(self, sources: Sequence[Source]) -> bool:
+        names = [source for source in sources if isinstance(source, str)]
+        return self._config.use_dataset_cache and any(map(is_hub_name, names))
+
     def _example_tokenizer(self) -> ExampleTokenizer:
         config = self._config
         return ExampleTokenizer(
@@ -218,6 +227,7 @@ class _Reader:
             data_format=config.data_format,
             text_field=config.dataset_text_field,
             column_map=config.column_map,
+            most_rows=config.max_train_samples if split == "train" else 0,
         )
 
     def _cache_key(self, sources: Sequence[Source], options: ReadOptions) -> str | None:

@@ -26,12 +26,15 @@ class ReadOptions:
       data_format: Name of the format, or "auto".
       text_field: Column of the format "text".
       column_map: Columns to rename first, as "old=new".
+      most_rows: Rows that are read, from the start; a hub set is then streamed. 0 reads
+        all.
     """
 
     split: str = "train"
     data_format: DataFormat = "auto"
     text_field: str = "text"
     column_map: tuple[str, ...] = ()
+    most_rows: int = 0
 
 
 class ExampleStream(Iterable[Example]):
@@ -54,7 +57,9 @@ class ExampleStream(Iterable[Example]):
             text_field=options.text_field,
             column_map=options.column_map,
         )
-        self._rows = _rows(source, options.split, bad_rows)
+        most = options.most_rows
+        rows = _rows(source, options.split, bad_rows, streaming=most > 0)
+        self._rows = itertools.islice(rows, most) if most else rows
 
     def __iter__(self) -> Iterator[Example]:
         """Yields the examples, once.
@@ -141,9 +146,12 @@ def source_files(source: Source, *, split: str) -> list[Path] | None:
     return None
 
 
-def _rows(source: Source, split: str, bad_rows: BadRows) -> Iterator[Row]:
+def _rows(
+    source: Source, split: str, bad_rows: BadRows, *, streaming: bool
+) -> Iterator[Row]:
     if isinstance(source, str) and is_hub_name(source):
-        return _object_rows(hub_rows(source, split=split), bad_rows)
+        rows = hub_rows(source, split=split, streaming=streaming)
+        return _object_rows(rows, bad_rows)
     if isinstance(source, str | Path):
         files = data_files(source, split=split)
         return itertools.chain.from_iterable(read_rows(f, bad_rows) for f in files)
@@ -156,7 +164,9 @@ def _rows(source: Source, split: str, bad_rows: BadRows) -> Iterator[Row]:
     first = next(items, None)
     items = itertools.chain([] if first is None else [first], items)
     if isinstance(first, str | Path):
-        parts = (_rows(_path(item), split, bad_rows) for item in items)
+        parts = (
+            _rows(_path(item), split, bad_rows, streaming=streaming) for item in items
+        )
         return itertools.chain.from_iterable(parts)
     return _object_rows(items, bad_rows)
 

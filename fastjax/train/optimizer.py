@@ -28,7 +28,7 @@ class Optimizer:
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
-    table_factor: float = 1.0
+    table_factor: float | Float[Array, ""] = 1.0
 
     def init(self, trainable: PyTree) -> PyTree:
         """Returns the state before the first step, in float32 or 8 bits."""

@@ -42,6 +42,7 @@ _FREE = frozenset(
         "dataset_train_split",
         "dataset_test_split",
         "column_map",
+        "max_train_samples",
         "skip_bad_rows",
         "memory_gib",
         *(field.name for field in dataclasses.fields(Implementations)),

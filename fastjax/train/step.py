@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from fastjax.config import DType
 from fastjax.train.optimizer import Optimizer, as_float32
@@ -84,7 +84,7 @@ def make_train_step(
     loss_function: LossFunction,
     optimizer: Optimizer,
     *,
-    seed: int,
+    seed: int | UInt32[Array, ""],
     has_dropout: bool = False,
     dtype: DType = "float32",
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]:

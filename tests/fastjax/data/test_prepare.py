@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 
+import datasets
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -55,6 +56,30 @@ def test_messages_need_a_template_and_leave_it_with_the_tokenizer(tokenizer):
     data = load_data(config, tokenizer, seed=0, train_source=rows)
     assert len(data.train) == 1
     assert "### Response" in tokenizer.chat_template
+
+
+def test_a_hub_set_is_streamed_as_far_as_it_is_read(tokenizer, tmp_path, monkeypatch):
+    """The rows come from a file by the library's own streaming, twice the same."""
+    path, load, asked = tmp_path / "large.jsonl", datasets.load_dataset, []
+    write(path, [f"text {i}" for i in range(5000)])
+
+    def served(repo, config, *, split, streaming):
+        asked.append((repo, config, split, streaming))
+        return load("json", data_files=str(path), split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", served)
+    monkeypatch.setenv("FASTJAX_CACHE", str(tmp_path / "cache"))
+    config = DataConfig(dataset_name="owner/name:part", max_train_samples=300)
+    first = load_data(config, tokenizer, seed=0).train
+    again = load_data(config, tokenizer, seed=0).train
+    assert asked == [("owner/name", "part", "train", True)] * 2
+    assert len(first) == 300
+    assert first.fingerprint() == again.fingerprint()
+    assert not list((tmp_path / "cache" / "data").iterdir())
+    write(path, [f"text {i}" for i in range(300)] + ["other"] * 300)
+    assert (
+        load_data(config, tokenizer, seed=0).train.fingerprint() == first.fingerprint()
+    )
 
 
 def test_a_folder_brings_its_evaluation_rows(tokenizer, tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+from fastjax.config import DataFormat, choices
 from fastjax.data import ReadOptions, load_examples
 from fastjax.data.conversation import RowFault, conversation
 from fastjax.data.examples import Completion, Conversation, Text
@@ -64,6 +66,16 @@ def test_rows_left_out_are_noted(fixtures):
     loaded = load_examples(folder / "bad_line.jsonl", skip_bad_rows=1)
     assert len(loaded.examples) == 2
     assert "bad_line.jsonl:2:10" in loaded.notes[0]
+
+
+def test_there_is_an_example_of_every_format():
+    folder, shown = Path(__file__).parents[3] / "examples" / "data", set()
+    for path in folder.iterdir():
+        loaded = load_examples(path)
+        assert len(loaded.examples) >= 2
+        assert path.name.startswith(loaded.data_format)
+        shown.add(loaded.data_format)
+    assert shown == set(choices(DataFormat)) - {"auto"}
 
 
 def test_formats_become_examples():
