@@ -235,7 +235,7 @@ class TrainConfig:
         "offload" as much, and keeps these in host memory; "auto" measures them and
         picks for each layer what is fastest within the memory.
       unroll_layers: Write layers that keep much out in the program, for a faster step,
-        a longer compilation and more memory; else they are scanned.
+        a longer compilation; else they are scanned.
       max_steps: Optimiser steps; -1 follows `num_train_epochs`.
       logging_steps: Steps between lines of metrics.jsonl.
       logging_first_step: Write a line for the first step too.

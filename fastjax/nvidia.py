@@ -1,15 +1,19 @@
 """The NVIDIA GPUs of the machine, as their driver tells, and whether JAX uses them."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
 import shutil
+import statistics
 import subprocess
+from collections.abc import Iterator
 
 from fastjax.errors import ConfigError, EnvironmentFault
 
 _QUERY = "name,driver_version,compute_cap,memory.total,memory.free,uuid"
 _TIMEOUT_SECONDS = 20
+_SAMPLE_MILLISECONDS = 20
 _CUDA_13_DRIVER = 580
 _CUDA_12_DRIVER = 525
 _MEBIBYTE, _GIBIBYTE = 2**20, 2**30
@@ -48,6 +52,32 @@ def installed_gpus() -> tuple[InstalledGpu, ...]:
         return ()
     rows = [line.split(", ") for line in done.stdout.splitlines()]
     return tuple(_gpu(row) for row in rows if len(row) == len(_QUERY.split(",")))
+
+
+@contextlib.contextmanager
+def sampled_load() -> Iterator[dict[str, float]]:
+    """Fills a dictionary with the median watts and megahertz of the first GPU.
+
+    They are there after the block, and stay away without `nvidia-smi`. Products run at
+    the clock that the power limit leaves, so a speed without them says little.
+    """
+    found: dict[str, float] = {}
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        yield found
+        return
+    query = ["--query-gpu=power.draw,clocks.sm", "--format=csv,noheader,nounits"]
+    command = [program, "--id=0", *query, f"--loop-ms={_SAMPLE_MILLISECONDS}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield found
+    finally:
+        process.terminate()
+        rows = [line.split(", ") for line in process.communicate()[0].splitlines()]
+        rows = [row for row in rows if len(row) == 2 and row[1].isdigit()]
+        if rows:
+            found["watts"] = statistics.median(float(row[0]) for row in rows)
+            found["sm_megahertz"] = statistics.median(float(row[1]) for row in rows)
 
 
 def _gpu(row: list[str]) -> InstalledGpu:

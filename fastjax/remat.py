@@ -51,8 +51,7 @@ class RematPlan:
     Attributes:
       policies: Of each layer of the decoder.
       is_unrolled: Layers that keep much are written out in the program instead of
-        being scanned: no copies into and out of stacks, a longer compilation, and a
-        little more memory.
+        being scanned: no copies into and out of stacks, and a longer compilation.
     """
 
     policies: tuple[RematPolicy, ...]

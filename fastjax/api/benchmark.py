@@ -11,6 +11,7 @@ from fastjax.api.random_step import RandomStep, StepArgs, planner_of
 from fastjax.api.remat_auto import planned_remat, prediction
 from fastjax.api.roofline import roofline_share
 from fastjax.models.registry import preset
+from fastjax.nvidia import sampled_load
 
 _WARM_UP_STEPS = 3
 
@@ -42,10 +43,17 @@ def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     resident = device_bytes("bytes_in_use")
     loaded = time.perf_counter()
     seconds, losses = [], []
-    for seed in range(_WARM_UP_STEPS + args.steps):
+
+    def run(seed: int) -> None:
         start = time.perf_counter()
         losses.append(step(seed % args.batches if args.batches else seed))
         seconds.append(time.perf_counter() - start)
+
+    for seed in range(_WARM_UP_STEPS):
+        run(seed)
+    with sampled_load() as load:
+        for seed in range(_WARM_UP_STEPS, _WARM_UP_STEPS + args.steps):
+            run(seed)
     median = statistics.median(seconds[_WARM_UP_STEPS:])
     memory = step.compiled.memory
     result = {
@@ -62,6 +70,7 @@ def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         "temp_gib": None if memory is None else gib(memory.temp_bytes),
         "compile_seconds": step.compiled.compile_seconds,
         "weights_seconds": loaded - started,
+        "load": load,
         "losses": losses,
         "implementations": step.compiled.implementations,
         **environment(),

@@ -20,7 +20,7 @@ from fastjax.errors import ConfigError, OutOfMemory
 from fastjax.models.build import DecoderSpec, abstract_decoder
 from fastjax.remat import RematPlan
 from fastjax.train.compiled import MEMORY_FIX, StepMemory
-from fastjax.train.memory_plan import UNROLLED_SLACK, BatchShape, saved_bytes
+from fastjax.train.memory_plan import BatchShape, saved_bytes
 from fastjax.train.remat_choice import Choice, PolicyCost, fastest
 
 # "attention" frees less memory for its time than the others do, so none is left to it.
@@ -29,7 +29,7 @@ _PRODUCTS: dict[RematPolicy, float] = {"none": 2.0, "layer": 3.0, "offload": 3.1
 """Forward passes that a layer's time amounts to."""
 _FEW, _MORE = 2, 4
 _WARM_UP_SECONDS, _TIMED = 1.0, 7
-_MARGIN = 0.98
+_MARGIN = 0.995
 """Share of the limit that the compiler may plan with; the allocator needs the rest."""
 _SURELY = 0.85
 """Share of the limit that the formula may come to if a step is to fit surely."""
@@ -167,12 +167,10 @@ def _measured(
     (few_seconds,) = _seconds([few])
     more_seconds = _seconds(fitting)
     base = few_seconds - _FEW * (more_seconds[0] - few_seconds) / (_MORE - _FEW)
-    is_unrolled = planner.remat("none").is_unrolled
     costs: dict[RematPolicy, PolicyCost] = {}
     for short, seconds in zip(fitting, more_seconds, strict=True):
         kept = saved_bytes(planner.spec, 0, short.policy)[0]
         kept *= planner.shape.micro_batch_tokens
-        kept *= UNROLLED_SLACK if is_unrolled and short.policy == "none" else 1
         costs[short.policy] = PolicyCost(
             base_seconds=base,
             base_bytes=short.temp_bytes - _MORE * kept,

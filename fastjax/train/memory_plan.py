@@ -6,6 +6,7 @@ layer, and, with all weights trained, the optimiser.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,16 @@ from jaxtyping import PyTree
 
 from fastjax.config import OptimizerConfig, RematPolicy
 from fastjax.models.build import DecoderSpec, abstract_decoder, layer_linears
+from fastjax.nn.variables import abstract
 from fastjax.remat import RematPlan
 from fastjax.train.optimizer import make_optimizer
-from kernels.cross_entropy import CHUNK_TOKENS
+from kernels import dispatch
+from kernels.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
 
 _FLOAT32 = 4
-_LOGIT_COPIES = 6  # bytes: a chunk of logits in float32, their cotangent in 16 bits
+_LOGIT_BYTES = 6  # of a chunk: logits in float32, their cotangent in 16 bits
+_ODDS_BYTES = 2  # of a chunk where a kernel makes the loss without logits
 _RESIDUAL_ROWS = 5  # rows of D: the stream, its cotangent, norms and what they keep
-UNROLLED_SLACK = 1.15
-"""What layers that are written out keep, to what they save."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,8 +108,7 @@ def memory_plan(
     saved = host = 0
     for layer, policy in enumerate(remat.policies):
         device_bytes, host_bytes = saved_bytes(spec, layer, policy)
-        slack = UNROLLED_SLACK if remat.writes_out(policy) else 1.0
-        saved += int(device_bytes * slack) * shape.micro_batch_tokens
+        saved += device_bytes * shape.micro_batch_tokens
         host += host_bytes * shape.micro_batch_tokens
     return MemoryPlan(
         weights=model.weights,
@@ -148,13 +149,49 @@ def _workspace(
     tokens = shape.micro_batch_tokens
     # Those of the micro-batch, and their sum over micro-batches.
     gradients = model.gradients * (2 if shape.accumulation > 1 else 1)
-    logits = _LOGIT_COPIES * min(CHUNK_TOKENS, tokens) * config.vocab_size
+    chunk = min(CHUNK_TOKENS, tokens) * config.vocab_size
+    logits = chunk * _logit_bytes(
+        spec.compute_dtype,
+        chunk_shape=(min(CHUNK_TOKENS, tokens), wide),
+        vocabulary=config.vocab_size,
+        softcap=config.logit_softcap,
+        head_is_trainable=spec.trains_head,
+        implementation=spec.implementations.cross_entropy,
+    )
     loss = logits + 2 * width * tokens * wide
     # Gate, up, their product and the cotangents of all; the first two may be saved.
     recomputes = set(remat.policies) & {"layer", "offload"}
     rows = (6 if recomputes else 4) * inner + _RESIDUAL_ROWS * wide
     dense = 2 * width * inner * wide if spec.packed or spec.trains_weights else 0
     return max(loss, width * tokens * rows + dense + gradients)
+
+
+@functools.cache
+def _logit_bytes(
+    dtype: str,
+    *,
+    chunk_shape: tuple[int, int],
+    vocabulary: int,
+    softcap: float | None,
+    head_is_trainable: bool,
+    implementation: str | None,
+) -> int:
+    """Returns what the loss holds of a token and entry, as this device computes it."""
+    tokens, features = chunk_shape
+    loss = functools.partial(
+        linear_cross_entropy,
+        softcap=softcap,
+        head_is_trainable=head_is_trainable,
+        implementation=implementation,
+    )
+    with dispatch.record() as chosen:
+        jax.eval_shape(
+            loss,
+            abstract(chunk_shape, jnp.dtype(dtype)),
+            abstract((vocabulary, features), jnp.dtype(dtype)),
+            abstract((tokens,), jnp.dtype("int32")),
+        )
+    return _ODDS_BYTES if chosen["cross_entropy"] == {"mosaic_gpu"} else _LOGIT_BYTES
 
 
 def _bytes(tree: PyTree) -> int:
