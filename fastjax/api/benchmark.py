@@ -10,7 +10,6 @@ from fastjax.api.benchmark_report import device_bytes, environment, gib, write_j
 from fastjax.api.random_step import RandomStep, StepArgs, planner_of
 from fastjax.api.remat_auto import planned_remat, prediction
 from fastjax.api.roofline import roofline_share
-from fastjax.models.registry import preset
 from fastjax.nvidia import sampled_load
 
 _WARM_UP_STEPS = 3
@@ -63,7 +62,7 @@ def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         "remat_plan": str(remat),
         "predicted": None if choice is None else prediction(choice, shape),
         "share_of_h200_roofline": roofline_share(
-            preset(args.model).config, batch=args.batch, seq=args.seq, seconds=median
+            spec.config, batch=args.batch, seq=args.seq, seconds=median
         ),
         "peak_gib": gib(device_bytes("peak_bytes_in_use")),
         "resident_gib": gib(resident),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,7 @@ class StepArgs:
 
     Attributes:
       model: Preset name.
+      layers: Of the model, the first ones, which compile sooner; 0 takes all.
       batch: Rows of a step.
       seq: Tokens of a row.
       remat: What the backward pass recomputes.
@@ -56,6 +58,7 @@ class StepArgs:
     """
 
     model: str = "llama3-8b"
+    layers: int = 0
     batch: int = 2
     seq: int = 4096
     remat: RematChoice = "attention"
@@ -185,7 +188,20 @@ def planner_of(args: StepArgs) -> Planner:
     spec = planned_spec(settings, preset(args.model).config)
     packed = dict.fromkeys(spec.packed, PackedFormat())
     spec = dataclasses.replace(spec, param_dtype="bfloat16", packed=packed)
+    spec = shortened(spec, args.layers) if args.layers else spec
     return Planner.of(settings, spec, tokens=args.seq)
+
+
+def shortened(spec: DecoderSpec, layers: int) -> DecoderSpec:
+    """Returns the structure with so many layers, the first ones."""
+    config = spec.config
+    few = dataclasses.replace(
+        config,
+        num_hidden_layers=layers,
+        layer_windows=tuple(itertools.islice(itertools.cycle(config.windows), layers)),
+        layers_without_rope=tuple(i for i in config.layers_without_rope if i < layers),
+    )
+    return dataclasses.replace(spec, config=few)
 
 
 def random_parts(spec: DecoderSpec) -> Parts:

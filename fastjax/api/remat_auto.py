@@ -2,7 +2,6 @@
 
 import contextvars
 import dataclasses
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from flax import nnx
 
 from fastjax.api.benchmark_report import device_bytes
 from fastjax.api.memory import Planner, memory_limit
-from fastjax.api.random_step import Parts, RandomStep, random_parts
+from fastjax.api.random_step import Parts, RandomStep, random_parts, shortened
 from fastjax.config import RematPolicy
 from fastjax.errors import ConfigError, OutOfMemory
 from fastjax.models.build import DecoderSpec, abstract_decoder
@@ -262,15 +261,3 @@ def compiled_memory(
 def _abstract_parts(spec: DecoderSpec) -> Parts:
     graphdef, trainable, frozen = nnx.split(abstract_decoder(spec), nnx.Param, ...)
     return graphdef, trainable, frozen
-
-
-def shortened(spec: DecoderSpec, layers: int) -> DecoderSpec:
-    """Returns the structure with so many layers, the first ones."""
-    config = spec.config
-    few = dataclasses.replace(
-        config,
-        num_hidden_layers=layers,
-        layer_windows=tuple(itertools.islice(itertools.cycle(config.windows), layers)),
-        layers_without_rope=tuple(i for i in config.layers_without_rope if i < layers),
-    )
-    return dataclasses.replace(spec, config=few)

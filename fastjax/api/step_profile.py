@@ -23,10 +23,11 @@ from fastjax import runtime
 from fastjax.api.benchmark_report import device_bytes, environment, gib, write_json
 from fastjax.api.random_step import RandomStep, StepArgs, planner_of
 from fastjax.api.remat_auto import planned_remat
+from fastjax.nvidia import sampled_load
 
 _WITHOUT_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 _WARM_UP_STEPS = 3
-_TIMED_STEPS = 5
+_TIMED_STEPS = 10
 _SKINNY = 256
 _SCOPES = {
     "cross_entropy": "loss",
@@ -100,9 +101,11 @@ def run_profile(args: ProfileArgs) -> dict[str, Any]:
         planner.shape,
         documents=args.documents,
     )
-    wall, implementations = _wall_milliseconds(make())
+    wall, load, implementations = _wall_milliseconds(make())
     step = make(compiler_options=_WITHOUT_GRAPHS)
-    step(0)
+    # The clock falls in the first second of work, to what the power limit leaves.
+    for seed in range(_WARM_UP_STEPS + _TIMED_STEPS):
+        step(seed)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             step(1)
@@ -114,6 +117,7 @@ def run_profile(args: ProfileArgs) -> dict[str, Any]:
         "step_milliseconds": wall,
         **summary(kernels, program, wall, args.kernels),
         "peak_gib": gib(device_bytes("peak_bytes_in_use")),
+        "load": load,
         "implementations": implementations,
         **environment(),
     }
@@ -121,15 +125,24 @@ def run_profile(args: ProfileArgs) -> dict[str, Any]:
     return result
 
 
-def _wall_milliseconds(step: RandomStep) -> tuple[float, dict[str, list[str]]]:
-    """Returns the median time of a step as training runs it, and its choices."""
+def _wall_milliseconds(
+    step: RandomStep,
+) -> tuple[float, dict[str, float], dict[str, list[str]]]:
+    """Returns the median time of a step as training runs it, load and choices."""
     seconds = []
-    for seed in range(_WARM_UP_STEPS + _TIMED_STEPS):
+
+    def run(seed: int) -> None:
         start = time.perf_counter()
         step(seed)
         seconds.append(time.perf_counter() - start)
+
+    for seed in range(_WARM_UP_STEPS):
+        run(seed)
+    with sampled_load() as load:
+        for seed in range(_TIMED_STEPS):
+            run(seed)
     median = statistics.median(seconds[_WARM_UP_STEPS:])
-    return median * 1e3, step.compiled.implementations
+    return median * 1e3, load, step.compiled.implementations
 
 
 def recorded_kernels(folder: Path) -> Iterator[Kernel]:
