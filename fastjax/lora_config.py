@@ -34,6 +34,8 @@ class LoRAConfig:
         the last "=" is a regular expression for the end of the full name, and the
         first one that matches counts, as in PEFT.
       alpha_pattern: Other alphas for some modules, written alike.
+      auto_rank: The first batches decide which modules get more rank and which less,
+        within the parameters that `lora_r` everywhere would take.
       layers_to_transform: Only these layers get adapters; none means all.
       init_lora_weights: How adapters start. "default" and "gaussian" start from the
         base model, with a uniform or normal down projection; "loftq" from what 4 bits
@@ -53,6 +55,7 @@ class LoRAConfig:
     use_dora: bool = False
     rank_pattern: tuple[str, ...] = ()
     alpha_pattern: tuple[str, ...] = ()
+    auto_rank: bool = False
     layers_to_transform: tuple[int, ...] = ()
     init_lora_weights: LoRAStart = "default"
     modules_to_save: tuple[Table, ...] = ()
@@ -79,6 +82,10 @@ class LoRAConfig:
             alpha_pattern=(
                 all(map(is_positive, alphas)),
                 "NAME=ALPHA, with positive numbers",
+            ),
+            auto_rank=(
+                not (self.auto_rank and (self.rank_pattern or self.alpha_pattern)),
+                "false with rank_pattern or alpha_pattern",
             ),
             layers_to_transform=(
                 all(layer >= 0 for layer in self.layers_to_transform),

@@ -1,6 +1,7 @@
 """Adapter folders of PEFT."""
 
 from .adapter_config import AdapterConfig as AdapterConfig
+from .adapter_config import plain_number as plain_number
 from .adapter_config import read_adapter_config as read_adapter_config
 from .read import Adapter as Adapter
 from .read import read_adapter as read_adapter

@@ -106,6 +106,7 @@ class FastLanguageModel:
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float | int] | None = None,
         trainable_token_indices: Sequence[int] | None = None,
+        auto_rank: bool = False,
         init_lora_weights: bool | str = True,
         loftq_config: dict[str, Any] | None = None,
     ) -> LanguageModel:
@@ -130,6 +131,8 @@ class FastLanguageModel:
           rank_pattern: Other ranks by the end of module names, or expressions for it.
           alpha_pattern: Other alphas, likewise.
           trainable_token_indices: Tokens whose embeddings train.
+          auto_rank: The trainer's first batches move rank to the modules that need it;
+            their parameters stay those of `r` everywhere.
           init_lora_weights: True or "gaussian" start from the base model, "loftq" from
             what its 4 bits lose.
           loftq_config: Has no effect: LoftQ is for 4 bits and one iteration.
@@ -144,6 +147,7 @@ class FastLanguageModel:
             "rank_pattern": rank_pattern,
             "alpha_pattern": alpha_pattern,
             "trainable_token_indices": trainable_token_indices,
+            "auto_rank": auto_rank,
             "init_lora_weights": init_lora_weights,
         }
         lora = dataclasses.replace(

@@ -22,6 +22,7 @@ from fastjax.api.language_model import LanguageModel
 from fastjax.api.loaders import data_seed, eval_loader, evaluation_loader
 from fastjax.api.loading import add_adapter, load_model, load_text_side
 from fastjax.api.model_card import write_model_card
+from fastjax.api.ranks import set_ranks
 from fastjax.api.run_plan import PlannedRun, planned_run
 from fastjax.api.samples import make_sampler, read_prompts
 from fastjax.api.serving import serving_notes
@@ -198,12 +199,15 @@ def train(
     context = model.config.max_position_embeddings
     if config.data.max_length > context:
         _say(console, f"rows may be longer than the model's context of {context:,}")
-    graphdef, trainable, frozen = model.split()
     folder = Path(config.output_dir or default_output_dir(config))
     if planned is None:
         note = functools.partial(_say, console)
         planned = planned_run(config, data, spec=model.spec, note=note)
     loader = planned.loader
+    if model.lora is not None and model.lora.auto_rank:
+        _say(console, set_ranks(model, config, loader, planned.remat))
+        config = dataclasses.replace(config, lora=model.lora)
+    graphdef, trainable, frozen = model.split()
     job = Job(
         config=in_steps(config, loader.steps_per_epoch),
         graphdef=graphdef,

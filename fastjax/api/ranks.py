@@ -1,0 +1,184 @@
+"""Measures the gradient of each weight and gives adapters ranks by it."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from conversions.peft import plain_number, read_adapter_config
+from fastjax import lora as adapters
+from fastjax.api.language_model import LanguageModel
+from fastjax.api.loading import add_adapter
+from fastjax.config import LoRAConfig, TrainConfig
+from fastjax.data import Loader
+from fastjax.rank_allocation import MOST_TIMES, allocated_ranks
+from fastjax.remat import Remat
+from fastjax.target_modules import full_name
+from fastjax.train import Job
+from fastjax.train.checkpoint import checkpoints
+from fastjax.train.step import summed_gradients
+
+_BATCHES = 4
+_SIDES = ("lora_a", "lora_b")
+
+
+def set_ranks(
+    model: LanguageModel, config: TrainConfig, loader: Loader, remat: Remat | None
+) -> str:
+    """Gives the model fresh adapters with ranks by importance; says what they are.
+
+    A run that goes on from a checkpoint takes the ranks that it started with.
+
+    Args:
+      model: Has adapters of even rank; new ones take their place.
+      config: Of the run.
+      loader: Of its training batches; the first few are measured.
+      remat: What the backward pass recomputes.
+    """
+    wanted = model.lora
+    assert wanted is not None
+    held = _held_ranks(config)
+    if held is None:
+        ranks = _measured_ranks(model, wanted, config, loader, remat)
+        lora = _with_ranks(wanted, ranks)
+    else:
+        lora = dataclasses.replace(
+            wanted,
+            lora_r=held.lora_r,
+            lora_alpha=held.lora_alpha,
+            rank_pattern=held.rank_pattern,
+            alpha_pattern=held.alpha_pattern,
+            auto_rank=False,
+        )
+    add_adapter(model, lora, seed=config.seed)
+    spread = collections.Counter(a.rank for a in model.spec.adapters.values())
+    parts = [f"{count} of {rank}" for rank, count in sorted(spread.items())]
+    return f"ranks by importance: {', '.join(parts)}"
+
+
+def _held_ranks(config: TrainConfig) -> LoRAConfig | None:
+    """Returns the adapter of the checkpoint that the run goes on from."""
+    mode = config.resume_from_checkpoint
+    folder = Path(config.output_dir or "")
+    if mode == "no" or config.output_dir is None or not folder.is_dir():
+        return None
+    found = checkpoints(folder) if mode == "auto" else [Path(mode)]
+    for folder in reversed(found):
+        if (folder / "adapter_config.json").is_file():
+            return read_adapter_config(folder).lora
+    return None
+
+
+def _measured_ranks(
+    model: LanguageModel,
+    lora: LoRAConfig,
+    config: TrainConfig,
+    loader: Loader,
+    remat: Remat | None,
+) -> dict[str, int]:
+    """Returns a rank for each adapted module.
+
+    The singular values of each gradient come from two passes over the batches, as a
+    randomised decomposition (0909.4061 algorithm 5.1): an adapter `A B` with a random
+    A and B = 0 has the gradient `A^T G` in B; with an orthonormal base of its rows as
+    B, and A = 0, it has `G B^T` in A. The gradient of a weight itself is never made.
+    """
+    probe = LoRAConfig(
+        lora_r=MOST_TIMES * lora.lora_r,
+        lora_alpha=float(MOST_TIMES * lora.lora_r),
+        lora_target_modules=lora.lora_target_modules,
+        layers_to_transform=lora.layers_to_transform,
+        init_lora_weights="gaussian",
+    )
+    add_adapter(model, probe, seed=config.seed)
+    starts = adapters.adapter_weights(model.decoder, model.spec)
+    modules = list(model.spec.adapters)
+    key = jax.random.key(config.seed)
+    spread = {
+        f"{module}.lora_a": jax.random.normal(
+            jax.random.fold_in(key, index), starts[f"{module}.lora_a"].shape
+        )
+        for index, module in enumerate(modules)
+    }
+    spread |= {f"{m}.lora_b": jnp.zeros_like(starts[f"{m}.lora_b"]) for m in modules}
+    rows = _gradients(model, spread, config, loader, remat)
+    turned = {f"{m}.lora_a": jnp.zeros_like(starts[f"{m}.lora_a"]) for m in modules}
+    for module in modules:
+        found = rows[f"{module}.lora_b"]
+        base = jnp.linalg.qr(found.T)[0].T
+        # A matrix of fewer outputs than the probe's rank has fewer directions.
+        missing = found.shape[0] - base.shape[0]
+        turned[f"{module}.lora_b"] = jnp.pad(base, ((0, missing), (0, 0)))
+    columns = _gradients(model, turned, config, loader, remat)
+    values = {}
+    for module in modules:
+        found = np.linalg.svd(columns[f"{module}.lora_a"], compute_uv=False)
+        values[module] = [float(value) for value in found]
+    costs = {
+        m: sum(starts[f"{m}.{side}"].size for side in _SIDES) // probe.lora_r
+        for m in modules
+    }
+    return allocated_ranks(values, costs, rank=lora.lora_r)
+
+
+def _gradients(
+    model: LanguageModel,
+    weights: Mapping[str, Array],
+    config: TrainConfig,
+    loader: Loader,
+    remat: Remat | None,
+) -> dict[str, Array]:
+    """Returns the gradients of adapters that hold these weights, by canonical name."""
+    adapters.set_adapter_weights(model.decoder, model.spec, weights)
+    graphdef, trainable, frozen = model.split()
+    job = Job(
+        config=config,
+        graphdef=graphdef,
+        trainable=trainable,
+        frozen=frozen,
+        train_loader=loader,
+        output_dir=Path(),
+        head_is_trainable=model.spec.trains_head,
+    )
+    loss = job.loss_function(loader, remat)
+
+    @jax.jit
+    def step(trainable: PyTree, frozen: PyTree, batch: dict[str, Array]) -> PyTree:
+        return summed_gradients(
+            loss, trainable, frozen, batch, factor=jnp.float32(1.0)
+        )[0]
+
+    total: PyTree = None
+    for index in range(min(_BATCHES, loader.steps_per_epoch)):
+        batch = {k: jnp.asarray(v) for k, v in loader.batch(index).items()}
+        found = step(trainable, frozen, batch)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    model.update(total)
+    return adapters.adapter_weights(model.decoder, model.spec)
+
+
+def _with_ranks(lora: LoRAConfig, ranks: Mapping[str, int]) -> LoRAConfig:
+    """Returns the adapter's kind with these ranks, each product scaled as before."""
+    ((most, _),) = collections.Counter(ranks.values()).most_common(1)
+
+    def alpha(rank: int) -> float:
+        ratio = rank / lora.lora_r
+        return lora.lora_alpha * (math.sqrt(ratio) if lora.use_rslora else ratio)
+
+    others = {full_name(m): r for m, r in ranks.items() if r != most}
+    return dataclasses.replace(
+        lora,
+        lora_r=most,
+        lora_alpha=alpha(most),
+        rank_pattern=tuple(f"{name}={rank}" for name, rank in others.items()),
+        alpha_pattern=tuple(
+            f"{name}={plain_number(alpha(rank))}" for name, rank in others.items()
+        ),
+        auto_rank=False,
+    )
