@@ -119,6 +119,7 @@ class DataConfig:
         the format "text" only.
       train_on: Tokens that carry loss; "auto" takes assistant turns, completions, or
         all of a plain text.
+      new_tokens: Texts that become one token each; embeddings and output head grow.
       chat_template_path: Jinja file or tokenizer folder; None takes the tokenizer's.
       overlong: What happens to a row longer than `max_length`; None splits the format
         "text" and truncates the others.
@@ -143,6 +144,7 @@ class DataConfig:
     max_length: int = 2048
     packing: bool | None = None
     train_on: TrainOn = "auto"
+    new_tokens: tuple[str, ...] = ()
     chat_template_path: str | None = None
     overlong: Overlong | None = None
     skip_bad_rows: int = 0

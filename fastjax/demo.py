@@ -29,6 +29,7 @@ from fastjax.config import (
     TrainConfig,
 )
 from fastjax.data import embedded_text
+from fastjax.models.transformer_config import TransformerConfig
 
 _QUESTIONS = ("What does `shutil.copyfile` do?", "Explain `math.sqrt` in Python.")
 _LENGTH = 256
@@ -55,7 +56,7 @@ def run_demo(args: DemoArgs) -> None:
     folder = Path(args.output_dir)
     if folder.exists():
         shutil.rmtree(folder)
-    base = _train_base(folder, args.base_steps, console)
+    base = train_base(folder, args.base_steps, console)
     model = _train_adapter(base, folder / "adapter", args.adapter_steps, console)
     _say(console, "4. merge it, reload adapter and merged model, compare")
     merged = folder / "merged"
@@ -67,9 +68,16 @@ def run_demo(args: DemoArgs) -> None:
     console.print(f"everything is in {folder}", markup=False)
 
 
-def _train_base(folder: Path, steps: int, console: Console) -> Path:
-    _say(console, "1. the preset `tiny`, random weights, as a Hugging Face checkpoint")
-    start = make_random_checkpoint("tiny", folder / "random", dtype="float32")
+def train_base(
+    folder: Path,
+    steps: int,
+    console: Console,
+    *,
+    sizes: str | TransformerConfig = "tiny",
+) -> Path:
+    """Returns the folder of a tiny model that was trained from random weights."""
+    _say(console, "1. a tiny model, random weights, as a Hugging Face checkpoint")
+    start = make_random_checkpoint(sizes, folder / "random", dtype="float32")
     _say(console, "2. train every weight on the text of Python's documentation")
     config = TrainConfig(
         model=str(start),

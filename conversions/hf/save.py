@@ -54,6 +54,7 @@ def save_model(
     config: TransformerConfig,
     *,
     source: Path,
+    tokenizer_source: Path | None = None,
     dtype: DType = "bfloat16",
     packed: Mapping[str, PackedFormat] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -70,6 +71,7 @@ def save_model(
       weights: Our names and arrays, every one of the model exactly once.
       config: Says which tensors there must be.
       source: Folder of the base model: its config.json and tokenizer.
+      tokenizer_source: Folder of another tokenizer.
       dtype: Of all dense tensors in the files.
       packed: 4-bit format of the linears that come as `NF4Array`, by our names of
         modules; they are written as bitsandbytes does.
@@ -86,7 +88,12 @@ def save_model(
     require_space(folder, sum(spec.nbytes for s in shards for spec in s.values()))
     with new_folder(folder, overwrite=overwrite) as new:
         copy_companions(source, new)
-        _write_config(source, new, dtype, _quantisation(tensors, packed))
+        if tokenizer_source is not None:
+            copy_companions(tokenizer_source, new)
+        changes: dict[str, Any] = {"vocab_size": config.vocab_size}
+        if (quantisation := _quantisation(tensors, packed)) is not None:
+            changes["quantization_config"] = quantisation
+        _write_config(source, new, dtype, changes)
         _write_tensors(new, shards, tensors, weights)
 
 
@@ -114,15 +121,14 @@ def _quantisation(
 
 
 def _write_config(
-    source: Path, folder: Path, dtype: DType, quantisation: dict[str, Any] | None
+    source: Path, folder: Path, dtype: DType, changes: Mapping[str, Any]
 ) -> None:
     """Copies config.json, changed only where the new weights need it."""
     path = source / CONFIG_NAME
     values = read_json_object(path, limit_bytes=MAX_CONFIG_BYTES)
     changed = dict(values)
     changed.pop("quantization_config", None)
-    if quantisation is not None:
-        changed["quantization_config"] = quantisation
+    changed |= changes
     present = [key for key in ("dtype", "torch_dtype") if key in changed]
     # Both versions of transformers read the old key; neither key means float32.
     changed |= dict.fromkeys(present or ["torch_dtype"], dtype)

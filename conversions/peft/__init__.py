@@ -4,5 +4,6 @@ from .adapter_config import AdapterConfig as AdapterConfig
 from .adapter_config import plain_number as plain_number
 from .adapter_config import read_adapter_config as read_adapter_config
 from .read import Adapter as Adapter
+from .read import grown_config as grown_config
 from .read import read_adapter as read_adapter
 from .write import write_adapter as write_adapter

@@ -10,6 +10,7 @@ from jaxtyping import Array
 from conversions.hf.families import checkpoint_tensors
 from conversions.peft.adapter_config import read_adapter_config
 from conversions.peft.names import (
+    TABLES,
     is_of_table,
     peft_key,
     plain_key,
@@ -25,6 +26,7 @@ from fastjax.target_modules import full_name, own_name
 
 ADAPTER_NAME = "adapter_model.safetensors"
 
+_WHOLE_TABLES = [peft_key(f"{table}.weight", set())[0] for table in TABLES]
 _FLOATS = ("bfloat16", "float16", "float32")
 
 
@@ -37,9 +39,11 @@ class Adapter:
       weights: Float32 arrays by our names; tables under adapters as they are stored.
       base_model_name_or_path: Folder or hub name of the base model, if recorded.
       revision: Of the base model, if recorded.
+      vocab_size: Rows of the tables that it trained; the base's without any.
     """
 
     lora: LoRAConfig
+    vocab_size: int
     weights: dict[str, Array]
     base_model_name_or_path: str | None
     revision: str | None
@@ -54,6 +58,7 @@ def read_adapter(folder: Path, config: TransformerConfig) -> Adapter:
         needs what is not supported.
     """
     recorded = read_adapter_config(folder)
+    config = grown_config(folder, config)
     base = checkpoint_tensors(config)
     names = [full_name(_module(tensor)) for tensor in base if tensor.is_linear]
     lora, modules = recorded.resolved(names, is_tied=config.tie_word_embeddings)
@@ -84,6 +89,7 @@ def read_adapter(folder: Path, config: TransformerConfig) -> Adapter:
     )
     return Adapter(
         lora=lora,
+        vocab_size=config.vocab_size,
         weights={
             t.name: _read(
                 file, keys[t.hf], t, keeps_dtype=_is_under_adapter(t.name, adapted)
@@ -93,6 +99,23 @@ def read_adapter(folder: Path, config: TransformerConfig) -> Adapter:
         base_model_name_or_path=recorded.base_model_name_or_path,
         revision=recorded.revision,
     )
+
+
+def grown_config(folder: Path, config: TransformerConfig) -> TransformerConfig:
+    """Returns the base's sizes with as many tokens as the adapter has trained rows for.
+
+    Raises:
+      ModelError: The weights of the adapter cannot be read.
+    """
+    shapes = [
+        spec.shape
+        for key, spec in SafetensorsFile(_weights_path(folder)).tensors.items()
+        if key in _WHOLE_TABLES
+    ]
+    rows = {shape[0] for shape in shapes if shape[1:] == (config.hidden_size,)}
+    if len(rows) != 1 or max(rows) <= config.vocab_size:
+        return config
+    return dataclasses.replace(config, vocab_size=rows.pop())
 
 
 def _expected(

@@ -29,3 +29,5 @@ from fastjax.api.trainer import get_chat_template as get_chat_template
 from fastjax.api.trainer import train_on_responses_only as train_on_responses_only
 from fastjax.api.training import run_evaluation as run_evaluation
 from fastjax.api.training import run_training as run_training
+from fastjax.api.vocabulary import add_new_tokens as add_new_tokens
+from fastjax.api.vocabulary import resize_token_embeddings as resize_token_embeddings

@@ -133,7 +133,7 @@ def check_data(config: TrainConfig) -> DataCheck:
     Raises:
       FastJaxError: The data cannot be used, or the model has no tokenizer; says why.
     """
-    tokenizer, sizes = load_text_side(config.model, revision=config.model_revision)
+    tokenizer, sizes = load_text_side(config)
     seed = config.seed if config.data_seed is None else config.data_seed
     data = load_data(config.data, tokenizer, seed=seed, vocab_size=sizes.vocab_size)
     return data_check(config, data, tokenizer)

@@ -10,6 +10,7 @@ from fastjax import nvidia, runtime
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter, load_model
 from fastjax.api.tokenizer import Tokenizer
+from fastjax.api.vocabulary import require_trained_rows
 from fastjax.config import ALL_LINEAR, DType, LoRABias, RematChoice
 from fastjax.errors import ConfigError
 from fastjax.flat_config import train_config
@@ -162,6 +163,7 @@ class FastLanguageModel:
             use_dora=use_dora,
         )
         model.remat = _remat(use_gradient_checkpointing)
+        require_trained_rows(model, lora)
         add_adapter(model, lora, seed=random_state)
         if max_seq_length is not None:
             model.max_seq_length = max_seq_length

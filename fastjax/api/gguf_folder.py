@@ -47,13 +47,14 @@ def write_gguf_folder(
         gguf.require_llama_quantize()
     encoding = cast(gguf.GGUFType, "bf16" if is_k_quant else kind)
     config = merge.spec.config
+    source = merge.tokenizer_folder or merge.folder
     with new_folder(folder, overwrite=overwrite) as new:
         written = new / (f"{encoding}.gguf" if is_k_quant else MODEL_FILE)
         gguf.write_gguf(
             written,
             weights,
             config,
-            source=merge.folder,
+            source=source,
             name=Path(merge.name).name,
             encoding=encoding,
         )
@@ -61,7 +62,10 @@ def write_gguf_folder(
             gguf.requantise(written, new / MODEL_FILE, kind)
             written.unlink()
         format_name, remarks = _chat_format(merge)
-        stops = gguf.stop_texts(gguf.read_tokenizer(merge.folder), config.eos_token_ids)
+        stops = gguf.stop_texts(
+            gguf.read_tokenizer(merge.tokenizer_folder or merge.folder),
+            config.eos_token_ids,
+        )
         text = gguf.modelfile(f"./{MODEL_FILE}", format_name=format_name, stops=stops)
         (new / MODELFILE).write_text(text, encoding="utf-8")
     return [*gguf.differences(config), *remarks]

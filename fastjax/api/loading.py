@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING
 import jax
 
 from conversions.hf import Checkpoint, load_packed_weights, read_config
-from conversions.peft import read_adapter
+from conversions.peft import grown_config, read_adapter
 from fastjax import lora as adapters
 from fastjax import runtime
 from fastjax.api.finding import find_model, load_tokenizer
 from fastjax.api.language_model import LanguageModel, ModelSource
 from fastjax.api.starting import start_from_loss
-from fastjax.config import DType, Implementations, LoRAConfig, QuantConfig
+from fastjax.api.vocabulary import resize_token_embeddings
+from fastjax.config import (
+    DType,
+    Implementations,
+    LoRAConfig,
+    QuantConfig,
+    TrainConfig,
+)
 from fastjax.errors import ModelError
 from fastjax.models.build import DecoderSpec, build_decoder
 from fastjax.models.transformer_config import TransformerConfig
@@ -82,18 +89,17 @@ def load_model(
 
 
 def load_text_side(
-    name: str, *, revision: str = "main"
+    config: TrainConfig,
 ) -> tuple["PreTrainedTokenizerBase", TransformerConfig]:
-    """Returns the tokenizer and the sizes of a model; no weight is read.
+    """Returns the tokenizer and the sizes of a run's model; no weight is read.
 
-    Args:
-      name: Preset name, folder or hub name.
-      revision: Branch, tag or commit of a hub model.
+    New tokens are in the one, and counted in the other.
 
     Raises:
       FastJaxError: The model cannot be found or read, or has no tokenizer; says why.
     """
     runtime.configure()
+    name, revision = config.model, config.model_revision
     found = find_model(name, revision=revision, with_weights=False)
     tokenizer = load_tokenizer(*found.tokenizer_folders)
     if tokenizer is None:
@@ -102,12 +108,25 @@ def load_text_side(
             where=str(found.folder),
             fix="copy tokenizer.json and tokenizer_config.json of the model there",
         )
-    return tokenizer, read_config(found.folder)
+    tokenizer.add_tokens(list(config.data.new_tokens))
+    sizes = read_config(found.folder)
+    if found.adapter is not None:
+        sizes = grown_config(found.adapter, sizes)
+    if config.data.new_tokens:
+        rows = max(sizes.vocab_size, len(tokenizer))
+        sizes = dataclasses.replace(sizes, vocab_size=rows)
+    return tokenizer, sizes
 
 
 def add_adapter(model: LanguageModel, lora: LoRAConfig, *, seed: int) -> None:
-    """Gives the model fresh adapters; those it had are dropped."""
-    adapted = adapters.adapted_spec(adapters.plain_spec(model.spec), lora)
+    """Gives the model fresh adapters; those it had are dropped.
+
+    With ranks that are still to be measured, nothing else trains until they are.
+    """
+    held = lora
+    if lora.auto_rank:
+        held = dataclasses.replace(lora, modules_to_save=(), lora_bias="none")
+    adapted = adapters.adapted_spec(adapters.plain_spec(model.spec), held)
     model.decoder = adapters.with_adapters(
         model.decoder,
         model.spec,
@@ -134,6 +153,8 @@ def _put_adapter(model: LanguageModel, folder: Path) -> None:
             where=str(folder),
             fix="set load_in_4bit; to merge, --base_precision dequantised",
         )
+    if adapter.vocab_size > model.config.vocab_size:
+        resize_token_embeddings(model, adapter.vocab_size)
     plain = dataclasses.replace(adapter.lora, init_lora_weights="default")
     add_adapter(model, plain, seed=0)
     model.lora = adapter.lora

@@ -14,7 +14,7 @@ from conversions.hf import (
     stream_weights,
 )
 from conversions.peft import read_adapter
-from fastjax.api.finding import FoundModel
+from fastjax.api.finding import FoundModel, load_tokenizer
 from fastjax.config import BasePrecision, DType, QuantConfig
 from fastjax.errors import ConfigError
 from fastjax.lora import adapted_spec
@@ -36,6 +36,7 @@ class Merge:
       spec: Structure of the adapted decoder.
       adapter: Trained arrays by canonical name; none without an adapter.
       needs_4bit: The adapter makes up for what 4 bits lose of the base.
+      tokenizer_folder: Has the tokenizer: the adapter's where that has more tokens.
       decoder: Holds the weights when the model is in memory.
     """
 
@@ -45,6 +46,7 @@ class Merge:
     adapter: Mapping[str, Array]
     decoder: Decoder | None = None
     needs_4bit: bool = False
+    tokenizer_folder: Path | None = None
 
     @classmethod
     def of(cls, found: FoundModel) -> "Merge":
@@ -58,6 +60,8 @@ class Merge:
         needs_4bit = False
         if found.adapter is not None:
             read = read_adapter(found.adapter, spec.config)
+            sizes = dataclasses.replace(spec.config, vocab_size=read.vocab_size)
+            spec = dataclasses.replace(spec, config=sizes)
             spec, adapter = adapted_spec(spec, read.lora), read.weights
             needs_4bit = read.lora.init_lora_weights == "loftq"
         return cls(
@@ -66,6 +70,7 @@ class Merge:
             spec=spec,
             adapter=adapter,
             needs_4bit=needs_4bit,
+            tokenizer_folder=_longer_tokenizer(found),
         )
 
     def weights(
@@ -104,6 +109,7 @@ class Merge:
             packed_weights(weights, packed) if is_4bit else dense_weights(weights),
             self.spec.config,
             source=self.folder,
+            tokenizer_source=self.tokenizer_folder,
             dtype=dtype,
             packed=packed,
             overwrite=overwrite,
@@ -128,7 +134,7 @@ class Merge:
         is_held = self.spec.trains_weights or base_precision == "dequantised"
         if self.decoder is not None and is_held:
             return flat_weights(self.decoder, self.spec)
-        checkpoint, config = Checkpoint(self.folder), self.spec.config
+        checkpoint, config = Checkpoint(self.folder), read_config(self.folder)
         if base_precision == "dequantised":
             return stream_weights(checkpoint, config, dtype=dtype, quant=QuantConfig())
         return stream_weights(checkpoint, config, dtype="float32")
@@ -140,3 +146,12 @@ class Merge:
         if not self.spec.trains_weights:
             stored = stored_formats(Checkpoint(self.folder), config)
         return stored or dict.fromkeys(linear_names(config), PackedFormat(dtype=dtype))
+
+
+def _longer_tokenizer(found: FoundModel) -> Path | None:
+    """Returns the adapter's folder if its tokenizer has more tokens than the base's."""
+    if found.adapter is None:
+        return None
+    own, base = load_tokenizer(found.adapter), load_tokenizer(found.folder)
+    is_longer = own is not None and (base is None or len(own) > len(base))
+    return found.adapter if is_longer else None

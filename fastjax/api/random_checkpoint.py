@@ -21,7 +21,11 @@ _STANDARD_DEVIATION = 0.02
 
 
 def make_random_checkpoint(
-    name: str, folder: Path, *, dtype: DType = "bfloat16", seed: int = 0
+    sizes: str | TransformerConfig,
+    folder: Path,
+    *,
+    dtype: DType = "bfloat16",
+    seed: int = 0,
 ) -> Path:
     """Writes a checkpoint of a preset's shapes, with a small tokenizer.
 
@@ -29,7 +33,7 @@ def make_random_checkpoint(
     residual stream divided by sqrt(2 L) as in GPT-2; norms are one, biases zero.
 
     Args:
-      name: Preset name.
+      sizes: Preset name, or any sizes.
       folder: Made; must not exist.
       dtype: Of the weights.
       seed: Of the weights.
@@ -39,7 +43,7 @@ def make_random_checkpoint(
       StorageError: The folder exists, or the disk is full.
     """
     runtime.configure()
-    config = preset(name).config
+    config = preset(sizes).config if isinstance(sizes, str) else sizes
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch)
         write_config(source, config, dtype=dtype)

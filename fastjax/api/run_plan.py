@@ -102,7 +102,7 @@ def plan_lines(config: TrainConfig) -> Iterator[str]:
 
 def _loader(config: TrainConfig) -> Loader:
     """Returns the training batches of the named data."""
-    tokenizer, sizes = load_text_side(config.model, revision=config.model_revision)
+    tokenizer, sizes = load_text_side(config)
     data = load_data(
         config.data, tokenizer, seed=data_seed(config), vocab_size=sizes.vocab_size
     )

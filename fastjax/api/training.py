@@ -26,6 +26,7 @@ from fastjax.api.ranks import set_ranks
 from fastjax.api.run_plan import PlannedRun, planned_run
 from fastjax.api.samples import make_sampler, read_prompts
 from fastjax.api.serving import serving_notes
+from fastjax.api.vocabulary import add_new_tokens, require_trained_rows
 from fastjax.config import LoRAConfig, TrainConfig
 from fastjax.config_file import config_yaml
 from fastjax.data import (
@@ -78,7 +79,7 @@ def run_training(
     require_packages(config.report.report_to)
     _require_named_files(config)
     # Before any weight is read, so that a broken file shows in seconds.
-    tokenizer, sizes = load_text_side(config.model, revision=config.model_revision)
+    tokenizer, sizes = load_text_side(config)
     _say(console, "reading the data")
     data = load_data(
         config.data,
@@ -128,7 +129,10 @@ def load_for_training(config: TrainConfig) -> LanguageModel:
         implementations=config.implementations,
         max_seq_length=config.data.max_length,
     )
+    if config.data.new_tokens and model.lora is None:
+        add_new_tokens(model, model.tokenizer, config.data.new_tokens)
     if not config.full_finetuning and model.lora is None:
+        require_trained_rows(model, config.lora)
         add_adapter(model, config.lora, seed=config.seed)
     return model
 
@@ -389,10 +393,8 @@ def _say(console: Console, text: str) -> None:
 
 def _say_next(config: TrainConfig, console: Console) -> None:
     folder = config.output_dir
-    lines = [f"adapter: {folder}"]
-    if config.full_finetuning:
-        lines = [f"model: {folder}/model"]
     target = f"{folder}/model" if config.full_finetuning else folder
+    lines = [f"{'model' if config.full_finetuning else 'adapter'}: {target}"]
     lines.append(f"ask it:   fastjax generate --model {target} --prompt ...")
     if not config.full_finetuning:
         lines.append(f"merge it: fastjax export --model {folder} --output_dir ...")
