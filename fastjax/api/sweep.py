@@ -73,7 +73,7 @@ def run_sweep(
     folder = Path(config.output_dir or default_output_dir(config))
     runs = sweep_runs(_by_xla(config), changes, folder)
     require_writable(folder, console)
-    tokenizer, sizes = load_text_side(config.model, revision=config.model_revision)
+    tokenizer, sizes = load_text_side(config)
     data = load_data(
         config.data, tokenizer, seed=data_seed(config), vocab_size=sizes.vocab_size
     )

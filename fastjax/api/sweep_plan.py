@@ -16,7 +16,7 @@ from fastjax.models.build import DecoderSpec
 
 VARIED = (
     *("learning_rate", "seed"),
-    *(field.name for field in dataclasses.fields(LoRAConfig)),
+    *(f.name for f in dataclasses.fields(LoRAConfig) if f.name != "auto_rank"),
 )
 _MOST_LETTERS = 120
 
@@ -129,6 +129,11 @@ def _refused(config: TrainConfig) -> list[tuple[bool, str]]:
         (
             report.sample_prompts is not None or report.push_to_hub,
             "a sweep neither answers sample_prompts nor uploads: do it with the best",
+        ),
+        (
+            bool(config.data.new_tokens) or config.lora.auto_rank,
+            "a sweep takes vocabulary and ranks as they are: drop new_tokens and "
+            "auto_rank",
         ),
     ]
 

@@ -29,12 +29,7 @@ from fastjax.api.serving import serving_notes
 from fastjax.api.vocabulary import add_new_tokens, require_trained_rows
 from fastjax.config import LoRAConfig, TrainConfig
 from fastjax.config_file import config_yaml
-from fastjax.data import (
-    ResponseMarkers,
-    Source,
-    TrainingData,
-    load_data,
-)
+from fastjax.data import ResponseMarkers, Source, TrainingData, load_data
 from fastjax.errors import ConfigError, ModelError
 from fastjax.flat_config import flat_values
 from fastjax.terminal import open_console
