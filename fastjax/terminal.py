@@ -1,8 +1,9 @@
-"""The console that runs speak on."""
+"""The console that runs speak on, and the same for notebooks."""
 
+import io
 import sys
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 
 class _LastingConsole(Console):
@@ -16,3 +17,10 @@ class _LastingConsole(Console):
 def open_console() -> Console:
     """Returns a console on the standard error."""
     return _LastingConsole(file=sys.stderr)
+
+
+def as_html(shown: RenderableType, *, width: int = 100) -> str:
+    """Returns what a terminal of so many columns shows, for a notebook."""
+    console = Console(record=True, file=io.StringIO(), width=width)
+    console.print(shown)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")

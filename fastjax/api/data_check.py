@@ -1,12 +1,11 @@
 """What a run would train on, shown before any weight is read."""
 
 import dataclasses
-import io
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from fastjax.api.loading import load_text_side
 from fastjax.config import TrainConfig
 from fastjax.data import DataReport, Document, TrainingData, load_data
 from fastjax.errors import printable
+from fastjax.terminal import as_html
 
 _BAR_CELLS = 40
 _SAMPLE_TOKENS = 1500
@@ -82,9 +82,7 @@ class DataCheck:
 
     def _repr_html_(self) -> str:
         """Returns the same for notebooks."""
-        console = Console(record=True, file=io.StringIO(), width=100)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return as_html(self)
 
     def _counts(self) -> Table:
         table = Table(show_header=self.evaluation is not None, box=None)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import io
 import os
 import platform
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +18,7 @@ from conversions.hf.families import FAMILIES
 from fastjax import files, nvidia, requirements, runtime
 from fastjax.errors import EnvironmentFault
 from fastjax.models.registry import PRESETS
+from fastjax.terminal import as_html
 from kernels import self_check
 from kernels.self_check import OpCheck
 
@@ -88,9 +88,7 @@ class Diagnosis:
 
     def _repr_html_(self) -> str:
         """Returns the same for notebooks."""
-        console = Console(record=True, file=io.StringIO(), width=100)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return as_html(self)
 
     def _ops(self) -> Table:
         table = Table(box=None)

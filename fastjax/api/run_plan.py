@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from rich.text import Text
 
 from conversions.hf import read_config
 from fastjax import runtime
@@ -19,6 +20,7 @@ from fastjax.models.build import DecoderSpec
 from fastjax.models.registry import PRESETS
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.remat import RematPlan
+from fastjax.terminal import as_html
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +34,33 @@ class PlannedRun:
 
     loader: Loader
     remat: RematPlan
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """What a run will need, for people; prints itself with rich."""
+
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+    def __rich__(self) -> Text:
+        """Returns the lines."""
+        return Text(str(self))
+
+    def _repr_html_(self) -> str:
+        """Returns the same for notebooks."""
+        return as_html(self)
+
+
+def plan_run(config: TrainConfig) -> MemoryReport:
+    """Returns what `plan_lines` yields.
+
+    Raises:
+      FastJaxError: The model is not found, or the run cannot fit; says what would.
+    """
+    return MemoryReport(tuple(plan_lines(config)))
 
 
 def planned_run(

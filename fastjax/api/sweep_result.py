@@ -1,17 +1,16 @@
 """What a sweep found: its adapters, the best first."""
 
 import dataclasses
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fastjax import files
 from fastjax.api.sweep_plan import SweepRun
+from fastjax.terminal import as_html
 from fastjax.train.publish import RUN_FILE
 
 RESULT_FILE = "sweep.json"
@@ -99,6 +98,4 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         """Returns the same for notebooks."""
-        console = Console(record=True, file=io.StringIO(), width=160)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return as_html(self, width=160)

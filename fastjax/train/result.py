@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+from rich.table import Table
+
+from fastjax.terminal import as_html
 from fastjax.train.compiled import StepMemory
 
 
@@ -31,3 +34,14 @@ class TrainResult:
     compile_seconds: float
     step_seconds: tuple[float, ...]
     was_finished: bool
+
+    def __rich__(self) -> Table:
+        """Returns the metrics, a line each."""
+        table = Table(title=f"{self.step} steps", show_header=False, box=None)
+        for name, value in self.metrics.items():
+            table.add_row(name, "-" if value is None else f"{value:,.4g}")
+        return table
+
+    def _repr_html_(self) -> str:
+        """Returns the same for notebooks."""
+        return as_html(self)

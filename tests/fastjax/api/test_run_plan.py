@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from fastjax import cli
+from fastjax.api import plan_run
 from fastjax.api.memory import Planner, planned_spec
 from fastjax.api.random_step import RandomStep
 from fastjax.api.remat_auto import planned_remat
@@ -76,6 +77,9 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == said
     assert "frozen weights" in said
     assert "within 1.00 GiB" in said
+    report = plan_run(TrainConfig(model="tiny", memory_gib=1.0))
+    assert str(report) == said.strip()
+    assert "frozen weights" in report._repr_html_()
     assert cli.run("plan", ["--model", "tiny", "--memory_gib", "0.001"]) == 6
 
 

@@ -70,6 +70,7 @@ def test_a_run_writes_metrics_checkpoints_and_adapter(
     assert result.step == 8
     assert [entry["step"] for entry in records(tmp_path)] == [3, 4, 6, 8, 8]
     assert result.metrics["train_loss"] > 0
+    assert "train_loss" in result._repr_html_()
     assert result.metrics["eval_loss"] == records(tmp_path)[-1]["eval_loss"]
     assert (
         result.metrics["num_trained_tokens"]
