@@ -14,7 +14,7 @@ and 8 key heads of 128):
 policy ever keeps a dequantised weight: the matmul's own VJP keeps the packed one.
 
 "offload" also holds the residual after the attention in host memory, and, where the
-implementation names them ("xla", "mosaic_gpu"), the attention's output and statistics:
+implementation names them (all but "cudnn"), the attention's output and statistics:
 25 KB a token and layer. cuDNN's attention has no names for what it saves and is
 computed again.
 """
