@@ -66,7 +66,8 @@ test-oracle: setup $(ORACLE)/.ready
 	JAX_PLATFORMS=cpu $(RUN) tests/oracle/export.py build/oracle
 	$(ORACLE)/bin/python tests/oracle/verify.py build/oracle
 	JAX_PLATFORMS=cpu $(RUN) tests/oracle/export_formats.py build/oracle
-	$(ORACLE)/bin/python -P tests/oracle/verify_formats.py build/oracle
+	$(ORACLE)/bin/python -P tests/oracle/verify_formats.py build/oracle \
+	benchmarks/results/cpu/formats-oracle.json
 
 clean:
 	rm -rf $(VENV) $(ORACLE) $(KERNELS_CI) build outputs

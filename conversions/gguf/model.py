@@ -16,7 +16,11 @@ from conversions.gguf.architectures import (
 )
 from conversions.gguf.encodings import ENCODINGS, GGUFType, require_encoder
 from conversions.gguf.file import ALIGNMENT, GGUFTensor, Value, gguf_writer
-from conversions.gguf.tokenizer import read_tokenizer, tokenizer_metadata
+from conversions.gguf.tokenizer import (
+    read_tokenizer,
+    require_same_blanks,
+    tokenizer_metadata,
+)
 from fastjax.errors import ModelError
 from fastjax.files import require_space
 from fastjax.models.build import DecoderSpec, abstract_decoder, weight_places
@@ -75,7 +79,9 @@ def write_gguf(
 def _metadata(
     config: TransformerConfig, source: Path, *, name: str, encoding: str
 ) -> dict[str, Value]:
-    tokenizer = tokenizer_metadata(read_tokenizer(source), config.vocab_size)
+    files = read_tokenizer(source)
+    require_same_blanks(files, name)
+    tokenizer = tokenizer_metadata(files, config.vocab_size)
     return {
         "general.architecture": architecture_of(config).name,
         "general.type": "model",

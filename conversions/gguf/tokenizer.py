@@ -16,6 +16,8 @@ MAX_TOKENIZER_BYTES = 100_000_000
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
+# Whether llama.cpp drops blanks after them in models with "phi3" in their name.
+_PHI3_BLANKS = {"</s>": True, "<unk>": False, "<s>": False, "<|endoftext|>": False}
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
@@ -93,6 +95,39 @@ def tokenizer_metadata(files: TokenizerFiles, vocab_size: int) -> dict[str, Valu
     if files.chat_template is not None:
         named["tokenizer.chat_template"] = files.chat_template
     return named
+
+
+def require_same_blanks(files: TokenizerFiles, name: str) -> None:
+    """Checks the tokens that llama.cpp treats by the name of the model.
+
+    With "phi3" or "phi-3" in it, blanks after control tokens are dropped, after some
+    named ones kept (src/llama-vocab.cpp), whatever the file says; and it stops when one
+    of these is missing.
+
+    Raises:
+      ModelError: The tokenizer does otherwise.
+    """
+    if not any(part in name.lower() for part in ("phi3", "phi-3")):
+        return
+    added = {token["content"]: token for token in _added(files)}
+    known = files.values["model"]["vocab"]
+    missing = [text for text in _PHI3_BLANKS if text not in {*added, *known}]
+    differing = [
+        text
+        for text, token in added.items()
+        if token.get("special")
+        and bool(token.get("rstrip")) != _PHI3_BLANKS.get(text, True)
+    ]
+    if missing or differing:
+        reason = f"lacks {', '.join(missing)}"
+        if not missing:
+            reason = f"treats blanks after {', '.join(differing[:5])} otherwise"
+        raise ModelError(
+            f"llama.cpp takes {printable(name)!r} for a Phi-3 by its name, but the "
+            f"tokenizer {reason}",
+            where=str(files.path),
+            fix="give the folder of the base model a name without phi3",
+        )
 
 
 def stop_texts(files: TokenizerFiles, token_ids: tuple[int, ...]) -> list[str]:

@@ -49,6 +49,22 @@ TRAININGS = (
     Training("mistral-q_proj", "tiny_mistral", lora={"target_modules": ["q_proj"]}),
     Training("qwen2-bias", "tiny_qwen2", lora={"bias": "lora_only"}),
     Training("qwen3-lora", "tiny_qwen3"),
+    Training(
+        "llama3-ends",
+        "tiny_llama3",
+        lora={"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ),
+    Training(
+        "tied-ends",
+        "tiny_llama_tied",
+        lora={"target_modules": ["v_proj", "embed_tokens"], "use_rslora": True},
+    ),
+    Training(
+        "qwen2-up-bias",
+        "tiny_qwen2",
+        lora={"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
+    ),
+    Training("qwen3-ranks", "tiny_qwen3", lora={"auto_rank": True}),
     Training("llama3-nf4", "tiny_llama3", "loader"),
     Training("mistral-nf4", "tiny_mistral", "loader"),
     Training("qwen2-nf4", "tiny_qwen2", "loader"),

@@ -102,6 +102,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+# The older families a second time, with sizes that hurt.
+MODELS |= {
+    "odd_llama": {"vocab_size": 139},
+    "odd_mistral": {"vocab_size": 127, "sliding_window": 8},
+    "odd_qwen2": {
+        "vocab_size": 133,
+        "hidden_size": 64,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        **MIXED,
+    },
+    "odd_qwen3": {"vocab_size": 141, "tie_word_embeddings": True},
+}
 LORA = {"r": 2, "lora_alpha": 6, "target_modules": "all-linear"}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -156,7 +169,7 @@ def main(fixtures: Path) -> None:
 def write_model(folder: Path, model_type: str, values: dict[str, Any]) -> None:
     """Writes one random model and what it computes."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **values)
+    config = AutoConfig.for_model(model_type.removeprefix("odd_"), **values)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     excite(model)

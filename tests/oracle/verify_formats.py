@@ -1,6 +1,7 @@
 """Reads what export_formats.py wrote with llama.cpp and bitsandbytes.
 
-Usage: verify_formats.py OUT, with the oracle's Python. Exit code 1 when a row fails.
+Usage: verify_formats.py OUT [RESULT.json], with the oracle's Python. Exit code 1 when a
+row fails; the rows are written to RESULT.json when it is given.
 
 gguf  largest difference of llama.cpp's logits from ours in float32, and the share of
       places with the same likeliest token. The file is exact, so the difference is
@@ -10,7 +11,10 @@ bnb   every dequantised weight of transformers + bitsandbytes is ours bit for bi
 """
 
 import json
+import platform
+import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +31,45 @@ EXACT_BOUND = 5e-3
 NEAR = 0.95
 
 
-def main(out: Path) -> int:
+def main(out: Path, result: Path | None = None) -> int:
     """Returns the exit code: 1 when any row fails."""
     manifest = json.loads((out / "formats.json").read_text())
     ids = manifest["input_ids"][0]
     logging.disable_progress_bar()
     torch.backends.mkldnn.enabled = False
     without_amx()
-    failures = 0
+    failures, rows = 0, []
     for case in manifest["cases"]:
         check = {"gguf": checked_gguf, "bnb": checked_bnb}[case["kind"]]
-        row, is_good = check(case, ids)
+        numbers, is_good = check(case, ids)
+        row = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         print(
-            f"{case['kind']:5} {case['name']:32} {row} {'PASS' if is_good else 'FAIL'}"
+            f"{case['kind']:5} {case['name']:28} {row} {'PASS' if is_good else 'FAIL'}"
         )
+        rows.append({"kind": case["kind"], "name": case["name"], **numbers})
         failures += not is_good
     print(f"{failures} rows failed")
+    if result is not None:
+        write(result, rows)
     return int(failures > 0)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows with what they were made by."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    packages = ("llama-cpp-python", "bitsandbytes", "transformers", "torch")
+    values = {
+        "what": "logits of fastjax's files in llama.cpp, and weights and logits of its "
+        "4-bit folders in bitsandbytes, against fastjax in float32; tiny random models",
+        "command": "make test-oracle",
+        "commit": commit.strip(),
+        "device": f"CPU, {platform.machine()}",
+        "versions": {name: metadata.version(name) for name in packages},
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def without_amx() -> None:
@@ -58,7 +84,7 @@ def without_amx() -> None:
     llama_cpp.llama_cpp.llama_model_default_params = plain
 
 
-def checked_gguf(case: dict[str, Any], ids: list[int]) -> tuple[str, bool]:
+def checked_gguf(case: dict[str, Any], ids: list[int]) -> tuple[dict[str, float], bool]:
     """Compares llama.cpp's logits with ours."""
     ids = ids[: case["tokens"]]
     llama = llama_cpp.Llama(
@@ -76,11 +102,16 @@ def checked_gguf(case: dict[str, Any], ids: list[int]) -> tuple[str, bool]:
     same = float((actual.argmax(-1) == expected.argmax(-1)).mean())
     near = float(np.corrcoef(actual.ravel(), expected.ravel())[0, 1])
     is_good = near > NEAR and (difference < EXACT_BOUND or not case["is_exact"])
-    return f"max diff {difference:9.2e}  argmax {same:7.1%}  corr {near:.6f}", is_good
+    numbers = {
+        "largest_difference": difference,
+        "same_likeliest_token": same,
+        "correlation": near,
+    }
+    return numbers, is_good
 
 
 @torch.inference_mode()
-def checked_bnb(case: dict[str, Any], ids: list[int]) -> tuple[str, bool]:
+def checked_bnb(case: dict[str, Any], ids: list[int]) -> tuple[dict[str, float], bool]:
     """Compares the dequantised weights, and prints the difference of logits."""
     dtype = getattr(torch, case["dtype"])
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -102,11 +133,12 @@ def checked_bnb(case: dict[str, Any], ids: list[int]) -> tuple[str, bool]:
     ours = load_file(case["logits"])["logits"]
     theirs = model.dequantize().float()(torch.tensor([ids])).logits
     difference = float((theirs - ours).abs().max())
-    return (
-        f"{len(quantised):3} weights, {len(differing)} differ; float32 logits "
-        f"{difference:9.2e}",
-        is_good,
-    )
+    numbers = {
+        "quantised_weights": len(quantised),
+        "differing_weights": len(differing),
+        "largest_difference": difference,
+    }
+    return numbers, is_good
 
 
 def _dense(module: Linear4bit) -> torch.Tensor:
@@ -115,4 +147,4 @@ def _dense(module: Linear4bit) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *map(Path, sys.argv[2:3])))

@@ -5,12 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
 
 from conversions.gguf import matching_format, modelfile, read_tokenizer, stop_texts
 from conversions.gguf.ollama import CHAT_FORMATS
 from conversions.gguf.pre_tokenizer import PRE_TOKENIZERS
-from conversions.gguf.tokenizer import tokenizer_metadata
+from conversions.gguf.tokenizer import require_same_blanks, tokenizer_metadata
 from fastjax.data.builtin_templates import BUILTIN_TEMPLATES
 from fastjax.errors import ModelError
 
@@ -122,6 +130,23 @@ def test_a_sentencepiece_that_changes_texts_is_refused(tmp_path: Path) -> None:
     files = read_tokenizer(saved(tmp_path, tokenizer))
     with pytest.raises(ModelError, match="SentencePiece"):
         tokenizer_metadata(files, 4)
+
+
+def test_models_with_phi3_in_their_name_need_its_tokens(tmp_path: Path) -> None:
+    tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    files = read_tokenizer(saved(tmp_path, tokenizer))
+    require_same_blanks(files, "some-llama")
+    with pytest.raises(ModelError, match="lacks </s>, <unk>, <s>"):
+        require_same_blanks(files, "Phi-3-mini")
+    named = {"</s>": True, "<unk>": False, "<s>": False, "<|endoftext|>": False}
+    for text, strips in (named | {"<|end|>": True}).items():
+        tokenizer.add_special_tokens([AddedToken(text, rstrip=strips, special=True)])
+    files = read_tokenizer(saved(tmp_path, tokenizer))
+    require_same_blanks(files, "Phi-3-mini")
+    tokenizer.add_special_tokens([AddedToken("<|user|>", special=True)])
+    files = read_tokenizer(saved(tmp_path, tokenizer))
+    with pytest.raises(ModelError, match=r"blanks after <\|user\|> otherwise"):
+        require_same_blanks(files, "phi3-tuned")
 
 
 @pytest.mark.parametrize(

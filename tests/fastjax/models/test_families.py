@@ -21,6 +21,7 @@ from fastjax.nn.rope import RotaryEmbedding, document_lengths
 from kernels.numerics import relative_error
 
 FAMILIES = ("gemma2", "gemma3_text", "granite", "olmo2", "olmo3", "phi3", "smollm3")
+FAMILIES += ("odd_llama", "odd_mistral", "odd_qwen2", "odd_qwen3")
 LORA = LoRAConfig(lora_r=2, lora_alpha=6.0)
 PREFIX = "base_model.model.model."
 
