@@ -1,11 +1,11 @@
 """Attention forward on Hopper, in the manner of FlashAttention-3 (2407.08608).
 
-Each multiprocessor runs one thread block for the whole launch. It takes `block_q`
-queries of one head at a time, 64 for each compute warpgroup; keys and values stream
-through shared memory, brought by one more warpgroup, which is ahead into the next
-queries when the last ones are stored. While a warpgroup exponentiates its scores, the
-other one multiplies: they take turns. The product with the values of a step is issued
-together with the scores of the next one.
+Each multiprocessor runs one thread block for the whole launch (256 features leave no
+registers for that). It takes `block_q` queries of one head at a time, 64 for each
+compute warpgroup; keys and values stream through shared memory, brought by one more
+warpgroup, which is ahead into the next queries when the last ones are stored. While a
+warpgroup exponentiates its scores, the other one multiplies: they take turns. The
+product with the values of a step is issued together with the scores of the next one.
 
 Budget at H 128: 192 KiB of shared memory (two blocks of queries 64, two stages of keys
 and values 128), 240 registers a thread, of which 64 hold the output, 64 the scores and
@@ -68,11 +68,7 @@ def attention_forward(
     stage_loaded = plgpu.Barrier(num_barriers=tiles.stages)
     stage_free = plgpu.Barrier(num_arrivals=groups, num_barriers=tiles.stages)
     body = functools.partial(
-        _body,
-        dealt=dealt,
-        scale=scale,
-        softcap=softcap,
-        tiles=tiles,
+        _body, dealt=dealt, scale=scale, softcap=softcap, tiles=tiles
     )
     return plgpu.kernel(
         body,

@@ -1,4 +1,4 @@
-"""Sizes of the blocks that the Hopper kernels work on, by head size."""
+"""Blocks of the Hopper kernels: their sizes, who takes them, how they stream."""
 
 import math
 from dataclasses import dataclass
