@@ -24,3 +24,8 @@ def as_html(shown: RenderableType, *, width: int = 100) -> str:
     console = Console(record=True, file=io.StringIO(), width=width)
     console.print(shown)
     return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a text as it is, on lines as long as they are."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from fastjax import files, runtime
-from fastjax.api.calibration import plan_dynamic
+from fastjax.api.calibration import DynamicPlan, plan_dynamic
 from fastjax.api.finding import FoundModel, find_model
 from fastjax.api.gguf_folder import write_gguf_adapter_folder, write_gguf_folder
 from fastjax.api.loading import load_model
@@ -83,17 +83,10 @@ def run_export(
             calibration_data=calibration_data,
             extra_memory=extra_memory,
         )
-    merge.write_folder(
-        folder,
-        base_precision=base_precision,
-        dtype=dtype,
-        is_4bit=output_format in ("bnb-4bit", "bnb-dynamic"),
-        overwrite=overwrite,
-        formats=None if plan is None else plan.formats,
+    is_4bit = output_format in ("bnb-4bit", "bnb-dynamic")
+    yield from _hugging_face(
+        merge, folder, plan, base_precision, dtype, is_4bit=is_4bit, overwrite=overwrite
     )
-    if plan is not None:
-        plan.write(folder)
-        yield from plan.lines()
     yield f"{told}{output_format}, {dtype}: {folder}"
     if compare_logits:
         bound = _BOUNDS[dtype] if output_format == "hf" else math.inf
@@ -126,6 +119,30 @@ def _gguf(
         )
     yield from write_gguf_adapter_folder(folder, merge, overwrite=overwrite)
     yield f"adapter for llama.cpp and Ollama: {folder}"
+
+
+def _hugging_face(
+    merge: Merge,
+    folder: Path,
+    plan: DynamicPlan | None,
+    base_precision: BasePrecision,
+    dtype: DType,
+    *,
+    is_4bit: bool,
+    overwrite: bool,
+) -> Iterator[str]:
+    """Writes a Hugging Face folder; yields what the plan of its formats tells."""
+    merge.write_folder(
+        folder,
+        base_precision=base_precision,
+        dtype=dtype,
+        is_4bit=is_4bit,
+        overwrite=overwrite,
+        formats=None if plan is None else plan.formats,
+    )
+    if plan is not None:
+        plan.write(folder)
+        yield from plan.lines()
 
 
 def _told(found: FoundModel, base_precision: BasePrecision) -> str:

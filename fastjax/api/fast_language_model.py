@@ -1,6 +1,5 @@
 """`FastLanguageModel`: loading and adapting models by the calls that users know."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,11 +62,7 @@ class FastLanguageModel:
           FastJaxError: The model cannot be found, read or held; says why.
         """
         del device_map
-        if token is not None:
-            raise ConfigError(
-                "token is not taken, so that it does not stay in scripts and logs",
-                fix="run `hf auth login` once, or set HF_TOKEN in the environment",
-            )
+        _require_none(token)
         train_config({"trust_remote_code": trust_remote_code})
         runtime.configure(memory_share=nvidia.memory_share(memory_gib))
         quant = {"bnb_4bit_quant_type": bnb_4bit_quant_type}
@@ -142,7 +137,15 @@ class FastLanguageModel:
           ConfigError: A value is out of range, or the targets match nothing.
         """
         del loftq_config
-        kinds = {
+        settings = {
+            "lora_r": r,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "lora_target_modules": target_modules,
+            "lora_bias": bias,
+            "lora_b_bias": lora_bias,
+            "use_rslora": use_rslora,
+            "use_dora": use_dora,
             "modules_to_save": modules_to_save,
             "layers_to_transform": layers_to_transform,
             "rank_pattern": rank_pattern,
@@ -151,17 +154,7 @@ class FastLanguageModel:
             "auto_rank": auto_rank,
             "init_lora_weights": init_lora_weights,
         }
-        lora = dataclasses.replace(
-            train_config(kinds).config.lora,
-            lora_r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            lora_target_modules=_targets(target_modules),
-            lora_bias=bias,
-            lora_b_bias=lora_bias,
-            use_rslora=use_rslora,
-            use_dora=use_dora,
-        )
+        lora = train_config(settings).config.lora
         model.remat = _remat(use_gradient_checkpointing)
         require_trained_rows(model, lora)
         add_adapter(model, lora, seed=random_state)
@@ -180,8 +173,12 @@ class FastLanguageModel:
         return model
 
 
-def _targets(given: str | Sequence[str]) -> str | tuple[str, ...]:
-    return given if isinstance(given, str) else tuple(given)
+def _require_none(token: str | None) -> None:
+    if token is not None:
+        raise ConfigError(
+            "token is not taken, so that it does not stay in scripts and logs",
+            fix="run `hf auth login` once, or set HF_TOKEN in the environment",
+        )
 
 
 def is_bfloat16_supported() -> bool:

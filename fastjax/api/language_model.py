@@ -209,30 +209,37 @@ class LanguageModel:
         if not do_sample and drawing != (1, 0, 1, 0):
             warnings.warn(_NOT_DRAWN, stacklevel=2)
         given, prompts = prompt_rows(input_ids, attention_mask)
-        if streamer is not None:
-            open_stream(streamer, prompts)
         answers = self._answers(
             prompts,
+            streamer,
             uses_adapter=uses_adapter,
             max_new_tokens=max_new_tokens,
             stop_ids=self.stop_ids(eos_token_id),
             sampling=_sampling(*drawing, do_sample=do_sample),
             seed=seed,
-            on_tokens=None if streamer is None else feeding(streamer),
         )
-        if streamer is not None:
-            streamer.end()
         pad_id = self._pad_id() if pad_token_id is None else pad_token_id
         return np.concatenate(
             [padded_in_front(given, pad_id), stacked_rows(answers, pad_id)], 1
         )
 
     def _answers(
-        self, prompts: list[list[int]], *, uses_adapter: bool, **options: Any
+        self,
+        prompts: list[list[int]],
+        streamer: Any,
+        *,
+        uses_adapter: bool,
+        **options: Any,
     ) -> list[list[int]]:
         decoder = self.for_inference() if uses_adapter else self.base_decoder()
+        if streamer is not None:
+            open_stream(streamer, prompts)
+            options["on_tokens"] = feeding(streamer)
         with device_faults("generate", memory_fix="fewer or shorter prompts at once"):
-            return generate(decoder, prompts, **options)
+            answers = generate(decoder, prompts, **options)
+        if streamer is not None:
+            streamer.end()
+        return answers
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes the adapter as a PEFT folder, or all weights without an adapter."""

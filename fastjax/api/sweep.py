@@ -22,19 +22,16 @@ from fastjax.api.language_model import LanguageModel
 from fastjax.api.loaders import data_seed, eval_loader, train_loader
 from fastjax.api.loading import load_model, load_text_side
 from fastjax.api.memory import Planner, memory_limit, planned_spec
+from fastjax.api.run_folder import default_output_dir, require_writable
 from fastjax.api.serving import serving_notes
 from fastjax.api.sweep_group import SweepGroup
 from fastjax.api.sweep_plan import SweepRun, sweep_runs, trained_together
 from fastjax.api.sweep_result import RESULT_FILE, SweepEntry, SweepResult
-from fastjax.api.training import (
-    default_output_dir,
-    require_possible,
-    require_writable,
-)
+from fastjax.api.training import require_possible
 from fastjax.config import Implementations, TrainConfig
 from fastjax.data import Loader, TrainingData, load_data
 from fastjax.errors import ConfigError, Interrupted
-from fastjax.terminal import open_console
+from fastjax.terminal import open_console, say
 from fastjax.train import record
 from fastjax.train.compiled import MEMORY_FIX
 from fastjax.train.lock import output_lock
@@ -67,7 +64,7 @@ def run_sweep(
     )
     nvidia.require_gpu_in_use()
     console = open_console()
-    note = functools.partial(_say, console)
+    note = functools.partial(say, console)
     for text in notes:
         note(text)
     folder = Path(config.output_dir or default_output_dir(config))
@@ -197,7 +194,3 @@ def _by_xla(config: TrainConfig) -> TrainConfig:
     named = dataclasses.asdict(config.implementations)
     chosen = Implementations(**{op: name or "xla" for op, name in named.items()})
     return dataclasses.replace(config, implementations=chosen)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

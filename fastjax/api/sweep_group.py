@@ -22,6 +22,7 @@ from fastjax.api.sweep_plan import SweepRun
 from fastjax.api.training import in_steps
 from fastjax.data import Loader
 from fastjax.remat import RematPlan
+from fastjax.terminal import say
 from fastjax.train import CompiledSteps, Job, init_state, make_optimizer
 from fastjax.train.batches import DeviceBatch, put_batch
 from fastjax.train.progress import COMPILING
@@ -136,7 +137,7 @@ class SweepGroup:
         self._in_flight.append((self.step, metrics, batch))
         if not compiled_before:
             for line in self._steps.report():
-                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+                say(self._console, line)
             for member in self._members:
                 member.start()
 

@@ -13,8 +13,9 @@ from fastjax import files
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter
 from fastjax.api.model_card import write_model_card
+from fastjax.api.run_folder import write_settings
 from fastjax.api.sweep_plan import SweepRun
-from fastjax.api.training import adapter_writer, write_settings
+from fastjax.api.training import adapter_writer
 from fastjax.train import CompiledSteps, Job, TrainResult, record
 from fastjax.train.batches import DeviceBatch
 from fastjax.train.compiled import device_peak_bytes

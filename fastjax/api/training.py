@@ -1,11 +1,7 @@
 """Runs: a configuration, a model and its data, from first step to written adapter."""
 
 import dataclasses
-import errno
 import functools
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,7 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from conversions.hf import folder_fingerprint
-from fastjax import files, nvidia, requirements, runtime
+from fastjax import nvidia, requirements, runtime
 from fastjax.api.device_faults import device_faults
 from fastjax.api.hub import push_folder
 from fastjax.api.language_model import LanguageModel
@@ -23,19 +19,21 @@ from fastjax.api.loaders import data_seed, eval_loader, evaluation_loader
 from fastjax.api.loading import add_adapter, load_model, load_text_side
 from fastjax.api.model_card import write_model_card
 from fastjax.api.ranks import set_ranks
+from fastjax.api.run_folder import (
+    default_output_dir,
+    require_writable,
+    write_settings,
+)
 from fastjax.api.run_plan import PlannedRun, planned_run
 from fastjax.api.samples import make_sampler, read_prompts
 from fastjax.api.serving import serving_notes
 from fastjax.api.vocabulary import add_new_tokens, require_trained_rows
 from fastjax.config import LoRAConfig, TrainConfig
-from fastjax.config_file import config_yaml
 from fastjax.data import ResponseMarkers, Source, TrainingData, load_data
 from fastjax.errors import ConfigError, ModelError
-from fastjax.flat_config import flat_values
-from fastjax.terminal import open_console
+from fastjax.terminal import open_console, say
 from fastjax.train import Job, TrainResult, evaluate, make_eval_step, resume, run
 from fastjax.train.compiled import MEMORY_FIX
-from fastjax.train.lock import output_lock
 from fastjax.train.trackers import require_packages
 
 _HASH_DIGITS = 8
@@ -67,30 +65,24 @@ def run_training(
     nvidia.require_gpu_in_use()
     console = open_console()
     for note in (*notes, *(fault.what for fault in requirements.faults())):
-        _say(console, note)
+        say(console, note)
     folder = Path(config.output_dir or default_output_dir(config))
     config = dataclasses.replace(config, output_dir=str(folder))
-    require_writable(folder, console)
-    require_packages(config.report.report_to)
-    _require_named_files(config)
+    _require_all_it_needs(config, folder, console)
     # Before any weight is read, so that a broken file shows in seconds.
     tokenizer, sizes = load_text_side(config)
-    _say(console, "reading the data")
+    say(console, "reading the data")
+    vocab_size, note = sizes.vocab_size, functools.partial(say, console)
     data = load_data(
-        config.data,
-        tokenizer,
-        seed=data_seed(config),
-        vocab_size=sizes.vocab_size,
+        config.data, tokenizer, seed=data_seed(config), vocab_size=vocab_size
     )
-    planned = planned_run(
-        config, data, sizes=sizes, note=functools.partial(_say, console)
-    )
-    _say(console, f"loading {config.model}")
+    planned = planned_run(config, data, sizes=sizes, note=note)
+    say(console, f"loading {config.model}")
     model = load_for_training(config)
     model.tokenizer = tokenizer
     config = _with_adapter_of(model, config, console)
     for note in () if config.full_finetuning else serving_notes(config.lora):
-        _say(console, note)
+        say(console, note)
     settings = folder / "config.yaml"
     if not settings.exists():
         write_settings(settings, config)
@@ -104,32 +96,37 @@ def run_training(
     )
     if not result.was_finished:
         write_settings(settings, config)
-    if config.report.push_to_hub and config.report.hub_model_id:
+    report = config.report
+    if report.push_to_hub and report.hub_model_id:
         address = push_folder(
-            folder, config.report.hub_model_id, private=config.report.hub_private_repo
+            folder, report.hub_model_id, private=report.hub_private_repo
         )
-        _say(console, f"uploaded to {address}")
+        say(console, f"uploaded to {address}")
     _say_next(config, console)
     return result
 
 
 def load_for_training(config: TrainConfig) -> LanguageModel:
     """Returns the model of a configuration, with adapters unless all weights train."""
-    model = load_model(
-        config.model,
-        revision=config.model_revision,
-        dtype=config.dtype,
-        quant=config.quant,
-        full_finetuning=config.full_finetuning,
-        implementations=config.implementations,
-        max_seq_length=config.data.max_length,
-    )
+    model = _load(config, full_finetuning=config.full_finetuning)
     if config.data.new_tokens and model.lora is None:
         add_new_tokens(model, model.tokenizer, config.data.new_tokens)
     if not config.full_finetuning and model.lora is None:
         require_trained_rows(model, config.lora)
         add_adapter(model, config.lora, seed=config.seed)
     return model
+
+
+def _load(config: TrainConfig, *, full_finetuning: bool) -> LanguageModel:
+    return load_model(
+        config.model,
+        revision=config.model_revision,
+        dtype=config.dtype,
+        quant=config.quant,
+        full_finetuning=full_finetuning,
+        implementations=config.implementations,
+        max_seq_length=config.data.max_length,
+    )
 
 
 def prepare_data(
@@ -190,21 +187,14 @@ def train(
     """
     require_possible(config, data)
     console = console or open_console()
-    for line in (*data.notes, f"training data: {data.train_report}"):
-        _say(console, line)
-    if data.eval_report is not None:
-        _say(console, f"evaluation data: {data.eval_report}")
-    _say(console, model.trainable_summary)
-    context = model.config.max_position_embeddings
-    if config.data.max_length > context:
-        _say(console, f"rows may be longer than the model's context of {context:,}")
+    _say_what_trains(model, config, data, console)
     folder = Path(config.output_dir or default_output_dir(config))
     if planned is None:
-        note = functools.partial(_say, console)
+        note = functools.partial(say, console)
         planned = planned_run(config, data, spec=model.spec, note=note)
     loader = planned.loader
     if model.lora is not None and model.lora.auto_rank:
-        _say(console, set_ranks(model, config, loader, planned.remat))
+        say(console, set_ranks(model, config, loader, planned.remat))
         config = dataclasses.replace(config, lora=model.lora)
     graphdef, trainable, frozen = model.split()
     job = Job(
@@ -236,14 +226,8 @@ def train(
 
 def run_evaluation(config: TrainConfig) -> dict[str, float]:
     """Returns the loss of a model or adapter folder on a whole data set."""
-    model = load_model(
-        config.model,
-        revision=config.model_revision,
-        dtype=config.dtype,
-        quant=config.quant,
-        implementations=config.implementations,
-        max_seq_length=config.data.max_length,
-    )
+    runtime.configure(full_determinism=config.full_determinism)
+    model = _load(config, full_finetuning=False)
     return evaluate_model(model, config, prepare_data(config, model))
 
 
@@ -269,22 +253,6 @@ def evaluate_model(
         return evaluate(step, trainable, frozen, loader).metrics()
 
 
-def default_output_dir(config: TrainConfig) -> str:
-    """Returns a folder that the same configuration finds again."""
-    values = flat_values(config)
-    values.pop("output_dir")
-    text = json.dumps(values, sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:_HASH_DIGITS]
-    return f"outputs/{Path(config.model).name}-{digest}"
-
-
-def write_settings(path: Path, config: TrainConfig) -> None:
-    """Writes a file that `--config` takes."""
-    with files.storage_errors(f"write {path.name}", path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(path, config_yaml(config))
-
-
 def _with_adapter_of(
     model: LanguageModel, config: TrainConfig, console: Console
 ) -> TrainConfig:
@@ -292,21 +260,29 @@ def _with_adapter_of(
     if model.lora is None or model.lora == config.lora:
         return config
     if config.lora != LoRAConfig():
-        _say(console, "the adapter keeps its own rank, targets and dropout")
+        say(console, "the adapter keeps its own rank, targets and dropout")
     return dataclasses.replace(config, lora=model.lora)
 
 
-def require_writable(folder: Path, console: Console) -> None:
-    """Finds out before anything heavy is loaded whether the folder can be used."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    with files.storage_errors("use the output folder", folder):
-        if not existing.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{existing} is a file")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, f"{existing} cannot be written")
-        if folder.is_dir():
-            with output_lock(folder, lambda note: _say(console, note)):
-                pass
+def _say_what_trains(
+    model: LanguageModel, config: TrainConfig, data: TrainingData, console: Console
+) -> None:
+    lines = [*data.notes, f"training data: {data.train_report}"]
+    if data.eval_report is not None:
+        lines.append(f"evaluation data: {data.eval_report}")
+    lines.append(model.trainable_summary)
+    context = model.config.max_position_embeddings
+    if config.data.max_length > context:
+        lines.append(f"rows may be longer than the model's context of {context:,}")
+    for line in lines:
+        say(console, line)
+
+
+def _require_all_it_needs(config: TrainConfig, folder: Path, console: Console) -> None:
+    """Finds out what is missing before anything heavy is loaded."""
+    require_writable(folder, console)
+    require_packages(config.report.report_to)
+    _require_named_files(config)
 
 
 def _require_named_files(config: TrainConfig) -> None:
@@ -382,10 +358,6 @@ def adapter_writer(model: LanguageModel) -> Any:
     return write
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 def _say_next(config: TrainConfig, console: Console) -> None:
     folder = config.output_dir
     target = f"{folder}/model" if config.full_finetuning else folder
@@ -394,4 +366,4 @@ def _say_next(config: TrainConfig, console: Console) -> None:
     if not config.full_finetuning:
         lines.append(f"merge it: fastjax export --model {folder} --output_dir ...")
     for line in lines:
-        _say(console, line)
+        say(console, line)

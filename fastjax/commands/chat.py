@@ -46,9 +46,6 @@ class ChatArgs:
 def run(call: Call) -> None:
     """Answers turns until there are no more."""
     args = parsed(ChatArgs, call)
-    from fastjax import runtime
-
-    runtime.configure()
     from fastjax.api import Conversation, load_model
     from fastjax.config import QuantConfig
     from fastjax.inference.sampling import Sampling

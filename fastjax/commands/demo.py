@@ -5,9 +5,6 @@ from fastjax.cli_flags import Call, parsed
 
 def run(call: Call) -> None:
     """Runs the demo."""
-    from fastjax import runtime
-
-    runtime.configure()
     from fastjax.demo import DemoArgs, run_demo
 
     run_demo(parsed(DemoArgs, call))

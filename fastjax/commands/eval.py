@@ -16,9 +16,6 @@ def run(call: Call) -> None:
     settings = read_settings(call.words)
     for note in settings.notes:
         sys.stderr.write(f"{note}\n")
-    from fastjax import runtime
-
-    runtime.configure(full_determinism=settings.config.full_determinism)
     from fastjax.api import run_evaluation
 
     write_yaml(run_evaluation(settings.config))

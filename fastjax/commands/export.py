@@ -47,9 +47,6 @@ class ExportArgs:
 def run(call: Call) -> None:
     """Writes the folder, checks it, and prints what it found."""
     args = parsed(ExportArgs, call)
-    from fastjax import runtime
-
-    runtime.configure()
     from fastjax.api import run_export
 
     for line in run_export(

@@ -39,9 +39,6 @@ class GenerateArgs:
 def run(call: Call) -> None:
     """Prints the answers; a single one as it comes."""
     args = parsed(GenerateArgs, call)
-    from fastjax import runtime
-
-    runtime.configure()
     from fastjax.api import run_generation
     from fastjax.inference.sampling import Sampling
 

@@ -28,9 +28,6 @@ class RandomCheckpointArgs:
 def run(call: Call) -> None:
     """Writes the folder and prints its name."""
     args = parsed(RandomCheckpointArgs, call)
-    from fastjax import runtime
-
-    runtime.configure()
     from fastjax.api import make_random_checkpoint
 
     folder = make_random_checkpoint(

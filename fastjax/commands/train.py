@@ -28,12 +28,6 @@ def run(call: Call) -> None:
 
         sys.stdout.write(config_yaml(settings.config))
         return
-    from fastjax import nvidia, runtime
-
-    runtime.configure(
-        full_determinism=settings.config.full_determinism,
-        memory_share=nvidia.memory_share(settings.config.memory_gib),
-    )
     from fastjax.api import run_training
 
     run_training(

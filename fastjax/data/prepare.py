@@ -100,12 +100,7 @@ def load_data(
             documents, float(config.val_set_size), seed=seed
         )
         eval_report = _report_of(evaluation, config)
-        report = dataclasses.replace(
-            report,
-            rows=len(documents),
-            tokens=documents.tokens,
-            trained_tokens=documents.trained_tokens,
-        )
+        report = _of_rest(report, documents)
     notes = [*train.notes, *template.notes]
     if shared := shared_documents(documents, evaluation):
         notes.append(f"{shared} evaluation rows are training rows too")
@@ -121,6 +116,16 @@ def load_data(
         data_format=", ".join(dict.fromkeys(train.data_formats)),
         packing=is_text if config.packing is None else config.packing,
         notes=tuple(notes),
+    )
+
+
+def _of_rest(report: DataReport, documents: Documents) -> DataReport:
+    """Returns the report of what is left when some documents are held out."""
+    return dataclasses.replace(
+        report,
+        rows=len(documents),
+        tokens=documents.tokens,
+        trained_tokens=documents.trained_tokens,
     )
 
 

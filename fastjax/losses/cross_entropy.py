@@ -26,7 +26,7 @@ def cross_entropy(
     """Returns the sum of -log p(target) over trained tokens, and their number.
 
     Sum and number are float32 and stay apart, so that micro-batches add up exactly
-    and are divided once. The logits of a chunk of tokens exist at a time.
+    and are divided once.
 
     Args:
       graphdef: Structure of the decoder, from `nnx.split`.
@@ -52,12 +52,13 @@ def cross_entropy(
             max_segments=max_segments,
             dtype=decoder.compute_dtype,
         )
+    # One document a row needs no segments: padding at its end reaches no token of it
+    # and carries no loss.
+    segment_ids = None if max_segments == 1 else batch["segment_ids"]
     hidden_btd = decoder(
         batch["input_ids"],
         positions=batch["positions"],
-        # One document a row needs no segments: padding at its end reaches no token of
-        # it and carries no loss.
-        segment_ids=None if max_segments == 1 else batch["segment_ids"],
+        segment_ids=segment_ids,
         max_segments=max_segments,
         dropout_key=dropout_key,
         embedding_noise=noise,

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
+from fastjax.terminal import say
+
 COMPILING = "compiling the step (about a minute once per shape)"
 
 
@@ -53,7 +55,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Says one thing that stays on the screen."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, text)
 
     def start(self, step: int) -> None:
         """Starts the clock of the remaining time at this step."""
