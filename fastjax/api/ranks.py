@@ -22,6 +22,7 @@ from fastjax.remat import Remat
 from fastjax.target_modules import full_name
 from fastjax.train import Job
 from fastjax.train.checkpoint import checkpoints
+from fastjax.train.state import FIRST_SCALE
 from fastjax.train.step import summed_gradients
 
 _BATCHES = 4
@@ -150,9 +151,9 @@ def _gradients(
 
     @jax.jit
     def step(trainable: PyTree, frozen: PyTree, batch: dict[str, Array]) -> PyTree:
-        return summed_gradients(
-            loss, trainable, frozen, batch, factor=jnp.float32(1.0)
-        )[0]
+        # The first steps' scale: no gradient of float16 overflows, few vanish.
+        factor = jnp.float32(FIRST_SCALE / batch["input_ids"].size)
+        return summed_gradients(loss, trainable, frozen, batch, factor=factor)[0]
 
     total: PyTree = None
     for index in range(min(_BATCHES, loader.steps_per_epoch)):
