@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels import wgmma
 from kernels.dispatch import UnsupportedOp
 
 WARPGROUP_ROWS = 64
@@ -94,19 +95,13 @@ def operand(shape: tuple[int, ...], dtype: jnp.dtype, *, step: int = 64) -> Any:
       step: Rows of the blocks that stream by. Products over rows want no wider
         swizzle, and all operands of a product the same one.
     """
-    width = math.gcd(shape[-1], step)
-    swizzle = plgpu.find_swizzle(width * dtype.itemsize * 8)
-    # Pyright takes what all transforms share for something that these two lack.
-    tiling: Any = plgpu.TilingTransform
-    swizzling: Any = plgpu.SwizzleTransform
-    transforms = (tiling((8, swizzle // dtype.itemsize)), swizzling(swizzle))
+    transforms = wgmma.swizzled(math.gcd(shape[-1], step), dtype)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def accumulator(columns: int) -> Any:
     """Returns the registers of a warpgroup for 64 rows of a float32 product."""
-    shape = (WARPGROUP_ROWS, columns)
-    return plgpu.ACC(shape, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+    return wgmma.accumulator(WARPGROUP_ROWS, columns)
 
 
 class Ring(NamedTuple):
