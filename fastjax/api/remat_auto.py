@@ -150,7 +150,8 @@ def _measured(
     """Returns the costs of the policies of which a few layers fit.
 
     The step without layers takes the same time under each, so that it is measured for
-    the leanest of them alone. The bytes that a layer keeps are counted, not measured.
+    the leanest of them alone. The bytes that a layer keeps, with the gradients of its
+    adapters, are counted, not measured.
     """
     # A model that is loaded already leaves less room for these layers.
     room = limit_bytes - (device_bytes("bytes_in_use") or 0)
@@ -170,6 +171,7 @@ def _measured(
     for short, seconds in zip(fitting, more_seconds, strict=True):
         kept = saved_bytes(planner.spec, 0, short.policy)[0]
         kept *= planner.shape.micro_batch_tokens
+        kept += planner.model.gradients // planner.spec.config.num_hidden_layers
         costs[short.policy] = PolicyCost(
             base_seconds=base,
             base_bytes=short.temp_bytes - _MORE * kept,
