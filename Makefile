@@ -7,7 +7,7 @@ ORACLE := .venv-oracle
 KERNELS_CI := .venv-kernels-ci
 ORACLE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo test test-slow docs check check-kernels test-gpu test-oracle setup clean
+.PHONY: demo test test-slow docs transcript check check-kernels test-gpu test-oracle setup clean
 
 setup: $(VENV)/.ready
 
@@ -33,6 +33,12 @@ docs: setup
 	$(RUN) -c "from fastjax.cli_help import settings_page as p; print(p(), end='')" \
 	> docs/settings.md
 	$(RUN) -m sphinx -q -W -b html docs build/site
+
+# A new user's first half hour: what the commands of docs/quickstart.md print.
+transcript: setup
+	mkdir -p build
+	$(RUN) docs/write_transcript.py > build/first_half_hour.md
+	mv build/first_half_hour.md docs/first_half_hour.md
 
 check: setup
 	$(VENV)/bin/ruff format --check .

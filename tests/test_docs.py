@@ -52,6 +52,14 @@ def test_every_code_of_an_error_is_explained() -> None:
     assert explained == used
 
 
+def test_the_transcript_is_of_the_commands_of_the_quickstart() -> None:
+    pages = ROOT / "docs" / "quickstart.md", ROOT / "docs" / "first_half_hour.md"
+    quickstart, transcript = (page.read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"^```bash\n(.*?)^```$", quickstart, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert [line for line in lines if line not in transcript] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
