@@ -67,7 +67,7 @@ def test_names_and_values_of_other_tools(
         ({"lora_rnk": 1}, "did you mean 'lora_rank'"),
         ({"max_steps": "nan"}, "max_steps=nan must be a whole number"),
         ({"max_steps": 2.5}, "max_steps=2.5 must be a whole number"),
-        ({"max_steps": True}, "must be a whole number"),
+        ({"max_steps": True}, "needs a value: a whole number"),
         ({"learning_rate": "fast"}, "learning_rate='fast' must be a number"),
         ({"learning_rate": None}, "must be a number"),
         ({"packing": "perhaps"}, "must be true or false"),
