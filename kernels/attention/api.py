@@ -94,7 +94,6 @@ _SEEN_ON_GPU = {
     "whole": (64, 80, 96, 128, 256),
     "packed": (128,),
     "window": (128,),
-    "softcap": (128, 256),
 }
 """Head sizes that the Hopper kernels were timed and checked with on a GPU, by case."""
 
@@ -104,8 +103,8 @@ def _implementations(
 ) -> dict[str, Callable[..., Array]]:
     """Returns name to function, the default first: by table, or as measured on H200.
 
-    The measured times stand in `attention-designs.json` of the results. Where no GPU
-    has run the kernels yet they must be asked for by name.
+    The measured times stand in `attention-designs.json` of the results. What was not
+    timed, soft caps among it, must be asked for by name.
     """
     kernel = {"mosaic_gpu": flash.attention}
     library = {"cudnn": cudnn.attention}
@@ -115,11 +114,7 @@ def _implementations(
     head_size, tokens = q.shape[3], q.shape[1]
     case = choice_case(head_size, tokens, is_packed=is_packed, has_window=has_window)
     rows = str(case["rows"])
-    if has_softcap:
-        is_seen = rows == "whole" and head_size in _SEEN_ON_GPU["softcap"]
-        first = kernel | library if is_seen else library
-        return first | plain | kernel | both | slow
-    if head_size not in _SEEN_ON_GPU[rows]:
+    if has_softcap or head_size not in _SEEN_ON_GPU[rows]:
         return library | plain | kernel | both | slow
     if is_packed or head_size == 80:
         first = kernel | library | both
