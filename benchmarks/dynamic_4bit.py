@@ -47,6 +47,8 @@ ROWS: dict[str, tuple[Any, float]] = {
 
 def main(work: Path) -> None:
     """Trains, writes the folders, measures them, and writes the table."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     base = work / "base" / "model"
     if not base.is_dir():
         sizes = dataclasses.replace(preset("tiny").config, **SIZES)
@@ -69,7 +71,7 @@ def main(work: Path) -> None:
         notes = list(lines)
         rows.append(measured(name, folder))
         print(rows[-1], *notes, sep="\n  ", flush=True)
-    write(rows)
+    write(rows, commit.strip())
 
 
 def measured(name: str, folder: Path) -> dict[str, Any]:
@@ -89,15 +91,13 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
     return {"model": name, "loss": loss, "bytes": size, "gib": size / 2**30}
 
 
-def write(rows: list[dict[str, Any]]) -> None:
+def write(rows: list[dict[str, Any]], commit: str) -> None:
     """Writes the table with what it was made by."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     values = {
         "what": "mean loss in nats a token on held-out text of a small model, trained "
         "as the demo's, whole and with its linears in 4 bits; activations in float32",
         "command": "python benchmarks/dynamic_4bit.py",
-        "commit": commit.strip(),
+        "commit": commit,
         "device": f"CPU, {platform.machine()}",
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
         "model": {"preset": "tiny", **SIZES, "steps": STEPS},
