@@ -63,6 +63,7 @@ class Calibration:
     ) -> None:
         self._decoder, self._config, self._packed = decoder, spec.config, packed
         self._batches = batches
+        self._itemsize = jnp.dtype(spec.param_dtype).itemsize
         self._places = {
             name.removesuffix(".weight"): (variable, index)
             for names, variable in weight_places(decoder, spec)
@@ -76,7 +77,7 @@ class Calibration:
         for modules in linear_groups(self._config):
             weights = [self._weight(module) for module in modules]
             lost = [weight - self._rounded(weight) for weight in weights]
-            dense = sum(weight.nbytes for weight in weights)
+            whole = self._itemsize * sum(weight.size for weight in weights)
             held = sum(
                 leaf.size * leaf.dtype.itemsize
                 for weight in weights
@@ -84,7 +85,7 @@ class Calibration:
             )
             yield GroupError(
                 modules=modules,
-                extra_bytes=dense - held,
+                extra_bytes=whole - held,
                 divergence=self.divergence(modules),
                 weight_error=_norm(lost) / _norm(weights),
             )

@@ -32,15 +32,16 @@ def test_linears_of_one_input_go_together(fixtures: Path) -> None:
     assert fused[0] == ("layers.0.self_attn.qkv_proj",)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_folder_holds_what_the_report_says(
-    small_model: Path, alpaca_file: Path, tmp_path: Path
+    small_model: Path, alpaca_file: Path, tmp_path: Path, dtype: str
 ) -> None:
     folder = tmp_path / "out"
     options = {
         "output_format": "bnb-dynamic",
         "calibration_data": str(alpaca_file),
         "extra_memory": 0.2,
-        "dtype": "float32",
+        "dtype": dtype,
     }
     lines = list(run_export(str(small_model), folder, compare_logits=False, **options))
     report = json.loads((folder / "quantization_report.json").read_text())
