@@ -125,12 +125,15 @@ class SweepMember:
         totals = self._reporter.log.totals
         metrics = {
             "train_runtime": seconds,
-            "train_loss": None if self.diverged_at else totals.loss,
+            "train_loss": totals.loss,
             "epoch": self._epoch(totals.steps),
             "num_tokens": totals.tokens,
             "num_trained_tokens": totals.trained_tokens,
             **self._last_eval,
         }
+        if self.diverged_at:  # what an evaluation found before must not win
+            stale = [n for n in metrics if n.endswith(("_loss", "_perplexity"))]
+            metrics |= dict.fromkeys(stale)
         return TrainResult(
             trainable=trainable,
             step=totals.steps,

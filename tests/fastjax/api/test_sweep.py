@@ -12,10 +12,12 @@ from safetensors.numpy import load_file
 from fastjax import cli
 from fastjax.api import grid, run_sweep, run_training
 from fastjax.api.sweep_group import SweepGroup
+from fastjax.api.sweep_member import SweepMember
 from fastjax.config import TrainConfig
 from fastjax.config_file import read_config_file
 from fastjax.errors import ConfigError
 from fastjax.flat_config import train_config
+from fastjax.train.evaluate import EvalResult
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -96,16 +98,28 @@ def test_what_is_finished_is_not_trained_again(
 ) -> None:
     words = [
         *("--model", str(small_model), "--dataset_name", str(alpaca_file)),
-        *("--output_dir", str(tmp_path), "--max_steps", "2", "--max_length", "160"),
+        *("--output_dir", str(tmp_path), "--max_steps", "3", "--max_length", "160"),
         *("--no-load_in_4bit", "--dtype", "float32", "--lora_r", "2"),
         *("--gradient_accumulation_steps", "1", "--warmup_steps", "0"),
     ]
-    assert cli.run("sweep", [*words, "--vary", "learning_rate=1e-3,1e30"]) == 0
+    start = SweepMember.start
+
+    def evaluated_at_once(member: SweepMember) -> None:
+        start(member)
+        member.evaluated(0, EvalResult(loss=0.1, num_tokens=9, runtime_seconds=1.0))
+
+    monkeypatch.setattr(SweepMember, "start", evaluated_at_once)
+    assert cli.run("sweep", [*words, "--vary", "learning_rate=1e30,1e-3"]) == 0
     shown = capsys.readouterr()
-    assert "learning_rate-1e30: diverged at step 2" in shown.err or "1e30" in shown.out
+    assert "learning_rate-1e30: diverged at step 3" in shown.err
     assert (tmp_path / "learning_rate-1e-3" / "adapter_model.safetensors").is_file()
     told = json.loads((tmp_path / "sweep.json").read_text())
-    assert told["adapters"][0]["changes"] == {"learning_rate": "1e-3"}
+    best, diverged = told["adapters"]
+    assert best["changes"] == {"learning_rate": "1e-3"}
+    assert best["metrics"]["eval_loss"] == 0.1
+    assert not (tmp_path / "learning_rate-1e30" / "adapter_model.safetensors").exists()
+    losses = ("train_loss", "eval_loss", "eval_perplexity")
+    assert [diverged["metrics"][name] for name in losses] == [None] * 3
     monkeypatch.setattr("fastjax.api.sweep.load_model", None)
     assert cli.run("sweep", [*words, "--vary=learning_rate=1e-3,1e30"]) == 0
     other = [*words, "--seed", "7", "--vary", "learning_rate=1e-3"]
