@@ -76,9 +76,10 @@ def load_packed_weights(
     owner = _hash((_VERSION, str(checkpoint.folder.resolve()), dtype, quant, specs))
     path = folder / f"{owner}-{_content(checkpoint)}.safetensors"
     if path.is_file():
+        with contextlib.suppress(OSError):  # a shared folder may be read-only
+            os.utime(path)
         # Another process may delete it, or the disk may have damaged it.
         with contextlib.suppress(OSError, ModelError, KeyError):
-            os.utime(path)
             return _read(SafetensorsFile(path), structures)
     weights = stream_weights(checkpoint, config, dtype=dtype, quant=quant)
     if not _has_room(path, owner, specs):
