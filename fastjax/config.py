@@ -79,7 +79,16 @@ class Implementations:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
-    """How frozen weights are stored (2305.14314, in 8 bits 2208.07339)."""
+    """How frozen weights are stored (2305.14314, in 8 bits 2208.07339).
+
+    Attributes:
+      load_in_4bit: Linears take 4 bits a weight and a scale for each block of 64.
+      load_in_8bit: Linears take 8 bits a weight and a scale for each output; twice the
+        memory of 4 bits.
+      bnb_4bit_quant_type: The 16 values of 4 bits: those of a normal distribution, or
+        small floating-point numbers.
+      bnb_4bit_use_double_quant: The scales of blocks take 8 bits themselves.
+    """
 
     load_in_4bit: bool = True
     load_in_8bit: bool = False
