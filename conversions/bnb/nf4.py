@@ -112,7 +112,7 @@ def nf4_specs(
       packed: Its format.
     """
     if packed.code == "int8":
-        raise ValueError("int8 is no 4-bit format")
+        raise ValueError(f"{weight}: packed.code={packed.code!r} is no 4-bit format")
     blocks = -(-math.prod(shape) // BLOCK)
     small, float32 = np.dtype(np.uint8), np.dtype(np.float32)
     specs = {

@@ -36,7 +36,6 @@ from fastjax.train import Job, TrainResult, evaluate, make_eval_step, resume, ru
 from fastjax.train.compiled import MEMORY_FIX
 from fastjax.train.trackers import require_packages
 
-_HASH_DIGITS = 8
 _SAME = "the same command"
 
 

@@ -20,6 +20,7 @@ from fastjax.remat import RematPlan
 from fastjax.train.optimizer import make_optimizer
 from kernels import dispatch
 from kernels.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
+from kernels.device import Capability, compute_capability
 
 _FLOAT32 = 4
 _LOGIT_BYTES = 6  # of a chunk: logits in float32, their cotangent in 16 bits
@@ -157,6 +158,7 @@ def _workspace(
         softcap=config.logit_softcap,
         head_is_trainable=spec.trains_head,
         implementation=spec.implementations.cross_entropy,
+        capability=compute_capability(),
     )
     loss = logits + 2 * width * tokens * wide
     # Gate, up, their product and the cotangents of all; the first two may be saved.
@@ -175,8 +177,12 @@ def _logit_bytes(
     softcap: float | None,
     head_is_trainable: bool,
     implementation: str | None,
+    capability: Capability | None,
 ) -> int:
-    """Returns what the loss holds of a token and entry, as this device computes it."""
+    """Returns what the loss holds of a token and entry, as this device computes it.
+
+    `capability` is the device's, which dispatch asks for itself; it tells the cache.
+    """
     tokens, features = chunk_shape
     loss = functools.partial(
         linear_cross_entropy,
