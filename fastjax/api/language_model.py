@@ -63,7 +63,7 @@ class LanguageModel:
       tokenizer: Of the model's folder; None when it has none.
       max_seq_length: Longest row that training uses, in tokens.
       remat: What training recomputes, as `get_peft_model` was told.
-      has_new_tokens: The tokenizer has tokens that the base's folder does not know.
+      new_rows: Ids of tokens that the base's folder does not know.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class LanguageModel:
         self.lora = lora
         self.max_seq_length = max_seq_length
         self.remat: str | None = None
-        self.has_new_tokens = False
+        self.new_rows: frozenset[int] = frozenset()
 
     def __repr__(self) -> str:
         """Returns family, size, storage and adapter in one line."""
@@ -301,7 +301,7 @@ class LanguageModel:
             is_4bit=save_method == "merged_4bit",
             overwrite=overwrite,
         )
-        if tokenizer is None and self.has_new_tokens:
+        if tokenizer is None and self.new_rows:
             tokenizer = self.tokenizer
         if tokenizer is not None:
             tokenizer.save_pretrained(target)

@@ -21,7 +21,7 @@ from fastjax.config import (
     QuantConfig,
     TrainConfig,
 )
-from fastjax.errors import ModelError
+from fastjax.errors import ConfigError, ModelError
 from fastjax.models.build import DecoderSpec, build_decoder
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.quantize import packed_formats
@@ -96,7 +96,8 @@ def load_text_side(
     New tokens are in the one, and counted in the other.
 
     Raises:
-      FastJaxError: The model cannot be found or read, or has no tokenizer; says why.
+      FastJaxError: The model cannot be found or read, or has no tokenizer, or an
+        adapter has no rows for new tokens; says why.
     """
     runtime.configure()
     name, revision = config.model, config.model_revision
@@ -108,11 +109,19 @@ def load_text_side(
             where=str(found.folder),
             fix="copy tokenizer.json and tokenizer_config.json of the model there",
         )
-    tokenizer.add_tokens(list(config.data.new_tokens))
+    count = tokenizer.add_tokens(list(config.data.new_tokens))
     sizes = read_config(found.folder)
     if found.adapter is not None:
+        if count:
+            raise ConfigError(
+                f"{count} of new_tokens are not in the tokenizer of the adapter, "
+                "whose tables have no rows for them",
+                where=str(found.adapter),
+                fix="merge the adapter with `fastjax export` and train the result, or "
+                "leave new_tokens out",
+            )
         sizes = grown_config(found.adapter, sizes)
-    if config.data.new_tokens:
+    elif config.data.new_tokens:
         rows = max(sizes.vocab_size, len(tokenizer))
         sizes = dataclasses.replace(sizes, vocab_size=rows)
     return tokenizer, sizes

@@ -319,6 +319,11 @@ def _resolved(
             "with full_finetuning=True",
         )
     config = args.config
+    if config.data.new_tokens:
+        raise ConfigError(
+            "new_tokens has no effect here: the model is loaded already",
+            fix="call add_new_tokens(model, tokenizer, [...]) before get_peft_model",
+        )
     given = {name: value for name, value in data_fields.items() if value is not None}
     if "max_length" not in given and "max_length" not in args.given:
         given["max_length"] = model.max_seq_length

@@ -232,7 +232,7 @@ def test_formatting_functions_make_the_text_of_a_row(
         trainer_of(model, train_dataset=str(alpaca_file), formatting_func=str)
 
 
-def test_collators_that_only_pad_are_welcome(model: Any, trainer_of: Make) -> None:
+def test_what_would_have_no_effect_is_refused(model: Any, trainer_of: Make) -> None:
     padding = type("DataCollatorForSeq2Seq", (), {})()
     assert trainer_of(model, data_collator=padding).data.train
     masking = type("DataCollatorForCompletionOnlyLM", (), {})()
@@ -240,6 +240,8 @@ def test_collators_that_only_pad_are_welcome(model: Any, trainer_of: Make) -> No
         trainer_of(model, data_collator=masking)
     with pytest.raises(ConfigError, match="callbacks"):
         trainer_of(model, callbacks=[SimpleNamespace()])
+    with pytest.raises(ConfigError, match="call add_new_tokens"):
+        trainer_of(model, {"new_tokens": ["<new>"]})
 
 
 def test_a_model_without_adapters_has_nothing_to_train(
