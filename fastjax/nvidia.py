@@ -16,6 +16,7 @@ _TIMEOUT_SECONDS = 20
 _SAMPLE_MILLISECONDS = 20
 _CUDA_13_DRIVER = 580
 _CUDA_12_DRIVER = 525
+_NO_GPU = ("", "-1", "NoDevFiles")
 _MEBIBYTE, _GIBIBYTE = 2**20, 2**30
 
 
@@ -56,25 +57,26 @@ def installed_gpus() -> tuple[InstalledGpu, ...]:
 
 @contextlib.contextmanager
 def sampled_load() -> Iterator[dict[str, float]]:
-    """Fills a dictionary with the median watts and megahertz of the first GPU.
+    """Fills a dictionary with the median watts and megahertz of the GPU that runs use.
 
-    They are there after the block, and stay away without `nvidia-smi`. Products run at
-    the clock that the power limit leaves, so a speed without them says little.
+    They are there after the block, and stay away without `nvidia-smi`, or where it does
+    not list that GPU. Products run at the clock that the power limit leaves, so a speed
+    without them says little.
     """
     found: dict[str, float] = {}
-    program = shutil.which("nvidia-smi")
-    if program is None:
+    program, gpu = shutil.which("nvidia-smi"), _first_visible(installed_gpus())
+    if program is None or gpu is None:
         yield found
         return
     query = ["--query-gpu=power.draw,clocks.sm", "--format=csv,noheader,nounits"]
-    command = [program, "--id=0", *query, f"--loop-ms={_SAMPLE_MILLISECONDS}"]
+    command = [program, f"--id={gpu.uuid}", *query, f"--loop-ms={_SAMPLE_MILLISECONDS}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         yield found
     finally:
         process.terminate()
         rows = [line.split(", ") for line in process.communicate()[0].splitlines()]
-        rows = [row for row in rows if len(row) == 2 and row[1].isdigit()]
+        rows = [row for row in rows if len(row) == 2 and all(map(_is_number, row))]
         if rows:
             found["watts"] = statistics.median(float(row[0]) for row in rows)
             found["sm_megahertz"] = statistics.median(float(row[1]) for row in rows)
@@ -92,6 +94,10 @@ def _gpu(row: list[str]) -> InstalledGpu:
     )
 
 
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdecimal()
+
+
 def _mebibytes(text: str) -> int:
     return int(text) * _MEBIBYTE if text.isdigit() else 0
 
@@ -103,9 +109,17 @@ def memory_share(memory_gib: float | int) -> float | None:
     or where there is no GPU.
 
     Raises:
-      ConfigError: The GPU has less.
+      ConfigError: The GPU has less, or the driver does not list it.
     """
-    gpu = _first_visible(installed_gpus()) if memory_gib > 0 else None
+    gpus = installed_gpus() if memory_gib > 0 else ()
+    gpu, asked = _first_visible(gpus), _asked_gpu()
+    if gpus and gpu is None and asked not in _NO_GPU:
+        raise ConfigError(
+            f"{memory_gib=:g} is of a GPU whose memory is not known",
+            where=f"CUDA_VISIBLE_DEVICES names {asked!r}, and nvidia-smi lists no such "
+            "GPU",
+            fix="name a whole GPU by its index or UUID, or drop memory_gib",
+        )
     if gpu is None or not gpu.total_bytes:
         return None
     share = memory_gib * _GIBIBYTE / gpu.total_bytes
@@ -120,14 +134,16 @@ def memory_share(memory_gib: float | int) -> float | None:
 
 def _first_visible(gpus: tuple[InstalledGpu, ...]) -> InstalledGpu | None:
     """Returns the GPU that CUDA counts as its first; None where it sees none."""
-    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if asked is None:
-        return gpus[0] if gpus else None
-    first = asked.partition(",")[0].strip()
-    if first.isdigit():
+    first = _asked_gpu()
+    if first.isdecimal():
         return gpus[int(first)] if int(first) < len(gpus) else None
     named = [gpu for gpu in gpus if first and gpu.uuid.startswith(first)]
     return named[0] if named else None
+
+
+def _asked_gpu() -> str:
+    """Returns the first name or index of `CUDA_VISIBLE_DEVICES`, "0" without it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
 
 
 def cuda_plugins() -> dict[str, str]:

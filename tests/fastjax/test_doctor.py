@@ -130,7 +130,6 @@ def test_a_process_takes_its_share_of_a_card(monkeypatch: pytest.MonkeyPatch) ->
         ("GPU-0a", 0.25),
         ("", None),
         ("-1", None),
-        ("7", None),
     ],
 )
 def test_the_share_is_of_the_card_that_a_run_uses(
@@ -142,6 +141,17 @@ def test_the_share_is_of_the_card_that_a_run_uses(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert nvidia.memory_share(35.0) == expected
+
+
+@pytest.mark.parametrize("visible", ["7", "MIG-0a1b"])
+def test_a_card_that_is_not_there_has_no_share(
+    monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    monkeypatch.setattr(nvidia, "installed_gpus", lambda: (GPU,))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert nvidia.memory_share(0.0) is None
+    with pytest.raises(ConfigError, match=visible):
+        nvidia.memory_share(35.0)
 
 
 def test_versions_outside_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
