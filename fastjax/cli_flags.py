@@ -138,7 +138,7 @@ def _grouped(
         if word.startswith("--"):
             name, has_value, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            if name not in fields and name.removeprefix("no_") in fields:
+            if name not in fields and hints.get(name.removeprefix("no_")) is bool:
                 name, has_value, value = name.removeprefix("no_"), "=", "False"
             if name in found:
                 raise ConfigError(f"--{printable(name)} is given twice")

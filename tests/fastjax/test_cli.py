@@ -62,6 +62,12 @@ def test_flags_of_small_commands(words: list[str], expected: _Args) -> None:
     assert parsed(_Args, call) == expected
 
 
+def test_only_a_switch_can_be_refused() -> None:
+    call = Call(command="x", program=("fastjax", "x"), words=("a", "--no-limit"))
+    with pytest.raises(ConfigError, match="no flag --no_limit; did you mean --limit"):
+        parsed(_Args, call)
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("learning_rate: 1e-3\nseed: 5\n")
