@@ -9,7 +9,7 @@ computes by XLA.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +150,23 @@ def _base_model(config: TrainConfig) -> LanguageModel:
 
 def _batches_of_runs(
     model: LanguageModel, runs: Sequence[SweepRun], planner: Planner
-) -> Iterator[Sequence[SweepRun]]:
-    """Yields runs of equal shapes, as many at once as the memory holds."""
+) -> list[Sequence[SweepRun]]:
+    """Returns runs of equal shapes, as many at once as the memory holds.
+
+    Raises:
+      OutOfMemory: Not even one of some shape fits.
+    """
+    batches: list[Sequence[SweepRun]] = []
     limit = memory_limit(planner.config)
     for group in trained_together(model.spec, runs):
         spec = adapters.adapted_spec(model.spec, group[0].config.lora)
         own = Planner.of(planner.config, spec, tokens=planner.shape.tokens)
+        own.require_fit(limit)
         many = 1
         while many < len(group) and (limit is None or _need(own, many + 1) <= limit):
             many += 1
-        yield from itertools.batched(group, many)
+        batches += itertools.batched(group, many)
+    return batches
 
 
 def _need(planner: Planner, many: int) -> int:

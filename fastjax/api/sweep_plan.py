@@ -1,6 +1,7 @@
 """What a sweep trains: the adapters of a list of changes, and which go together."""
 
 import dataclasses
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ VARIED = (
     *("learning_rate", "seed"),
     *(f.name for f in dataclasses.fields(LoRAConfig) if f.name != "auto_rank"),
 )
-_MOST_LETTERS = 120
+_MOST_LETTERS, _HASH_DIGITS = 120, 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,7 @@ class SweepRun:
     """One adapter of a sweep.
 
     Attributes:
-      name: Made of its changes; that of its folder.
+      name: Made of its changes, a long one cut to end in a hash; that of its folder.
       changes: Fields and their values.
       config: All settings; `fastjax train` with them trains the same adapter alone.
     """
@@ -143,7 +144,11 @@ def _name(changes: Mapping[str, Any]) -> str:
         f"{name}-{'+'.join(map(str, value)) if _is_list(value) else value}"
         for name, value in changes.items()
     ]
-    return re.sub(r"[^\w.+-]+", "_", "_".join(parts))[:_MOST_LETTERS] or "unchanged"
+    name = re.sub(r"[^\w.+-]+", "_", "_".join(parts)) or "unchanged"
+    if len(name) <= _MOST_LETTERS:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:_HASH_DIGITS]
+    return f"{name[: _MOST_LETTERS - _HASH_DIGITS - 1]}-{digest}"
 
 
 def _is_list(value: Any) -> bool:

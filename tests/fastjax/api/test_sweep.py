@@ -13,9 +13,10 @@ from fastjax import cli
 from fastjax.api import grid, run_sweep, run_training
 from fastjax.api.sweep_group import SweepGroup
 from fastjax.api.sweep_member import SweepMember
+from fastjax.api.sweep_plan import sweep_runs
 from fastjax.config import TrainConfig
 from fastjax.config_file import read_config_file
-from fastjax.errors import ConfigError
+from fastjax.errors import ConfigError, OutOfMemory
 from fastjax.flat_config import train_config
 from fastjax.train.evaluate import EvalResult
 
@@ -153,3 +154,22 @@ def test_the_command_wants_values(words: list[str]) -> None:
 
 def test_a_grid_has_every_combination() -> None:
     assert grid({"a": [1, 2], "b": [3]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
+
+
+def test_long_names_that_are_cut_stay_apart(tmp_path: Path) -> None:
+    changes = [{"lora_target_modules": ["q_proj"] * 20 + [last]} for last in "ab"]
+    names = [run.name for run in sweep_runs(TrainConfig(), changes, tmp_path)]
+    assert [len(name) for name in names] == [120, 120]
+    assert names[0] != names[1]
+
+
+def test_each_shape_must_fit_before_any_trains(
+    small_model: Path,
+    alpaca_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SweepGroup, "train", None)
+    config = settings(small_model, alpaca_file, tmp_path, memory_gib=0.05)
+    with pytest.raises(OutOfMemory):
+        run_sweep(config, [{"lora_r": 2}, {"lora_r": 8192}])
