@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from fastjax.config import (
     RematChoice,
     TrainConfig,
 )
+from fastjax.errors import ConfigError
 from fastjax.losses import cross_entropy
 from fastjax.models.build import DecoderSpec, abstract_decoder
 from fastjax.models.registry import preset
@@ -193,12 +193,21 @@ def planner_of(args: StepArgs) -> Planner:
 
 
 def shortened(spec: DecoderSpec, layers: int) -> DecoderSpec:
-    """Returns the structure with so many layers, the first ones."""
+    """Returns the structure with so many layers, the first ones.
+
+    Raises:
+      ConfigError: The model has fewer, or there are none.
+    """
     config = spec.config
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise ConfigError(
+            f"{layers=} of a model that has {config.num_hidden_layers}",
+            fix="give a number from 1 to that; --layers 0 takes all",
+        )
     few = dataclasses.replace(
         config,
         num_hidden_layers=layers,
-        layer_windows=tuple(itertools.islice(itertools.cycle(config.windows), layers)),
+        layer_windows=tuple(config.windows[:layers]),
         layers_without_rope=tuple(i for i in config.layers_without_rope if i < layers),
     )
     return dataclasses.replace(spec, config=few)

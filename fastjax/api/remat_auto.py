@@ -82,7 +82,7 @@ def _automatic(
     costs = _measured(planner, policies, limit_bytes, documents)
     is_timed = bool(costs)
     if not is_timed:
-        note("remat auto: no room to time layers, the plan goes by their products")
+        note("remat auto: layers cannot be timed here, the plan goes by their products")
         costs = _counted(planner)
     resident = model.weights + model.trained + model.optimizer
     resident += model.gradients if shape.accumulation > 1 else 0
@@ -151,31 +151,38 @@ def _measured(
 
     The step without layers takes the same time under each, so that it is measured for
     the leanest of them alone. The bytes that a layer keeps, with the gradients of its
-    adapters, are counted, not measured.
+    adapters, are counted, not measured. Nothing is returned where none fits, or where
+    the model has one layer, of which no line can be drawn.
     """
+    num_layers = planner.spec.config.num_hidden_layers
+    more_layers = min(_MORE, num_layers)
+    few_layers = min(_FEW, more_layers - 1)
+    if not few_layers:
+        return {}
     # A model that is loaded already leaves less room for these layers.
     room = limit_bytes - (device_bytes("bytes_in_use") or 0)
-    runs: list[tuple[int, RematPolicy]] = [(_MORE, policy) for policy in policies]
-    few, *more = _compiled(planner, [(_FEW, policies[0]), *runs], documents)
+    runs: list[tuple[int, RematPolicy]] = [(more_layers, policy) for policy in policies]
+    few, *more = _compiled(planner, [(few_layers, policies[0]), *runs], documents)
     fitting = [short for short in more if short.fits(room)]
     if not fitting:
         return {}
     leanest = fitting[0].policy
     if few.policy != leanest:
-        (few,) = _compiled(planner, [(_FEW, leanest)], documents)
+        (few,) = _compiled(planner, [(few_layers, leanest)], documents)
     # One after the other, since each has an embedding and a head.
     (few_seconds,) = _seconds([few])
     more_seconds = _seconds(fitting)
-    base = few_seconds - _FEW * (more_seconds[0] - few_seconds) / (_MORE - _FEW)
+    layer_seconds = (more_seconds[0] - few_seconds) / (more_layers - few_layers)
+    base = few_seconds - few_layers * layer_seconds
     costs: dict[RematPolicy, PolicyCost] = {}
     for short, seconds in zip(fitting, more_seconds, strict=True):
         kept = saved_bytes(planner.spec, 0, short.policy)[0]
         kept *= planner.shape.micro_batch_tokens
-        kept += planner.model.gradients // planner.spec.config.num_hidden_layers
+        kept += planner.model.gradients // num_layers
         costs[short.policy] = PolicyCost(
             base_seconds=base,
-            base_bytes=short.temp_bytes - _MORE * kept,
-            layer_seconds=(seconds - base) / _MORE,
+            base_bytes=short.temp_bytes - more_layers * kept,
+            layer_seconds=(seconds - base) / more_layers,
             layer_bytes=kept,
         )
     return costs

@@ -10,7 +10,7 @@ from flax import nnx
 from fastjax import cli
 from fastjax.api import plan_run
 from fastjax.api.memory import Planner, planned_spec
-from fastjax.api.random_step import RandomStep
+from fastjax.api.random_step import RandomStep, StepArgs, planner_of
 from fastjax.api.remat_auto import planned_remat
 from fastjax.config import (
     DataConfig,
@@ -126,3 +126,9 @@ def test_the_planned_step_has_the_states_of_the_run() -> None:
             for leaf in jax.tree.leaves(step.state.opt_state)
         )
     assert sizes["sgd"] < sizes["adamw_8bit"] < sizes["adamw"] / 2
+
+
+@pytest.mark.parametrize("layers", [-1, 33])
+def test_a_model_is_not_made_longer(layers: int) -> None:
+    with pytest.raises(ConfigError, match="has 32"):
+        planner_of(StepArgs(layers=layers))
