@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int8
 from conversions.hf.checkpoint import Checkpoint
 from fastjax.config import DType
 from fastjax.errors import ModelError
-from kernels.int8 import STEP, Int8Array
+from kernels.int8 import Int8Array, scaled
 
 BLOCK = 128
 _FP8, _INT8 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.int8)
@@ -106,4 +106,4 @@ def _from_blocks(codes: Array, scales: Float[Array, "_ _"]) -> Float[Array, "O I
 def _from_rows(
     codes: Int8[Array, "O I"], scales: Float[Array, " O"]
 ) -> Float[Array, "O I"]:
-    return codes.astype(jnp.float32) * scales[:, None] * STEP
+    return scaled(codes, scales[:, None])

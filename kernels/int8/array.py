@@ -60,12 +60,18 @@ def quantize(weight: Float[Array, "I O"]) -> Int8Array:
     return Int8Array(codes=codes, absmax=absmax, dtype=weight.dtype.name)
 
 
+def scaled(
+    codes: Int8[Array, "*L _ _"], absmax: Float32[Array, "*L _ _"]
+) -> Float32[Array, "*L _ _"]:
+    """Returns codes times their scales, in the order of bitsandbytes' products."""
+    return codes.astype(jnp.float32) * absmax * STEP
+
+
 def dequantize(
     w: Int8Array, *, dtype: jax.typing.DTypeLike | None = None
 ) -> Float[Array, "*L I O"]:
     """Returns the matrix that `w` stands for, rounded to `w.dtype`, then to `dtype`."""
-    scales = (w.absmax * STEP)[..., None, :]
-    values = (w.codes.astype(jnp.float32) * scales).astype(w.dtype)
+    values = scaled(w.codes, w.absmax[..., None, :]).astype(w.dtype)
     if dtype is None or values.dtype == dtype:
         return values
     # Without the barrier XLA would skip the rounding to `w.dtype` on the way.

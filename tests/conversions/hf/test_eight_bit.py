@@ -1,5 +1,6 @@
 """8-bit checkpoints: dequantised on the way in, quantised to 4 bits when asked."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from conversions.hf.eight_bit import read_eight_bit
 from conversions.safetensors_writer import write_safetensors
 from fastjax.config import QuantConfig
 from fastjax.errors import CheckpointMismatch, ModelError
-from kernels.int8 import Int8Array
+from kernels.int8 import Int8Array, dequantize
 from kernels.nf4 import NF4Array
 
 Tensors = dict[str, np.ndarray]
@@ -107,3 +108,5 @@ def test_rows_of_8_bits_are_taken_as_they_are(fixtures: Path, tmp_path: Path) ->
     np.testing.assert_array_equal(
         held.absmax, checkpoint.read(Q.removesuffix("weight") + "SCB")
     )
+    exact = dequantize(dataclasses.replace(held, dtype="float32"))
+    np.testing.assert_array_equal(exact, read_eight_bit(checkpoint, Q).T)

@@ -22,7 +22,7 @@ def test_a_column_is_codes_times_its_largest_magnitude() -> None:
     shares = np.asarray(weight) / np.where(largest > 0, largest, 1)
     np.testing.assert_array_equal(packed.codes, np.rint(127 * shares))
     actual = np.asarray(dequantize(packed))
-    np.testing.assert_array_equal(actual, np.asarray(packed.codes) * (largest * STEP))
+    np.testing.assert_array_equal(actual, np.asarray(packed.codes) * largest * STEP)
     assert np.all(np.abs(actual - weight) <= 0.501 * largest / 127)
 
 
