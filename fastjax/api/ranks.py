@@ -20,8 +20,7 @@ from fastjax.data import Loader
 from fastjax.rank_allocation import MOST_TIMES, allocated_ranks
 from fastjax.remat import Remat
 from fastjax.target_modules import full_name
-from fastjax.train import Job
-from fastjax.train.checkpoint import checkpoints
+from fastjax.train import Job, resume
 from fastjax.train.state import FIRST_SCALE
 from fastjax.train.step import summed_gradients
 
@@ -65,15 +64,12 @@ def set_ranks(
 
 def _held_ranks(config: TrainConfig) -> LoRAConfig | None:
     """Returns the adapter of the checkpoint that the run goes on from."""
-    mode = config.resume_from_checkpoint
-    folder = Path(config.output_dir or "")
-    if mode == "no" or config.output_dir is None or not folder.is_dir():
+    if config.output_dir is None or not Path(config.output_dir).is_dir():
         return None
-    found = checkpoints(folder) if mode == "auto" else [Path(mode)]
-    for folder in reversed(found):
-        if (folder / "adapter_config.json").is_file():
-            return read_adapter_config(folder).lora
-    return None
+    folder = resume.chosen(Path(config.output_dir), config.resume_from_checkpoint)
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        return None
+    return read_adapter_config(folder).lora
 
 
 def _measured_ranks(
@@ -98,18 +94,20 @@ def _measured_ranks(
         init_lora_weights="gaussian",
     )
     add_adapter(model, probe, seed=config.seed)
-    starts = adapters.adapter_weights(model.decoder, model.spec)
+    fresh = adapters.adapter_weights(model.decoder, model.spec)
+    shapes = {name: array.shape for name, array in fresh.items()}
+    del fresh
     modules = list(model.spec.adapters)
     key = jax.random.key(config.seed)
     spread = {
         f"{module}.lora_a": jax.random.normal(
-            jax.random.fold_in(key, index), starts[f"{module}.lora_a"].shape
+            jax.random.fold_in(key, index), shapes[f"{module}.lora_a"]
         )
         for index, module in enumerate(modules)
     }
-    spread |= {f"{m}.lora_b": jnp.zeros_like(starts[f"{m}.lora_b"]) for m in modules}
+    spread |= {f"{m}.lora_b": jnp.zeros(shapes[f"{m}.lora_b"]) for m in modules}
     rows = _gradients(model, spread, config, loader, remat)
-    turned = {f"{m}.lora_a": jnp.zeros_like(starts[f"{m}.lora_a"]) for m in modules}
+    turned = {f"{m}.lora_a": jnp.zeros(shapes[f"{m}.lora_a"]) for m in modules}
     for module in modules:
         found = rows[f"{module}.lora_b"]
         base = jnp.linalg.qr(found.T)[0].T
@@ -122,7 +120,7 @@ def _measured_ranks(
         found = np.linalg.svd(columns[f"{module}.lora_a"], compute_uv=False)
         values[module] = [float(value) for value in found]
     costs = {
-        m: sum(starts[f"{m}.{side}"].size for side in _SIDES) // probe.lora_r
+        m: sum(math.prod(shapes[f"{m}.{side}"]) for side in _SIDES) // probe.lora_r
         for m in modules
     }
     return allocated_ranks(values, costs, rank=lora.lora_r)

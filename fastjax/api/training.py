@@ -193,7 +193,9 @@ def train(
         planned = planned_run(config, data, spec=model.spec, note=note)
     loader = planned.loader
     if model.lora is not None and model.lora.auto_rank:
-        say(console, set_ranks(model, config, loader, planned.remat))
+        with device_faults("measure ranks", memory_fix=MEMORY_FIX):
+            ranks = set_ranks(model, config, loader, planned.remat)
+        say(console, ranks)
         config = dataclasses.replace(config, lora=model.lora)
     graphdef, trainable, frozen = model.split()
     job = Job(

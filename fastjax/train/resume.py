@@ -57,6 +57,20 @@ def find(output_dir: Path, mode: str, note: Note) -> Found | None:
     return found
 
 
+def chosen(output_dir: Path, mode: str) -> Path | None:
+    """Returns the folder that `find` would take; touches nothing.
+
+    Raises:
+      ModelError: The given path is broken.
+    """
+    if mode == "no":
+        return None
+    if mode != "auto":
+        return named(mode).folder
+    newest_first = reversed(checkpoint.checkpoints(output_dir))
+    return next((f for f in newest_first if isinstance(_opened(f), Found)), None)
+
+
 def named(path: str) -> Found:
     """Returns the checkpoint of that path.
 

@@ -43,6 +43,8 @@ def test_runs_measure_once_and_keep_their_ranks(
     held = model.lora
     assert held is not None
     assert not held.auto_rank
+    # A checkpoint that is not whole has no say in it.
+    (tmp_path / "checkpoint-000002" / "adapter_config.json").write_text("{")
     # As a new process would: the same settings, and the folder of the first run.
     again = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, auto_rank=True)
     trainer = SFTTrainer(again, train_dataset=ROWS, args=arguments)
