@@ -45,7 +45,8 @@ def run_export(
       output_format: "hf" is a folder of 16 or 32 bits; "bnb-4bit" the same with linears
         in NF4; "bnb-dynamic" keeps some of these in 16 bits; "gguf" one file for
         llama.cpp; "gguf-lora" the adapter alone for it.
-      base_precision: Merge onto the weights of the base, or onto its 4-bit ones.
+      base_precision: Merge onto the weights of the base, or onto those that
+        training saw.
       dtype: Of the weights in a Hugging Face folder.
       gguf_type: Of the matrices in a GGUF file.
       calibration_data: Text that decides what "bnb-dynamic" keeps; None takes the
@@ -90,9 +91,10 @@ def run_export(
     yield f"{told}{output_format}, {dtype}: {folder}"
     if compare_logits:
         bound = _BOUNDS[dtype] if output_format == "hf" else math.inf
-        yield _comparison(
-            name, folder, base_precision=base_precision, dtype=dtype, bound=bound
-        )
+        quant = QuantConfig(load_in_4bit=False)
+        if base_precision == "dequantised":
+            quant = merge.quant_of_training()
+        yield _comparison(name, folder, quant=quant, dtype=dtype, bound=bound)
 
 
 def _gguf(
@@ -153,7 +155,7 @@ def _comparison(
     name: str,
     folder: Path,
     *,
-    base_precision: BasePrecision,
+    quant: QuantConfig,
     dtype: DType,
     bound: float,
 ) -> str:
@@ -163,7 +165,6 @@ def _comparison(
       ModelError: They differ by more than `bound`, relative to their spread, or are
         not finite; the folder has another name then.
     """
-    quant = QuantConfig(load_in_4bit=base_precision == "dequantised")
     expected = _probe_logits(name, dtype, quant)
     actual = _probe_logits(str(folder), dtype, QuantConfig(load_in_4bit=False))
     difference = np.max(np.abs(actual - expected))

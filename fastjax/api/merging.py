@@ -14,6 +14,7 @@ from conversions.hf import (
     stream_weights,
 )
 from conversions.peft import read_adapter
+from fastjax import files
 from fastjax.api.finding import FoundModel, load_tokenizer
 from fastjax.config import BasePrecision, DType, QuantConfig
 from fastjax.errors import ConfigError
@@ -23,6 +24,8 @@ from fastjax.models.build import DecoderSpec, flat_weights, linear_names
 from fastjax.nn.decoder import Decoder
 from fastjax.nn.linear import PackedFormat
 from fastjax.quantize import dense_weights, packed_weights
+from fastjax.train.checkpoint import step_of
+from fastjax.train.publish import RUN_FILE
 from kernels.packed import PackedArray
 
 
@@ -36,6 +39,7 @@ class Merge:
       spec: Structure of the adapted decoder.
       adapter: Trained arrays by canonical name; none without an adapter.
       needs_4bit: The adapter makes up for what 4 bits lose of the base.
+      adapter_folder: Where the adapter lies; None without one, and in memory.
       tokenizer_folder: Has the tokenizer: the adapter's where that has more tokens.
       decoder: Holds the weights when the model is in memory.
     """
@@ -46,6 +50,7 @@ class Merge:
     adapter: Mapping[str, Array]
     decoder: Decoder | None = None
     needs_4bit: bool = False
+    adapter_folder: Path | None = None
     tokenizer_folder: Path | None = None
 
     @classmethod
@@ -70,8 +75,30 @@ class Merge:
             spec=spec,
             adapter=adapter,
             needs_4bit=needs_4bit,
+            adapter_folder=found.adapter,
             tokenizer_folder=_longer_tokenizer(found),
         )
+
+    def quant_of_training(self) -> QuantConfig:
+        """Returns how training held the base; in NF4 where there is no adapter.
+
+        Raises:
+          ConfigError: The run's record is not beside the adapter.
+        """
+        checkpoint = Checkpoint(self.folder)
+        is_stored = bool(stored_formats(checkpoint, read_config(self.folder)))
+        if self.adapter_folder is None or is_stored:
+            return QuantConfig()
+        recorded = _recorded_quant(self.adapter_folder)
+        if recorded is None:
+            raise ConfigError(
+                "nothing says in which format training held the base of this adapter: "
+                f"{RUN_FILE} of its run is not beside it",
+                where=str(self.adapter_folder),
+                fix="copy it there, use base_precision=original, or load the adapter "
+                "as it was trained and call save_pretrained_merged",
+            )
+        return recorded
 
     def weights(
         self, base_precision: BasePrecision, dtype: DType
@@ -80,7 +107,7 @@ class Merge:
 
         Args:
           base_precision: The weights of the folder, or these quantised from `dtype`
-            and dequantised, as training saw them.
+            and dequantised, as training saw them; see `quant_of_training`.
           dtype: Of activations in training.
         """
         return dense_weights(self._merged(base_precision, dtype))
@@ -136,7 +163,8 @@ class Merge:
             return flat_weights(self.decoder, self.spec)
         checkpoint, config = Checkpoint(self.folder), read_config(self.folder)
         if base_precision == "dequantised":
-            return stream_weights(checkpoint, config, dtype=dtype, quant=QuantConfig())
+            quant = self.quant_of_training()
+            return stream_weights(checkpoint, config, dtype=dtype, quant=quant)
         return stream_weights(checkpoint, config, dtype="float32")
 
     def _formats(self, dtype: DType) -> dict[str, PackedFormat]:
@@ -146,6 +174,18 @@ class Merge:
         if not self.spec.trains_weights:
             stored = stored_formats(Checkpoint(self.folder), config)
         return stored or dict.fromkeys(linear_names(config), PackedFormat(dtype=dtype))
+
+
+def _recorded_quant(adapter: Path) -> QuantConfig | None:
+    """Returns how the run of an adapter held its base; None where nothing says so."""
+    folder = adapter.parent if step_of(adapter) >= 0 else adapter
+    if not (folder / RUN_FILE).is_file():
+        return None
+    settings = files.read_json(folder / RUN_FILE).get("settings")
+    names = {field.name for field in dataclasses.fields(QuantConfig)}
+    if not isinstance(settings, dict) or not names <= settings.keys():
+        return None
+    return QuantConfig(**{name: settings[name] for name in names})
 
 
 def _longer_tokenizer(found: FoundModel) -> Path | None:

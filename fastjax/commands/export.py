@@ -19,8 +19,8 @@ class ExportArgs:
         bitsandbytes, for transformers and vLLM; bnb-dynamic: the same with the linears
         in 16 bits that matter most on calibration text; gguf: for llama.cpp and Ollama;
         gguf-lora: the adapter alone for these.
-      base_precision: Merge onto the original 16-bit weights, or onto the 4-bit ones
-        as they were in training.
+      base_precision: Merge onto the original 16-bit weights, or onto the 4-bit or
+        8-bit ones as they were in training.
       dtype: Of the weights in a Hugging Face folder.
       gguf_type: Of the matrices in a GGUF file; types with a k, and iq4, need
         llama.cpp's `llama-quantize`.

@@ -1,8 +1,10 @@
 """Exports: every format from an adapter, without loading the model to write it."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +38,25 @@ def test_a_merge_is_the_adapter_and_says_so(adapter: Path, tmp_path: Path) -> No
     np.testing.assert_allclose(
         merged.logits(expected), source.logits(expected), atol=1e-5
     )
+
+
+def test_the_base_that_training_saw_is_the_one_on_record(
+    adapter: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(adapter, folder)
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"dtype": "float32", "base_precision": "dequantised"}
+    with pytest.raises(ConfigError, match=r"run\.json of its run is not beside it"):
+        list(run_export(str(folder), out, **options))
+    quant = QuantConfig(load_in_4bit=False, load_in_8bit=True)
+    record = {"settings": dataclasses.asdict(quant)}
+    (folder / "run.json").write_text(json.dumps(record))
+    list(run_export(str(folder), out, compare_logits=False, **options))
+    source = load_model(str(folder), dtype="float32", quant=quant)
+    merged = load_model(str(out), dtype="float32", quant=DENSE)
+    ids = np.arange(20)[None]
+    np.testing.assert_allclose(merged.logits(ids), source.logits(ids), atol=1e-4)
 
 
 @pytest.mark.parametrize("wrong", [0.5, np.nan])
