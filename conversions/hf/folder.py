@@ -110,8 +110,9 @@ def _explained(
             where=str(constants.HF_HUB_CACHE),
             fix=f"run once with a network: {download}; {licence}",
         )
+    reason = printable(next(iter(str(error).splitlines()), type(error).__name__))
     return EnvironmentFault(
-        f"{name} cannot be downloaded: {printable(error)}",
+        f"there is no folder {name}; as a hub name it cannot be downloaded: {reason}",
         where=where,
         fix=f"check network and disk, then continue with: {download}; {licence}",
     )

@@ -18,4 +18,4 @@ def run(call: Call) -> None:
 
     for name, preset in sorted(PRESETS.items()):
         source = preset.hub_id or "random weights (no download)"
-        sys.stdout.write(f"{name:28} {preset.config.family:8} {source}\n")
+        sys.stdout.write(f"{name:28} {preset.config.family:12} {source}\n")
