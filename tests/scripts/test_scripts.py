@@ -30,7 +30,7 @@ def test_every_script_explains_itself(name: str) -> None:
     [
         ("train.py", ["--learning_rat", "1"], 2, "did you mean 'learning_rate'"),
         ("generate.py", ["--promt", "x"], 2, "did you mean --prompt"),
-        ("export.py", ["--model", "x"], 2, "--output-dir"),
+        ("export.py", ["--model", "x"], 2, "--output_dir"),
         ("evaluate.py", ["--model", "./nowhere"], 4, "no such folder"),
         ("make_random_checkpoint.py", ["--model", "tinny", "--out", "x"], 2, "tiny"),
     ],

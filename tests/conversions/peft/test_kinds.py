@@ -1,6 +1,7 @@
 """Rarer kinds of adapters: files, logits, gradients and merges are those of PEFT."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -130,6 +131,7 @@ def _logits_and_gradients(
 def test_ends_of_tied_embeddings_stay_one(fixtures: Path, tmp_path: Path) -> None:
     source = fixtures / "adapter_tied_tables"
     config = read_config(fixtures / "tiny_gemma2")
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     values = json.loads((source / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(values | {"ensure_weight_tying": False}))
     with pytest.raises(ModelError, match="one end of tied embeddings without"):
