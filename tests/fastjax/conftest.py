@@ -1,6 +1,7 @@
 """A model folder of a second's training, and data for it."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,3 +51,12 @@ def compiled_once(compiled_programs: Path) -> Iterator[None]:
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def log_of_transformers() -> None:
+    """Opens it: it keeps the stream of its first use, which must outlast a test."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers.utils import logging
+
+    logging.get_logger()
