@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array
@@ -117,8 +118,6 @@ def _write_config(
     names = [full_name(module) for module in modules]
     listed = names if is_listed and isinstance(target, str) else target
     start = lora.init_lora_weights
-    is_loftq = start == "loftq"
-    tokens = list(lora.trainable_token_indices)
     values = {
         "alpha_pattern": _as_object(lora.alpha_pattern),
         "auto_mapping": None,
@@ -143,16 +142,28 @@ def _write_config(
         "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
     }
-    values |= {"loftq_config": LOFTQ} if is_loftq else {}
-    values |= {"trainable_token_indices": tokens} if tokens else {}
-    values |= {"lora_bias": True} if lora.lora_b_bias else {}
-    if is_tied and (lora.modules_to_save or TABLES[0] in modules):
-        values |= {"ensure_weight_tying": True}
-    if is_tied and lora.modules_to_save:
-        values |= {"modules_to_save": TABLES[:1]}
+    values |= _newer_keys(lora, modules, is_tied=is_tied)
     values = dict(sorted(values.items()))
     with new_file(folder / CONFIG_NAME) as file:
         file.write(json.dumps(values, indent=2).encode("utf-8"))
+
+
+def _newer_keys(
+    lora: LoRAConfig, modules: Sequence[str], *, is_tied: bool
+) -> dict[str, Any]:
+    """Returns the keys of newer versions that say something, and what they replace."""
+    values: dict[str, Any] = {}
+    if lora.init_lora_weights == "loftq":
+        values["loftq_config"] = LOFTQ
+    if lora.trainable_token_indices:
+        values["trainable_token_indices"] = list(lora.trainable_token_indices)
+    if lora.lora_b_bias:
+        values["lora_bias"] = True
+    if is_tied and (lora.modules_to_save or TABLES[0] in modules):
+        values["ensure_weight_tying"] = True
+    if is_tied and lora.modules_to_save:
+        values["modules_to_save"] = TABLES[:1]
+    return values
 
 
 def _as_object(pattern: tuple[str, ...]) -> dict[str, float | int]:

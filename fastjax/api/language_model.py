@@ -205,9 +205,7 @@ class LanguageModel:
         del token_type_ids
         if not use_cache:
             raise ConfigError("use_cache=False is not supported: the cache is exact")
-        drawing = (float(temperature), top_k, float(top_p), float(min_p))
-        if not do_sample and drawing != (1, 0, 1, 0):
-            warnings.warn(_NOT_DRAWN, stacklevel=2)
+        sampling = _sampling(temperature, top_k, top_p, min_p, do_sample=do_sample)
         given, prompts = prompt_rows(input_ids, attention_mask)
         answers = self._answers(
             prompts,
@@ -215,7 +213,7 @@ class LanguageModel:
             uses_adapter=uses_adapter,
             max_new_tokens=max_new_tokens,
             stop_ids=self.stop_ids(eos_token_id),
-            sampling=_sampling(*drawing, do_sample=do_sample),
+            sampling=sampling,
             seed=seed,
         )
         pad_id = self._pad_id() if pad_token_id is None else pad_token_id
@@ -377,13 +375,21 @@ def _logits(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> jax.Arr
 
 
 def _sampling(
-    temperature: float, top_k: int, top_p: float, min_p: float, *, do_sample: bool
+    temperature: float | int,
+    top_k: int,
+    top_p: float | int,
+    min_p: float | int,
+    *,
+    do_sample: bool,
 ) -> Sampling:
+    """Returns how `generate` draws; warns its caller of what has no effect."""
+    if not do_sample and (temperature, top_k, top_p, min_p) != (1, 0, 1, 0):
+        warnings.warn(_NOT_DRAWN, stacklevel=3)
     return Sampling(
-        temperature=temperature if do_sample else 0.0,
+        temperature=float(temperature) if do_sample else 0.0,
         top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        top_p=float(top_p),
+        min_p=float(min_p),
     )
 
 

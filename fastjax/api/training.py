@@ -95,14 +95,18 @@ def run_training(
     )
     if not result.was_finished:
         write_settings(settings, config)
+    _push(folder, config, console)
+    _say_next(config, console)
+    return result
+
+
+def _push(folder: Path, config: TrainConfig, console: Console) -> None:
     report = config.report
     if report.push_to_hub and report.hub_model_id:
         address = push_folder(
             folder, report.hub_model_id, private=report.hub_private_repo
         )
         say(console, f"uploaded to {address}")
-    _say_next(config, console)
-    return result
 
 
 def load_for_training(config: TrainConfig) -> LanguageModel:
@@ -192,11 +196,7 @@ def train(
         note = functools.partial(say, console)
         planned = planned_run(config, data, spec=model.spec, note=note)
     loader = planned.loader
-    if model.lora is not None and model.lora.auto_rank:
-        with device_faults("measure ranks", memory_fix=MEMORY_FIX):
-            ranks = set_ranks(model, config, loader, planned.remat)
-        say(console, ranks)
-        config = dataclasses.replace(config, lora=model.lora)
+    config = _with_ranks(model, config, planned, console)
     graphdef, trainable, frozen = model.split()
     job = Job(
         config=in_steps(config, loader.steps_per_epoch),
@@ -252,6 +252,18 @@ def evaluate_model(
     step = make_eval_step(job.loss_function(loader, None))
     with device_faults("evaluate", memory_fix="lower per_device_eval_batch_size"):
         return evaluate(step, trainable, frozen, loader).metrics()
+
+
+def _with_ranks(
+    model: LanguageModel, config: TrainConfig, planned: PlannedRun, console: Console
+) -> TrainConfig:
+    """Gives adapters the ranks that the first batches ask for, if those decide."""
+    if model.lora is None or not model.lora.auto_rank:
+        return config
+    with device_faults("measure ranks", memory_fix=MEMORY_FIX):
+        ranks = set_ranks(model, config, planned.loader, planned.remat)
+    say(console, ranks)
+    return dataclasses.replace(config, lora=model.lora)
 
 
 def _with_adapter_of(

@@ -1,6 +1,7 @@
 """The loss of supervised fine-tuning: next-token cross-entropy, summed over tokens."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
@@ -44,14 +45,8 @@ def cross_entropy(
     decoder = nnx.merge(graphdef, trainable, frozen)
     noise = None
     if dropout_key is not None and neftune_noise_alpha > 0:
-        noise = neftune_noise(
-            dropout_key,
-            batch["segment_ids"],
-            features=decoder.head_weight().shape[1],
-            alpha=neftune_noise_alpha,
-            max_segments=max_segments,
-            dtype=decoder.compute_dtype,
-        )
+        segments, alpha = batch["segment_ids"], neftune_noise_alpha
+        noise = _noise(decoder, dropout_key, segments, alpha, max_segments)
     # One document a row needs no segments: padding at its end reaches no token of it
     # and carries no loss.
     segment_ids = None if max_segments == 1 else batch["segment_ids"]
@@ -71,4 +66,21 @@ def cross_entropy(
         softcap=decoder.logit_softcap,
         head_is_trainable=head_is_trainable,
         implementation=implementation,
+    )
+
+
+def _noise(
+    decoder: Any,
+    key: PRNGKeyArray,
+    segment_ids: Int[Array, "B S"],
+    alpha: float,
+    max_segments: int | None,
+) -> Float[Array, "B S D"]:
+    return neftune_noise(
+        key,
+        segment_ids,
+        features=decoder.head_weight().shape[1],
+        alpha=alpha,
+        max_segments=max_segments,
+        dtype=decoder.compute_dtype,
     )

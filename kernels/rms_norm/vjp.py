@@ -105,18 +105,6 @@ def _backward(
     return _gradients(passes, saved, dout, None, eps, offset)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
-def _add_rms_norm(
-    passes: Passes,
-    x: Array,
-    residual: Array | None,
-    weight: Array,
-    eps: float,
-    offset: float,
-) -> tuple[Array, Array]:
-    return _norm_and_sum(passes, x, residual, weight, eps, offset)
-
-
 def _norm_and_sum(
     passes: Passes,
     x: Array,
@@ -128,6 +116,9 @@ def _norm_and_sum(
     if residual is None:
         return passes.rms_norm(x, weight, eps=eps, offset=offset), x
     return passes.add_rms_norm(x, residual, weight, eps=eps, offset=offset)
+
+
+_add_rms_norm = jax.custom_vjp(_norm_and_sum, nondiff_argnums=(0, 4, 5))
 
 
 def _add_forward(
