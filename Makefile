@@ -3,6 +3,7 @@ VENV := .venv
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 RUN := $(VENV)/bin/python
 GPU_PYTHON ?= $(RUN)
+GPU_WORKERS ?= 4
 ORACLE := .venv-oracle
 KERNELS_CI := .venv-kernels-ci
 ORACLE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -49,7 +50,7 @@ check: setup
 
 test-gpu:
 	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false \
-	$(GPU_PYTHON) -m pytest -q -n 4 -m gpu -p no:cacheprovider tests/kernels
+	$(GPU_PYTHON) -m pytest -q -n $(GPU_WORKERS) -m gpu -p no:cacheprovider tests/kernels
 
 # Compiles every kernel for Hopper; needs no GPU. Its own environment: 1.5 GB.
 $(KERNELS_CI)/.ready: pyproject.toml constraints.txt
