@@ -50,7 +50,8 @@ check: setup
 
 test-gpu:
 	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false \
-	$(GPU_PYTHON) -m pytest -q -n $(GPU_WORKERS) -m gpu -p no:cacheprovider tests/kernels
+	$(GPU_PYTHON) -m pytest -q -n $(GPU_WORKERS) -m gpu \
+	-p no:cacheprovider -p no:benchmark tests/kernels
 
 # Compiles every kernel for Hopper; needs no GPU. Its own environment: 1.5 GB.
 $(KERNELS_CI)/.ready: pyproject.toml constraints.txt

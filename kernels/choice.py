@@ -47,22 +47,49 @@ def table_name(device_kind: str) -> str:
     return "_".join(device_kind.lower().split()) + ".json"
 
 
-def write_table(path: Path, origin: Mapping[str, Any], choices: list[dict]) -> None:
-    """Writes a table, one line a choice; those not given stay in it.
+def write_rows(
+    path: Path,
+    origin: Mapping[str, Any],
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    name: str,
+    keys: tuple[str, ...],
+) -> None:
+    """Writes measured rows, one a line; those that are not measured again stay.
+
+    Args:
+      path: The file.
+      origin: What was measured with what, at the last time.
+      rows: Of plain values.
+      name: What the file calls its rows.
+      keys: Rows that agree in these are replaced; the first one sorts them.
+    """
+
+    def case(row: Mapping[str, Any]) -> list[Any]:
+        return [row[key] for key in keys]
+
+    given = list(rows)
+    known = json.loads(path.read_text())[name] if path.exists() else []
+    cases = [case(row) for row in given]
+    kept = [row for row in known if case(row) not in cases]
+    in_order = sorted([*kept, *given], key=lambda row: row[keys[0]])
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in in_order)
+    head = json.dumps(dict(origin), indent=1).removesuffix("\n}")
+    path.write_text(f'{head},\n "{name}": [\n{lines}\n ]\n}}\n')
+
+
+def write_table(
+    path: Path, origin: Mapping[str, Any], choices: Iterable[Mapping[str, Any]]
+) -> None:
+    """Writes a device's table, or what was measured anew of it.
 
     Args:
       path: The table.
-      origin: What was measured with what; holds "compute_capability".
+      origin: Holds "compute_capability".
       choices: Of "op", "case", "ms", which maps implementations to milliseconds, and
         what else is to stand beside them.
     """
-    known = json.loads(path.read_text())["choices"] if path.exists() else []
-    given = [(choice["op"], choice["case"]) for choice in choices]
-    kept = [choice for choice in known if (choice["op"], choice["case"]) not in given]
-    in_order = sorted(kept + choices, key=lambda choice: choice["op"])
-    lines = ",\n".join(f"  {json.dumps(choice)}" for choice in in_order)
-    head = json.dumps(dict(origin), indent=1).removesuffix("\n}")
-    path.write_text(f'{head},\n "choices": [\n{lines}\n ]\n}}\n')
+    write_rows(path, origin, choices, name="choices", keys=("op", "case"))
 
 
 def _table() -> dict[str, list[dict]]:

@@ -59,26 +59,25 @@ def bench_kernels() -> int:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/...")
     arguments = parser.parse_args()
 
-    from . import benchmarking
+    from . import benchmarking, choice
 
     ceilings = benchmarking.ceilings(arguments.timer)
     _say(
         f"ceilings: copy {ceilings.copy_bytes_per_second / 1e12:.2f} TB/s,"
         f" matmul {ceilings.matmul_flops_per_second / 1e12:.0f} TFLOP/s"
     )
-    results = []
-    for program in _programs(arguments.only):
-        for result in benchmarking.measure(program, ceilings, arguments.timer):
-            results.append(dataclasses.asdict(result))
-            _say(_row(result))
-    report = _origin(arguments.timer) | {
-        "ceilings": dataclasses.asdict(ceilings),
-        "results": results,
-    }
-    folder = _RESULTS / report["device"].lower().replace(" ", "-")
+    origin = _origin(arguments.timer)
+    origin["ceilings"] = dataclasses.asdict(ceilings)
+    folder = _RESULTS / origin["device"].lower().replace(" ", "-")
     output = arguments.output or folder / "kernels.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    for program in _programs(arguments.only):
+        rows = []
+        for result in benchmarking.measure(program, ceilings, arguments.timer):
+            rows.append(dataclasses.asdict(result) | {"commit": origin["commit"]})
+            _say(_row(result))
+        # At once: a run that is cut short keeps what it has measured.
+        choice.write_rows(output, origin, rows, name="results", keys=("program",))
     return 0
 
 
@@ -92,12 +91,10 @@ def tune_kernels() -> int:
 
     origin = _origin(arguments.timer)
     origin["compute_capability"] = device.compute_capability()
-    found = []
-    for timed in benchmarking.choices(_programs(arguments.only), arguments.timer):
-        found.append(timed | {"commit": origin["commit"]})
-        _say(json.dumps(timed))
     output = arguments.output or choice.FOLDER / choice.table_name(origin["device"])
-    choice.write_table(output, origin, found)
+    for timed in benchmarking.choices(_programs(arguments.only), arguments.timer):
+        choice.write_table(output, origin, [timed | {"commit": origin["commit"]}])
+        _say(json.dumps(timed))
     return 0
 
 

@@ -101,28 +101,19 @@ _SEEN_ON_GPU = {
 def _implementations(
     q: Array, *, is_packed: bool, has_window: bool, has_softcap: bool
 ) -> dict[str, Callable[..., Array]]:
-    """Returns name to function, the default first: by table, or as measured on H200.
+    """Returns name to function, the default first.
 
-    The measured times stand in `attention-designs.json` of the results. What was not
-    timed, soft caps among it, must be asked for by name.
+    What was not timed, soft caps among it, must be asked for by name.
     """
-    kernel = {"mosaic_gpu": flash.attention}
     library = {"cudnn": cudnn.attention}
-    both = {"mosaic_gpu_cudnn": mixed.attention}
     plain = {"xla": vjp.attention}
+    kernels = {"mosaic_gpu": flash.attention, "mosaic_gpu_cudnn": mixed.attention}
     slow = {"reference": reference.attention}
     head_size, tokens = q.shape[3], q.shape[1]
     case = choice_case(head_size, tokens, is_packed=is_packed, has_window=has_window)
-    rows = str(case["rows"])
-    if has_softcap or head_size not in _SEEN_ON_GPU[rows]:
-        return library | plain | kernel | both | slow
-    if is_packed or head_size == 80:
-        first = kernel | library | both
-    elif head_size in (64, 96):
-        first = library | both | kernel
-    else:
-        first = both | library | kernel
-    return fastest_first("attention", case, first | plain | slow)
+    if has_softcap or head_size not in _SEEN_ON_GPU[str(case["rows"])]:
+        return library | plain | kernels | slow
+    return fastest_first("attention", case, library | kernels | plain | slow)
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:
