@@ -3,7 +3,8 @@
 FROM python:3.12-slim
 
 ARG CUDA=cuda13
-ENV HF_HOME=/cache/huggingface \
+ENV HOME=/cache \
+    HF_HOME=/cache/huggingface \
     FASTJAX_CACHE=/cache/fastjax \
     PYTHONUNBUFFERED=1
 
@@ -14,6 +15,8 @@ COPY fastjax fastjax
 COPY conversions conversions
 RUN pip install --no-cache-dir --constraint constraints.txt ".[$CUDA]"
 
+# Any user may write the cache, so that results can belong to the one who starts it.
+RUN mkdir --mode=1777 /cache
 WORKDIR /work
 VOLUME /cache
 ENTRYPOINT ["fastjax"]

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from fastjax.aliases import ALIASES
 from fastjax.config_file import read_config_file
 from fastjax.errors import ConfigError, printable
-from fastjax.flat_config import FlatConfig, coerced, train_config
+from fastjax.flat_config import FlatConfig, coerced, field_types, train_config
+
+_TRAIN = ("fastjax", "train")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,26 +44,37 @@ class Call:
         return shlex.join([*self.program, *kept, *more])
 
 
-def read_settings(words: Sequence[str]) -> FlatConfig:
+def read_settings(
+    words: Sequence[str], *, program: Sequence[str] = _TRAIN
+) -> FlatConfig:
     """Returns the settings of flags and of the YAML file that they may name.
 
     A flag wins over the file.
 
+    Args:
+      words: The flags.
+      program: Words that start the command, whose help an error points at.
+
     Raises:
       ConfigError: Flags, keys or values are wrong; it names all of them.
     """
-    flags = flag_values(words)
+    help_hint = f"`{shlex.join(program)} --help` lists all flags and their values"
+    flags = flag_values(words, help_hint)
     path = flags.pop("config", None)
-    if path is True:
+    if isinstance(path, bool):
         raise ConfigError("--config needs the name of a YAML file")
-    base = None if path is None else read_config_file(Path(str(path)))
-    return train_config(flags, base=base)
+    base = None if path is None else read_config_file(Path(path))
+    return train_config(flags, base=base, help_hint=help_hint)
 
 
-def flag_values(words: Sequence[str]) -> dict[str, str | bool]:
+def flag_values(words: Sequence[str], help_hint: str = "") -> dict[str, str | bool]:
     """Returns flag names and their text values; a flag without a value is true.
 
     `--flag value`, `--flag=value`, `--flag a b` (a list), `--flag`, `--no-flag`.
+
+    Args:
+      words: The flags.
+      help_hint: Where all flags are listed, for errors.
 
     Raises:
       ConfigError: A value stands alone, or a flag comes twice.
@@ -71,19 +85,33 @@ def flag_values(words: Sequence[str]) -> dict[str, str | bool]:
         if word.startswith("--"):
             name, has_value, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            if not has_value and name.startswith("no_") and name != "no_cuda":
-                name, value, has_value = name.removeprefix("no_"), "False", "="
+            is_on = has_value or not name.startswith("no_") or name == "no_cuda"
+            name = name if is_on else name.removeprefix("no_")
             if name in flags:
                 raise ConfigError(f"--{printable(name)} is given twice")
-            flags[name] = value if has_value else True
-        elif not name:
-            raise ConfigError(
-                f"{printable(word)!r} is no flag", fix="flags begin with --"
-            )
+            flags[name] = value if has_value else is_on
+        elif not name or flags[name] is False:
+            known = [*field_types(), *ALIASES, "config"]
+            raise _no_flag(word, known, help_hint)
         else:
             given = flags[name]
             flags[name] = word if given is True else f"{given},{word}"
     return flags
+
+
+def _no_flag(word: str, known: Iterable[str], help_hint: str) -> ConfigError:
+    """Returns the error for a word that stands where a flag should."""
+    known, path = list(known), Path(word)
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean --{near[0]}?" if near else ""
+    if not near and path.exists():
+        is_settings = path.suffix in (".yaml", ".yml")
+        owner = "config" if is_settings else "dataset_name"
+        owner = "model" if path.is_dir() else owner
+        hint = f"; did you mean --{owner} {printable(word)}?" * (owner in known)
+    fix = "; ".join(part for part in ("flags begin with --", help_hint) if part)
+    return ConfigError(f"{printable(word)!r} is no flag{hint}", fix=fix)
 
 
 def parsed[T](kind: type[T], call: Call) -> T:
@@ -105,7 +133,8 @@ def parsed[T](kind: type[T], call: Call) -> T:
     fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     values: dict[str, Any] = {}
     problems = []
-    for name, words in _grouped(call.words, fields, hints).items():
+    help_hint = f"see {shlex.join(call.program)} --help"
+    for name, words in _grouped(call.words, fields, hints, help_hint).items():
         try:
             if name not in fields:
                 raise ConfigError(_unknown_flag(name, fields))
@@ -117,7 +146,7 @@ def parsed[T](kind: type[T], call: Call) -> T:
         if is_required and name not in values and not problems:
             problems.append(f"--{name} is missing")
     if problems:
-        raise ConfigError.of(problems, fix=f"see {shlex.join(call.program)} --help")
+        raise ConfigError.of(problems, fix=help_hint)
     return kind(**values)
 
 
@@ -125,6 +154,7 @@ def _grouped(
     words: Sequence[str],
     fields: Mapping[str, dataclasses.Field[Any]],
     hints: Mapping[str, Any],
+    help_hint: str,
 ) -> dict[str, list[str]]:
     """Returns flag names to the words that follow; bare words to their field.
 
@@ -147,9 +177,7 @@ def _grouped(
         is_switch = hints.get(name) is bool and word.lower() not in ("true", "false")
         owner = bare if not name or is_switch else name
         if not owner:
-            raise ConfigError(
-                f"{printable(word)!r} is no flag", fix="flags begin with --"
-            )
+            raise _no_flag(word, fields, help_hint)
         found.setdefault(owner, []).append(word)
     return found
 

@@ -164,7 +164,8 @@ def _kind(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        return "LIST"
+        is_choice = get_origin(get_args(kind)[0]) is Literal
+        return f"LIST of {_kind(get_args(kind)[0])}" if is_choice else "LIST"
     names = {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false"}
     options = [option for option in get_args(kind) if option is not type(None)]
     return names[kind] if kind in names else _kind(options[0])

@@ -16,15 +16,14 @@ from fastjax.lora_config import LoRABias as LoRABias
 from fastjax.lora_config import LoRAConfig as LoRAConfig
 from fastjax.lora_config import LoRAStart as LoRAStart
 from fastjax.lora_config import Table as Table
+from fastjax.optimizer_config import Optimizer as Optimizer
+from fastjax.optimizer_config import OptimizerConfig as OptimizerConfig
+from fastjax.optimizer_config import Schedule as Schedule
 from fastjax.report_config import ReportConfig as ReportConfig
 
 DType = Literal["bfloat16", "float16", "float32"]
 RematPolicy = Literal["none", "attention", "layer", "offload"]
 RematChoice = Literal["none", "attention", "layer", "offload", "auto"]
-Schedule = Literal[
-    "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr"
-]
-Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "lion", "sgd"]
 DataFormat = Literal[
     "auto",
     "text",
@@ -118,9 +117,15 @@ class DataConfig:
       dataset_weights: How often an epoch sees each row of each of several sources:
         2 twice, 0.5 a half of them; none is once.
       eval_dataset_name: The same for evaluation; None evaluates on `val_set_size`.
+      dataset_train_split: Split of a hub set that trains, or files of a folder whose
+        names begin so; "train[:10%]" takes a part of a hub set.
+      dataset_test_split: The same for evaluation.
       max_train_samples: Rows that are read of each source, from its start; a set of the
         hub is then streamed, not downloaded before. 0 reads all.
       val_set_size: Rows held out: a count, or a share below 1; 0 holds out none.
+      data_format: What a row is: a text; a prompt and its completion; messages;
+        ShareGPT's conversations; Alpaca's instruction, input and output; token ids;
+        segments that train or not. "auto" tells by the columns of the first row.
       dataset_text_field: Column of the format "text".
       column_map: Renames columns before the format is detected: "question=prompt".
       max_length: Tokens of a row.
@@ -187,51 +192,6 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """How gradients become updates.
-
-    Attributes:
-      embedding_learning_rate: Of embeddings and output head where these train; 0 is
-        `learning_rate`.
-      warmup_steps: Steps of rising learning rate; below 1, a share of all steps.
-    """
-
-    optim: Optimizer = "adamw"
-    learning_rate: Number = 2e-4
-    embedding_learning_rate: Number = 0.0
-    lr_scheduler_type: Schedule = "linear"
-    warmup_steps: Number = 0.03
-    weight_decay: Number = 0.0
-    adam_beta1: Number = 0.9
-    adam_beta2: Number = 0.999
-    adam_epsilon: Number = 1e-8
-    max_grad_norm: Number = 1.0
-
-    def __post_init__(self) -> None:
-        keep_floats(self)
-        shares = {
-            name: (0 <= getattr(self, name) < 1, "in [0, 1)")
-            for name in ("adam_beta1", "adam_beta2")
-        }
-        amounts = {
-            name: (math.isfinite(value) and value >= 0, "0 or more")
-            for name in ("warmup_steps", "weight_decay", "max_grad_norm")
-            for value in [getattr(self, name)]
-        }
-        require(
-            self,
-            learning_rate=(is_positive(self.learning_rate), "a positive number"),
-            embedding_learning_rate=(
-                0 <= self.embedding_learning_rate < math.inf,
-                "0 or more",
-            ),
-            adam_epsilon=(is_positive(self.adam_epsilon), "a positive number"),
-            **shares,
-            **amounts,
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Everything that a training run depends on.
 
@@ -247,6 +207,13 @@ class TrainConfig:
         picks for each layer what is fastest within the memory.
       unroll_layers: Write layers that keep much out in the program, for a faster step,
         a longer compilation; else they are scanned.
+      per_device_train_batch_size: Rows of a micro-batch; memory grows with them.
+      per_device_eval_batch_size: Rows that are evaluated at once; the loss does not
+        depend on it.
+      gradient_accumulation_steps: Micro-batches of one step. The gradient is that of
+        all their rows at once, in the memory of one.
+      num_train_epochs: How often each row is seen, unless `max_steps` says; 0.5 is a
+        half of the rows.
       max_steps: Optimiser steps; -1 follows `num_train_epochs`.
       logging_steps: Steps between lines of metrics.jsonl.
       logging_first_step: Write a line for the first step too.
@@ -259,6 +226,9 @@ class TrainConfig:
       save_total_limit: Newest checkpoints that are kept.
       resume_from_checkpoint: "auto" continues the newest whole checkpoint of
         `output_dir`, "no" starts anew, a path continues that one or fails.
+      allow_config_change: Go on from a checkpoint of other settings, data or base, as
+        long as the weights have its shapes; without, these are listed and refused.
+      seed: Of adapters, dropout and the order of the data.
       data_seed: Of the order of the data; None takes `seed`.
       full_determinism: Bit-equal results run after run on one device.
       memory_gib: GPU memory that a run takes at most: one that needs more stops before

@@ -37,13 +37,14 @@ class FlatConfig:
 
 
 def train_config(
-    flat: Mapping[str, Any], *, base: FlatConfig | None = None
+    flat: Mapping[str, Any], *, base: FlatConfig | None = None, help_hint: str = _HELP
 ) -> FlatConfig:
     """Returns the configuration of flat names and values.
 
     Args:
       flat: Canonical names or aliases to values; text is read by the field's type.
       base: What `flat` is laid over.
+      help_hint: Where all names and values are listed, for errors.
 
     Raises:
       ConfigError: Names every unknown field, with the nearest name, every value that
@@ -58,7 +59,7 @@ def train_config(
     values |= _implied(values, given, base.config)
     config = _replaced(base.config, dict(values), reader.problems)
     if reader.problems or config is None:
-        raise ConfigError.of(reader.problems, fix=_HELP)
+        raise ConfigError.of(reader.problems, fix=help_hint)
     notes = (*base.notes, *reader.notes())
     return FlatConfig(config=config, given=given, notes=notes)
 
@@ -112,7 +113,9 @@ def coerced(name: str, value: Any, kind: Any) -> Any:
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         return _coerced_union(name, value, get_args(kind))
-    if value is True and kind is not bool:  # A flag alone.
+    is_choice_of_no = value is False and origin is Literal
+    if isinstance(value, bool) and kind is not bool and not is_choice_of_no:
+        # A flag alone, or --no-FLAG of what is no switch.
         raise ConfigError(f"{name} needs a value: {_expected(kind)}")
     if origin is Literal:
         return _coerced_choice(name, value, get_args(kind))

@@ -20,7 +20,7 @@ class LoRAConfig:
     """Which layers get adapters (2106.09685), and of what kind.
 
     Attributes:
-      lora_r: Rank.
+      lora_r: Rank of each adapter; its parameters and memory grow with it.
       lora_alpha: The adapter is multiplied by alpha / r.
       lora_dropout: Share of the adapter's input that is dropped while training.
       lora_target_modules: "all-linear", a regular expression over full module names,

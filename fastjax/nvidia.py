@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 
 from fastjax.errors import ConfigError, EnvironmentFault
+from fastjax.requirements import install_command
 
 _QUERY = "name,driver_version,compute_cap,memory.total,memory.free,uuid"
 _TIMEOUT_SECONDS = 20
@@ -164,8 +165,11 @@ def why_not_used(gpus: tuple[InstalledGpu, ...]) -> EnvironmentFault:
     major = gpu.driver.partition(".")[0]
     version = int(major) if major.isdigit() else 0
     extra = "cuda13" if version >= _CUDA_13_DRIVER else "cuda12"
-    fix = f"pip install 'fastjax[{extra}]'"
-    what = "JAX does not see the GPU: it has no CUDA plugin"
+    fix = install_command(extra)
+    what = (
+        "there is a GPU, and JAX cannot use it: this environment has JAX without CUDA, "
+        f"the extra {extra} is missing"
+    )
     plugins = cuda_plugins()
     if version < _CUDA_12_DRIVER:
         what = f"the driver {gpu.driver} is too old for CUDA 12"

@@ -14,9 +14,10 @@ class ReportConfig:
     """What a run shows, which weights it keeps, and where it publishes them.
 
     Attributes:
-      report_to: Trackers beside `metrics.jsonl`.
-      project: Group of runs there.
-      run_name: Name there; None takes that of the output folder.
+      report_to: Trackers that get the numbers of `metrics.jsonl` too, several with
+        commas between; each needs its package, `fastjax[wandb]` for wandb.
+      project: Group of runs in the trackers.
+      run_name: Name in the trackers; None takes that of the output folder.
       sample_prompts: Text file, a prompt a line, answered at each evaluation.
       sample_max_new_tokens: Most tokens of such an answer.
       eval_on_start: Evaluate before the first step too.
@@ -25,13 +26,13 @@ class ReportConfig:
       metric_for_best_model: What the best is measured by; smaller is better.
       early_stopping_patience: Evaluations without a better one that end the run; 0
         never ends it early.
-      early_stopping_threshold: By how much better counts.
+      early_stopping_threshold: By how much an evaluation must be better to count.
       on_save_error: "continue" goes on without a checkpoint when the disk is full.
       fallback_dir: Gets the adapter when the output folder cannot be written; None
         takes the system's temporary folder.
-      push_to_hub: Upload the result when the run is finished.
-      hub_model_id: Repository there, such as me/my-adapter.
-      hub_private_repo: Make it private, if it is new.
+      push_to_hub: Upload the result to `hub_model_id` when the run is finished.
+      hub_model_id: Repository on the Hugging Face hub, such as me/my-adapter.
+      hub_private_repo: Make that repository private, if it is new.
     """
 
     report_to: tuple[Tracker, ...] = ()

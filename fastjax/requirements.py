@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import re
+import shlex
+import sys
+from pathlib import Path
 
 from fastjax.errors import EnvironmentFault
 
@@ -24,6 +27,21 @@ def faults() -> list[EnvironmentFault]:
             )
         )
     return found
+
+
+def install_command(extra: str) -> str:
+    """Returns the line that brings an extra to the environment that runs.
+
+    A fastjax that runs from its sources is installed from there.
+    """
+    root = Path(__file__).parents[1]
+    from_sources = (root / "pyproject.toml").is_file()
+    what = (
+        f"-e {shlex.quote(f'{root}[{extra}]')}"
+        if from_sources
+        else f"'fastjax[{extra}]'"
+    )
+    return f"{shlex.quote(sys.executable)} -m pip install {what}"
 
 
 def _requirements() -> list[str]:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from fastjax.errors import EnvironmentFault
+from fastjax.requirements import install_command
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 
@@ -115,6 +116,6 @@ def _gguf_package():
     except ImportError as error:
         raise EnvironmentFault(
             "this GGUF type is written by the gguf package, which is not installed",
-            fix="pip install 'fastjax[gguf]', or take f16, bf16, f32 or q8_0",
+            fix=f"{install_command('gguf')}, or take f16, bf16, f32 or q8_0",
         ) from error
     return gguf

@@ -111,6 +111,16 @@ def _explained(
             fix=f"run once with a network: {download}; {licence}",
         )
     reason = printable(next(iter(str(error).splitlines()), type(error).__name__))
+    is_answer = isinstance(error.__cause__, HfHubHTTPError)
+    if isinstance(error, LocalEntryNotFoundError) and not is_answer:
+        return EnvironmentFault(
+            f"the Hugging Face hub cannot be reached, and {name} is neither a folder "
+            "nor in the cache",
+            where=f"{where}: {reason.removeprefix('Got: ')}",
+            fix="check the network and HF_ENDPOINT; or copy the model's folder here "
+            f"from a machine with a network ({download} --local-dir FOLDER) and give "
+            "--model FOLDER; --model tiny needs neither",
+        )
     return EnvironmentFault(
         f"there is no folder {name}; as a hub name it cannot be downloaded: {reason}",
         where=where,

@@ -28,12 +28,18 @@ _ADVICES = 4
 
 
 def planned_spec(config: TrainConfig, sizes: TransformerConfig) -> DecoderSpec:
-    """Returns the structure that a run gives a model of these sizes.
+    """Returns the structure that a run gives a model of these sizes."""
+    spec = planned_base_spec(config, sizes)
+    return spec if config.full_finetuning else adapters.adapted_spec(spec, config.lora)
+
+
+def planned_base_spec(config: TrainConfig, sizes: TransformerConfig) -> DecoderSpec:
+    """Returns that structure before any adapter.
 
     All linears are taken as packed where 4 bits are asked for; a checkpoint that is
     quantised already may hold some of them in 16 bits.
     """
-    spec = DecoderSpec(
+    return DecoderSpec(
         config=sizes,
         param_dtype="float32" if config.full_finetuning else config.dtype,
         compute_dtype=config.dtype,
@@ -41,7 +47,6 @@ def planned_spec(config: TrainConfig, sizes: TransformerConfig) -> DecoderSpec:
         packed=_packed(config.quant, sizes, config.dtype),
         implementations=config.implementations,
     )
-    return spec if config.full_finetuning else adapters.adapted_spec(spec, config.lora)
 
 
 def memory_limit(config: TrainConfig) -> int | None:

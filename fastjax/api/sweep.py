@@ -21,7 +21,7 @@ from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loaders import data_seed, eval_loader, train_loader
 from fastjax.api.loading import load_model, load_text_side
-from fastjax.api.memory import Planner, memory_limit, planned_spec
+from fastjax.api.memory import Planner, memory_limit, planned_base_spec
 from fastjax.api.run_folder import default_output_dir, require_writable
 from fastjax.api.serving import serving_notes
 from fastjax.api.sweep_group import SweepGroup
@@ -31,6 +31,7 @@ from fastjax.api.training import require_possible
 from fastjax.config import Implementations, TrainConfig
 from fastjax.data import Loader, TrainingData, load_data
 from fastjax.errors import ConfigError, Interrupted
+from fastjax.models.build import DecoderSpec
 from fastjax.terminal import open_console, say
 from fastjax.train import record
 from fastjax.train.compiled import MEMORY_FIX
@@ -83,8 +84,7 @@ def run_sweep(
     ):
         note(line)
     loader = train_loader(config, data)
-    planner = Planner.of(config, planned_spec(config, sizes), tokens=loader.row_length)
-    planner.require_fit(memory_limit(config))
+    _groups_that_fit(planned_base_spec(config, sizes), runs, loader)
     files.make_folder(folder)
     with output_lock(folder, note):
         left = [run for run in runs if not _is_finished(run, loader)]
@@ -92,7 +92,7 @@ def run_sweep(
             note(f"{len(left)} of {len(runs)} adapters to train")
             model = _base_model(config)
             model.tokenizer = tokenizer
-            for group in _batches_of_runs(model, left, planner):
+            for group in _batches_of_runs(model, left, loader):
                 _train_together(model, group, data, loader, console)
         result = SweepResult.of([SweepEntry.read(run) for run in runs])
         files.write_atomic(folder / RESULT_FILE, files.dump_json(result.as_json()))
@@ -149,7 +149,7 @@ def _base_model(config: TrainConfig) -> LanguageModel:
 
 
 def _batches_of_runs(
-    model: LanguageModel, runs: Sequence[SweepRun], planner: Planner
+    model: LanguageModel, runs: Sequence[SweepRun], loader: Loader
 ) -> list[Sequence[SweepRun]]:
     """Returns runs of equal shapes, as many at once as the memory holds.
 
@@ -157,16 +157,38 @@ def _batches_of_runs(
       OutOfMemory: Not even one of some shape fits.
     """
     batches: list[Sequence[SweepRun]] = []
-    limit = memory_limit(planner.config)
-    for group in trained_together(model.spec, runs):
-        spec = adapters.adapted_spec(model.spec, group[0].config.lora)
-        own = Planner.of(planner.config, spec, tokens=planner.shape.tokens)
-        own.require_fit(limit)
+    for group, planner in _groups_that_fit(model.spec, runs, loader):
+        limit = memory_limit(planner.config)
         many = 1
-        while many < len(group) and (limit is None or _need(own, many + 1) <= limit):
+        while many < len(group) and (
+            limit is None or _need(planner, many + 1) <= limit
+        ):
             many += 1
         batches += itertools.batched(group, many)
     return batches
+
+
+def _groups_that_fit(
+    spec: DecoderSpec, runs: Sequence[SweepRun], loader: Loader
+) -> list[tuple[list[SweepRun], Planner]]:
+    """Returns runs of equal shapes, with the planner of one of them.
+
+    Args:
+      spec: Structure of the base model.
+      runs: In any order.
+      loader: Of their batches.
+
+    Raises:
+      OutOfMemory: Not even one of some shape fits.
+    """
+    groups = []
+    for group in trained_together(spec, runs):
+        config = group[0].config
+        adapted = adapters.adapted_spec(spec, config.lora)
+        planner = Planner.of(config, adapted, tokens=loader.row_length)
+        planner.require_fit(memory_limit(config))
+        groups.append((group, planner))
+    return groups
 
 
 def _need(planner: Planner, many: int) -> int:

@@ -96,7 +96,7 @@ def run_training(
     if not result.was_finished:
         write_settings(settings, config)
     _push(folder, config, console)
-    _say_next(config, console)
+    _say_next(config, data, console)
     return result
 
 
@@ -371,11 +371,14 @@ def adapter_writer(model: LanguageModel) -> Any:
     return write
 
 
-def _say_next(config: TrainConfig, console: Console) -> None:
+def _say_next(config: TrainConfig, data: TrainingData, console: Console) -> None:
     folder = config.output_dir
     target = f"{folder}/model" if config.full_finetuning else folder
     lines = [f"{'model' if config.full_finetuning else 'adapter'}: {target}"]
-    lines.append(f"ask it:   fastjax generate --model {target} --prompt ...")
+    as_trained = "" if data.uses_template else " --no-chat"
+    lines.append(
+        f"ask it:   fastjax generate --model {target}{as_trained} --prompt ..."
+    )
     if not config.full_finetuning:
         lines.append(f"merge it: fastjax export --model {folder} --output_dir ...")
     for line in lines:

@@ -19,7 +19,8 @@ def run(call: Call) -> None:
     )
     if shows_settings_help(call, about, json="Print the counts alone, as one object."):
         return
-    settings = read_settings([word for word in call.words if word != _JSON])
+    words = [word for word in call.words if word != _JSON]
+    settings = read_settings(words, program=call.program)
     from fastjax.api import check_data
 
     check = check_data(settings.config)

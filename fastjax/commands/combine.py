@@ -13,12 +13,12 @@ class CombineArgs:
     """Combines adapters of one base into one that PEFT and vLLM load.
 
     Attributes:
-      adapters: Folders.
+      adapters: Folders of two adapters or more.
       output_dir: Folder of the result.
       weights: Factor of each; without, 1.
       method: concat: exact, the ranks add up; svd: the nearest of one rank; linear:
         adds the factors, as PEFT's method of that name.
-      rank: Of the result by svd; without, the largest of the adapters.
+      rank: Rank of the result by svd; without, the largest of the adapters.
       overwrite: Replace the folder if it exists.
     """
 

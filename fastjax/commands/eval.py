@@ -13,7 +13,7 @@ def run(call: Call) -> None:
     )
     if shows_settings_help(call, about):
         return
-    settings = read_settings(call.words)
+    settings = read_settings(call.words, program=call.program)
     for note in settings.notes:
         sys.stderr.write(f"{note}\n")
     from fastjax.api import run_evaluation

@@ -15,13 +15,14 @@ class GenerateArgs:
       model: Folder of a model or adapter, preset name or hub name.
       prompt: One or more prompts, answered in one batch.
       max_new_tokens: Most tokens of an answer.
-      temperature: 0 takes the likeliest token.
+      temperature: 0 takes the likeliest token; 1 draws as the model says, below it more
+        surely.
       top_k: Draw from so many of the likeliest tokens; 0: all.
       top_p: Draw from the likeliest tokens up to this probability.
-      seed: Of the drawing.
+      seed: Of the tokens that are drawn.
       chat: Put the prompt into the model's chat template, when it has one.
       load_in_4bit: Hold the base weights in 4 bits.
-      dtype: Of activations.
+      dtype: Of activations and matrix products.
     """
 
     model: str

@@ -14,7 +14,7 @@ def run(call: Call) -> None:
     )
     if shows_settings_help(call, about):
         return
-    settings = read_settings(call.words)
+    settings = read_settings(call.words, program=call.program)
     from fastjax.api.run_plan import plan_lines
 
     for line in plan_lines(settings.config):

@@ -12,7 +12,7 @@ class PushArgs:
     """Uploads an adapter or a model to the Hugging Face hub.
 
     Attributes:
-      folder: Of a finished run, or of a merged model.
+      folder: Folder of a finished run, or of a merged model.
       hub_model_id: Repository, such as me/my-adapter; made if it is new.
       hub_private_repo: Make a new one private.
     """

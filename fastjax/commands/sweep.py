@@ -15,13 +15,15 @@ def run(call: Call) -> None:
         "shapes at once, and tells which is best. All see the same rows in order."
     )
     what = (
-        "Fields and their values, field=a,b field=c: learning_rate, seed, and those of "
-        "the group lora; modules in one value are joined by +."
+        "Fields and the values of each, such as --vary learning_rate=1e-4,2e-4 "
+        "lora_r=8,16 for four adapters: learning_rate, seed, and those of the group "
+        "lora. Modules of one value are joined by +: lora_target_modules="
+        "q_proj+v_proj,all-linear."
     )
     if shows_settings_help(call, about, vary=what):
         return
     words, varied = _separated(call.words)
-    settings = read_settings(words)
+    settings = read_settings(words, program=call.program)
     from fastjax.api import grid, run_sweep
 
     result = run_sweep(settings.config, grid(varied), notes=settings.notes)

@@ -22,7 +22,7 @@ def run(call: Call) -> None:
         words = tuple(word for word in call.words if word != "--plan")
         return plan.run(dataclasses.replace(call, words=words))
     words = [word for word in call.words if word not in _PRINT_CONFIG]
-    settings = read_settings(words)
+    settings = read_settings(words, program=call.program)
     if len(words) < len(call.words):
         from fastjax.config_file import config_yaml
 

@@ -3,18 +3,33 @@
 from fastjax.errors import DataError
 
 FIX = "correct the row, or tolerate some with --skip_bad_rows N"
+_LISTED, _MOST_SOUGHT = 10, 10_000
 
 
 class BadRows:
-    """Counts refused rows and raises the first one above the budget.
+    """Counts refused rows, and raises an error when the budget is spent.
+
+    Args:
+      allowed: Rows that are tolerated.
+      lists_all: Reading goes on above the budget, so that `require_within_budget`
+        names all that are broken; False raises at the first one.
 
     Attributes:
-      errors: What was tolerated, in order.
+      count: Of refused rows.
+      errors: The first of them, in order.
     """
 
-    def __init__(self, allowed: int = 0) -> None:
+    def __init__(self, allowed: int = 0, *, lists_all: bool = False) -> None:
         self.allowed = allowed
+        self.count = 0
         self.errors: list[DataError] = []
+        self._lists_all = lists_all
+        self._sought = max(_MOST_SOUGHT, allowed) if lists_all else allowed
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether more rows are broken than are allowed."""
+        return self.count > self.allowed
 
     def refuse(self, what: str, where: str, *, fix: str = FIX) -> None:
         """Counts one broken row.
@@ -30,15 +45,36 @@ class BadRows:
         Raises:
           DataError: The budget is spent.
         """
-        if len(self.errors) >= self.allowed:
-            raise error
-        self.errors.append(error)
+        self.count += 1
+        if len(self.errors) < _LISTED:
+            self.errors.append(error)
+        if self.count > self._sought:
+            raise self._listed() if self._lists_all else error
+
+    def require_within_budget(self) -> None:
+        """Raises the error that names the rows, if they are more than are allowed."""
+        if self.is_spent:
+            raise self.errors[0] if self.count == 1 else self._listed()
+
+    def _listed(self) -> DataError:
+        allowed = f", and skip_bad_rows allows {self.allowed}" if self.allowed else ""
+        ended = self.count > self._sought
+        many = f"more than {self._sought:,}" if ended else f"{self.count:,}"
+        lines = [f"{error.where}: {error.what}" for error in self.errors]
+        if left := self.count - len(lines):
+            lines.append("and others" if ended else f"and {left:,} more")
+        return DataError(
+            f"{many} rows are broken{allowed}",
+            where="\n         ".join(lines),
+            fix="correct them, or tolerate some with --skip_bad_rows N",
+            code="FJ-DATA-ROW",
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
         """One sentence that counts the tolerated rows, or none."""
-        if not self.errors:
+        if not self.count:
             return ()
-        first, count = self.errors[0], len(self.errors)
+        first, rows = self.errors[0], "row" if self.count == 1 else "rows"
         place = f" ({first.where})" if first.where else ""
-        return (f"{count} broken rows left out, first: {first.what}{place}",)
+        return (f"{self.count:,} broken {rows} left out, first: {first.what}{place}",)

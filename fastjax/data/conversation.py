@@ -107,7 +107,7 @@ def string(value: object, field: str) -> str:
       RowFault: It is something else.
     """
     if not isinstance(value, str):
-        raise RowFault(f"{field} must be a string, not {_kind(value)}")
+        raise RowFault(f"{field} must be a string, not {kind_of(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -118,14 +118,14 @@ def string(value: object, field: str) -> str:
 
 def _message_list(value: object, field: str) -> list[Mapping[str, object]]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise RowFault(f"{field} must be a list of messages, not {_kind(value)}")
+        raise RowFault(f"{field} must be a list of messages, not {kind_of(value)}")
     if not value:
         raise RowFault(f"{field} is an empty list")
     if len(value) > MAX_MESSAGES:
         raise RowFault(f"{field} has {len(value)} entries, the limit is {MAX_MESSAGES}")
     for i, turn in enumerate(value):
         if not isinstance(turn, Mapping):
-            raise RowFault(f"{field}[{i}] must be an object, not {_kind(turn)}")
+            raise RowFault(f"{field}[{i}] must be an object, not {kind_of(turn)}")
     return list(value)
 
 
@@ -162,7 +162,7 @@ def _content(value: object, field: str, has_calls: bool) -> str:
 
 def _part(part: object, field: str) -> str:
     if not isinstance(part, Mapping):
-        raise RowFault(f"{field} must be an object with a type, not {_kind(part)}")
+        raise RowFault(f"{field} must be an object with a type, not {kind_of(part)}")
     kind = part.get("type")
     if kind != "text":
         shown = printable(kind, 40)
@@ -173,7 +173,7 @@ def _part(part: object, field: str) -> str:
 
 def _tool_calls(value: object, field: str) -> list[dict[str, object]]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise RowFault(f"{field} must be a list, not {_kind(value)}")
+        raise RowFault(f"{field} must be a list, not {kind_of(value)}")
     return [_tool_call(call, f"{field}[{i}]") for i, call in enumerate(value)]
 
 
@@ -198,7 +198,7 @@ def _json_object(value: object, field: str) -> dict[str, object]:
         except (ValueError, RecursionError) as error:
             raise RowFault(f"{field} is not valid JSON") from error
     if not isinstance(value, Mapping):
-        raise RowFault(f"{field} must be an object, not {_kind(value)}")
+        raise RowFault(f"{field} must be an object, not {kind_of(value)}")
     return dict(value)
 
 
@@ -211,7 +211,7 @@ def _tools(value: object) -> tuple[dict[str, object], ...]:
     if not value:
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise RowFault(f"tools must be a list, not {_kind(value)}")
+        raise RowFault(f"tools must be a list, not {kind_of(value)}")
     return tuple(_json_object(tool, f"tools[{i}]") for i, tool in enumerate(value))
 
 
@@ -224,5 +224,8 @@ def _is_muted(turn: Mapping[str, object], index: int) -> bool:
     return train is False or weight == 0
 
 
-def _kind(value: object) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+def kind_of(value: object) -> str:
+    """Returns a value's type in words."""
+    name = type(value).__name__
+    article = "an" if name[0] in "aeiou" else "a"
+    return "null" if value is None else f"{article} {name}"

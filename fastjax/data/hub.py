@@ -1,9 +1,12 @@
 """Data sets of the Hugging Face hub, by name."""
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from huggingface_hub import is_offline_mode
 
 from fastjax.data.files import is_data_file_name
 from fastjax.errors import DataError, EnvironmentFault, printable
@@ -59,8 +62,24 @@ def _read(rows: Iterable[object], name: str) -> Iterator[object]:
 
 @contextlib.contextmanager
 def _hub_faults(name: str) -> Iterator[None]:
+    retries = logging.getLogger("huggingface_hub.utils._http")
+    level = retries.level
+    retries.setLevel(logging.ERROR)  # It tells of every attempt, and the error does.
     try:
         yield
+    except ConnectionError as error:
+        where, fix = "", "check the network and HF_ENDPOINT"
+        if is_offline_mode():
+            where, fix = "HF_HUB_OFFLINE is set", "unset it"
+        raise DataError(
+            f"the Hugging Face hub cannot be reached, and {printable(name)} is neither "
+            "a file nor in the cache",
+            where=where or printable(error, 300),
+            fix=f"{fix}; or copy the files here from a machine with a network (hf "
+            "download --repo-type dataset NAME --local-dir FOLDER) and give "
+            "--dataset_name FOLDER",
+            code="FJ-DATA-HUB",
+        ) from error
     except (OSError, ValueError) as error:
         raise DataError(
             f"no such file, and the hub does not give it: {printable(error, 300)}",
@@ -70,3 +89,5 @@ def _hub_faults(name: str) -> Iterator[None]:
             "needs `hf auth login`",
             code="FJ-DATA-HUB",
         ) from error
+    finally:
+        retries.setLevel(level)

@@ -33,6 +33,7 @@ class TrainingData:
     Attributes:
       evaluation: Empty when nothing is held out or named.
       packing: Whether documents share rows.
+      uses_template: Whether rows were put into the chat template.
       notes: One sentence each, beside those of the reports.
     """
 
@@ -42,6 +43,7 @@ class TrainingData:
     eval_report: DataReport | None
     data_format: str
     packing: bool
+    uses_template: bool
     notes: tuple[str, ...]
 
 
@@ -115,6 +117,7 @@ def load_data(
         eval_report=eval_report,
         data_format=", ".join(dict.fromkeys(train.data_formats)),
         packing=is_text if config.packing is None else config.packing,
+        uses_template=template.is_used,
         notes=tuple(notes),
     )
 
@@ -181,7 +184,7 @@ class _Reader:
     def _tokenised(
         self, sources: Sequence[Source], options: ReadOptions, writer: DocumentWriter
     ) -> _Prepared:
-        bad_rows = BadRows(self._config.skip_bad_rows)
+        bad_rows = BadRows(self._config.skip_bad_rows, lists_all=True)
         streams = [ExampleStream(source, options, bad_rows) for source in sources]
         documents, report = self._example_tokenizer().tokenize(
             *streams, bad_rows=bad_rows, writer=writer

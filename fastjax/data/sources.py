@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastjax.config import DataFormat
 from fastjax.data.bad_rows import BadRows
+from fastjax.data.conversation import kind_of
 from fastjax.data.examples import Example
 from fastjax.data.files import data_files, read_rows
 from fastjax.data.formats import ExampleReader
@@ -71,8 +72,8 @@ class ExampleStream(Iterable[Example]):
         for example in self._reader.read(self._rows, self._bad_rows):
             is_empty = False
             yield example
-        if is_empty:
-            broken, empty = len(self._bad_rows.errors), self._reader.empty_rows
+        if is_empty and not self._bad_rows.is_spent:
+            broken, empty = self._bad_rows.count, self._reader.empty_rows
             raise DataError(
                 "there is nothing to train on: no row, or only null and empty ones",
                 where=f"{_named(self._source)}: {empty} empty rows, {broken} broken",
@@ -177,8 +178,8 @@ def _object_rows(items: Iterable[object], bad_rows: BadRows) -> Iterator[Row]:
         if isinstance(item, Mapping):
             yield Row({str(name): value for name, value in item.items()}, where)
         else:
-            kind = type(item).__name__
-            bad_rows.refuse(f"a row must be a dict of columns, not a {kind}", where)
+            what = f"a row must be a dict of columns, not {kind_of(item)}"
+            bad_rows.refuse(what, where)
 
 
 def _path(item: object) -> str | Path:

@@ -107,7 +107,7 @@ class ExampleTokenizer:
             too long while `overlong` is "error".
         """
         bad_rows = bad_rows or BadRows()
-        refused_before = len(bad_rows.errors)
+        refused_before = bad_rows.count
         writer = writer or DocumentWriter()
         counts: Counter[str] = Counter()
         notes: Counter[str] = Counter()
@@ -118,8 +118,9 @@ class ExampleTokenizer:
             for document in self._fitted(whole, example, counts):
                 self._check_ids(document, example)
                 writer.add(document, row)
+        bad_rows.require_within_budget()
         documents = writer.close()
-        if refused := len(bad_rows.errors) - refused_before:
+        if refused := bad_rows.count - refused_before:
             counts["refused"] = refused
         report = data_report(
             documents,
@@ -146,6 +147,8 @@ class ExampleTokenizer:
         """Yields each usable example, its whole document and what to note of it."""
         rendered = ((e, self._rendered(e, bad_rows)) for e in examples)
         for pairs in _batches(rendered):
+            if bad_rows.is_spent:  # What is left is read for its broken rows alone.
+                continue
             texts = [entry.text for _, entry in pairs if entry is not None]
             # The tokenizer's own call makes Python lists of all that it knows.
             encodings = iter(

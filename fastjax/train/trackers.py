@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from fastjax.errors import EnvironmentFault, printable
+from fastjax.requirements import install_command
 
 _FAULTS = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 """What trackers raise beside errors of their own."""
@@ -188,7 +189,7 @@ def _imported(name: str) -> Any:
     except ImportError as error:
         raise EnvironmentFault(
             f"report_to={name} needs the package {module}",
-            fix=f"pip install 'fastjax[{name}]', or leave {name} out of report_to",
+            fix=f"{install_command(name)}, or leave {name} out of report_to",
             code="FJ-ENV-EXTRA",
         ) from error
 

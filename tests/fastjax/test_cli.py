@@ -23,7 +23,7 @@ FASTJAX = Path(sys.executable).with_name("fastjax")
         (["--lr=1e-4"], {"lr": "1e-4"}),
         (["--max_steps", "-1"], {"max_steps": "-1"}),
         (["--packing"], {"packing": True}),
-        (["--no-load_in_4bit"], {"load_in_4bit": "False"}),
+        (["--no-load_in_4bit"], {"load_in_4bit": False}),
         (["--load-in-4bit", "False"], {"load_in_4bit": "False"}),
         (["--target_modules", "a", "b"], {"target_modules": "a,b"}),
         (["--model=", "--seed", "1"], {"model": "", "seed": "1"}),
@@ -127,7 +127,13 @@ def test_the_command_that_goes_on(words: list[str], expected: str) -> None:
         ("train", ["--optim"], ["optim needs a value: one of adamw"]),
         ("generate", ["--model", "x"], ["FJ-CONFIG", "--prompt is missing"]),
         ("inspect", [], ["FJ-CONFIG", "--model is missing"]),
-        ("models", ["tiny"], ["FJ-CONFIG", "'tiny' is no flag"]),
+        ("models", ["tiny"], ["FJ-CONFIG", "'tiny' is no flag", "models --help"]),
+        ("plan", ["modle", "x"], ["'modle' is no flag; did you mean --model?"]),
+        ("plan", ["--modle", "x"], ["'model'", "fastjax plan --help"]),
+        ("check-data", [__file__], ["mean --dataset_name ", "check-data --help"]),
+        ("generate", ["mode=x"], ["'mode=x' is no flag; did you mean --model?"]),
+        ("train", ["--no-model"], ["model needs a value: text"]),
+        ("sweep", ["--vary", "seed=1", "--no-lora_r"], ["lora_r needs a value"]),
         ("chat", ["--top_k", "1", "2"], ["takes one value, not 2"]),
         ("export", ["--format", "a", "--gguf_type", "b"], ["2 settings", "bnb-4bit"]),
     ],
@@ -187,6 +193,11 @@ def test_the_help_of_train_lists_every_setting(
     assert "Also --max_seq_length" in shown
     assert "bfloat16|float16|float32" in shown
     assert max(len(line) for line in shown.splitlines()) <= 88
+    for text in shown.partition("\nrun:")[2].split("\n  --")[1:]:
+        meaning = (
+            text.partition("\n")[2].partition("Also --")[0].partition("Default:")[0]
+        )
+        assert len(meaning.split()) >= 4, text
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,6 +157,14 @@ LONG = {"prompt": "word " * 300, "completion": "x"}
     ("content", "messages"),
     [
         ('{"text": "a"}\n{"text": "b\n', ["data.jsonl:2", "skip_bad_rows"]),
+        (
+            '{"text": "a"}\n{"text": 1}\n\n{"text": "b\n{"text": "c"}\n[2]\n',
+            ["3 rows are broken", "data.jsonl:2: ", "data.jsonl:4:", "data.jsonl:6: "],
+        ),
+        (
+            "".join(f'{{"text": {i}}}\n' for i in range(12)),
+            ["12 rows are broken", "data.jsonl:10: ", "and 2 more"],
+        ),
         (json.dumps(LONG), ["no token of any row", "max_length=160"]),
         ("", ["nothing to train on", "0 empty rows, 0 broken", "right file"]),
         ('{"words": "a"}\n', ["words"]),

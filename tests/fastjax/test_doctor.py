@@ -67,15 +67,25 @@ def test_all_that_is_wrong_is_told_with_code_5(
     assert cli.run("doctor", []) == EnvironmentFault.exit_code
     shown = capsys.readouterr()
     assert "nf4 computes wrong numbers here" in shown.err
-    assert "pip install 'fastjax[cuda13]'" in shown.err
+    assert requirements.install_command("cuda13") in shown.err
     assert "WRONG" in shown.out
+
+
+def test_an_extra_is_installed_where_fastjax_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = Path(__file__).parents[2]
+    assert f"{sys.executable} -m pip" in requirements.install_command("gguf")
+    assert requirements.install_command("gguf").endswith(f"-e '{root}[gguf]'")
+    monkeypatch.setattr(requirements, "__file__", str(tmp_path / "a" / "b.py"))
+    assert requirements.install_command("gguf").endswith("install 'fastjax[gguf]'")
 
 
 @pytest.mark.parametrize(
     ("driver", "plugins", "expected"),
     [
-        ("580.65.06", {}, "pip install 'fastjax[cuda13]'"),
-        ("550.54.14", {}, "pip install 'fastjax[cuda12]'"),
+        ("580.65.06", {}, requirements.install_command("cuda13")),
+        ("550.54.14", {}, requirements.install_command("cuda12")),
         ("470.82.01", {}, "install a driver of version 525 or newer"),
         ("580.65.06", {"jax-cuda13-plugin": "0.11.2"}, "cannot start its CUDA plugin"),
     ],

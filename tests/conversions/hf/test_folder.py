@@ -64,7 +64,7 @@ def test_offline_and_not_in_the_cache_names_the_command(
         (errors.RepositoryNotFoundError, ModelError, "did you mean a/bc?"),
         (errors.RevisionNotFoundError, ModelError, "no revision v9"),
         (errors.HfHubHTTPError, EnvironmentFault, "cannot be downloaded: the hub"),
-        (errors.LocalEntryNotFoundError, EnvironmentFault, "check network"),
+        (errors.LocalEntryNotFoundError, EnvironmentFault, "hub cannot be reached"),
         (OSError, EnvironmentFault, "network and disk"),
     ],
 )

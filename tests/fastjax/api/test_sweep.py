@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from fastjax import cli
-from fastjax.api import grid, run_sweep, run_training
+from fastjax.api import grid, run_sweep, run_training, sweep
 from fastjax.api.sweep_group import SweepGroup
 from fastjax.api.sweep_member import SweepMember
 from fastjax.api.sweep_plan import sweep_runs
 from fastjax.config import TrainConfig
 from fastjax.config_file import read_config_file
-from fastjax.errors import ConfigError, OutOfMemory
+from fastjax.errors import ConfigError, ModelError, OutOfMemory
 from fastjax.flat_config import train_config
 from fastjax.train.evaluate import EvalResult
 
@@ -163,13 +163,19 @@ def test_long_names_that_are_cut_stay_apart(tmp_path: Path) -> None:
     assert names[0] != names[1]
 
 
-def test_each_shape_must_fit_before_any_trains(
+def test_each_shape_must_fit_before_any_is_loaded(
     small_model: Path,
     alpaca_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(SweepGroup, "train", None)
+    def load(config: TrainConfig) -> None:
+        raise ModelError("weights are read")
+
+    monkeypatch.setattr(sweep, "_base_model", load)
     config = settings(small_model, alpaca_file, tmp_path, memory_gib=0.05)
     with pytest.raises(OutOfMemory):
         run_sweep(config, [{"lora_r": 2}, {"lora_r": 8192}])
+    lora = dataclasses.replace(config.lora, lora_r=8192)  # Which no adapter has.
+    with pytest.raises(ModelError, match="weights are read"):
+        run_sweep(dataclasses.replace(config, lora=lora), [{"lora_r": 2}])

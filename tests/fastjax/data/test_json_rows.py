@@ -75,6 +75,20 @@ def test_tolerates_and_counts_broken_rows(tmp_path):
         rows_of(tmp_path, raw, allowed=2)
 
 
+def test_all_broken_rows_are_named_up_to_a_number():
+    bad_rows = BadRows(1, lists_all=True)
+    bad_rows.refuse("odd", "a:1")
+    bad_rows.require_within_budget()
+    bad_rows.refuse("even", "a:2")
+    with pytest.raises(DataError, match="2 rows are broken, and skip_bad_rows") as both:
+        bad_rows.require_within_budget()
+    assert both.value.where.split() == ["a:1:", "odd", "a:2:", "even"]
+    with pytest.raises(DataError, match="more than 10,000 rows are broken") as many:
+        for line in range(3, 10_002):
+            bad_rows.refuse("odd", f"a:{line}")
+    assert many.value.where.endswith("a:10: odd\n         and others")
+
+
 def test_tolerates_refused_values_inside_an_array(tmp_path):
     rows, bad_rows = rows_of(tmp_path, b'[{"a": NaN}, {"a": 1}]', allowed=1)
     assert [row.columns for row in rows] == [{"a": 1}]

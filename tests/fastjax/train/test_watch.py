@@ -176,7 +176,7 @@ def test_trackers_get_the_numbers_and_one_that_fails_is_left_out(
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
     info = RunInfo(output_dir=Path(), project="p", name="n", settings={}, step=0)
-    with pytest.raises(EnvironmentFault, match=r"fastjax\[trackio\]"):
+    with pytest.raises(EnvironmentFault, match=r"pip install .*\[trackio\]"):
         Trackers(("trackio",), info, print)
 
 
