@@ -112,7 +112,8 @@ def plan_lines(config: TrainConfig) -> Iterator[str]:
     if loader is not None:
         yield (
             f"data: {loader.rows:,} rows of {tokens:,} tokens at most, "
-            f"{loader.steps_per_epoch:,} steps an epoch"
+            f"{loader.steps_per_epoch:,} "
+            f"{'step' if loader.steps_per_epoch == 1 else 'steps'} an epoch"
         )
     planner = Planner.of(config, spec, tokens=tokens)
     limit = memory_limit(config)

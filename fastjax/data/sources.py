@@ -92,7 +92,8 @@ class ExampleStream(Iterable[Example]):
         """What a user should know of the rows so far, one sentence each."""
         notes = list(self._reader.notes)
         if self._reader.empty_rows:
-            notes.append(f"{self._reader.empty_rows} rows left out: null or empty")
+            rows = "row" if self._reader.empty_rows == 1 else "rows"
+            notes.append(f"{self._reader.empty_rows:,} {rows} left out: null or empty")
         return tuple(notes)
 
 

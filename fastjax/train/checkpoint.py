@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
@@ -186,7 +187,16 @@ def read_state(folder: Path, like: TrainState, record: Mapping[str, Any]) -> Tra
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             ),
         )
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[n] for n in abstract])
+    leaves = [_uncommitted(arrays[name]) for name in abstract]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _uncommitted(array: jax.Array) -> jax.Array:
+    """Returns a copy that no device holds on to, as the arrays of a fresh run.
+
+    A step of committed arrays is another program, which would be compiled again.
+    """
+    return jnp.array(np.asarray(array))
 
 
 def named_arrays(tree: PyTree) -> dict[str, Any]:

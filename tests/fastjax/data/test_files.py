@@ -222,6 +222,6 @@ def test_parquet_keeps_nested_messages(tmp_path):
     table = pa.Table.from_pylist([{"messages": turns}, {"messages": None}])
     pq.write_table(table, tmp_path / "chat.parquet")
     loaded = load_examples(tmp_path / "chat.parquet")
-    assert loaded.notes == ("1 rows left out: null or empty",)
+    assert loaded.notes == ("1 row left out: null or empty",)
     assert [m["content"] for m in loaded.examples[0].messages] == ["u", "a"]
     assert np.ndim(loaded.examples) == 1

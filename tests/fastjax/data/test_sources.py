@@ -62,7 +62,7 @@ def test_fixture_is_refused(fixtures, name):
 
 def test_rows_left_out_are_noted(fixtures):
     folder = fixtures / "bad_data"
-    assert "1 rows left out" in load_examples(folder / "null.jsonl").notes[0]
+    assert "1 row left out" in load_examples(folder / "null.jsonl").notes[0]
     loaded = load_examples(folder / "bad_line.jsonl", skip_bad_rows=1)
     assert len(loaded.examples) == 2
     assert "bad_line.jsonl:2:10" in loaded.notes[0]
