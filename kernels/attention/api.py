@@ -59,15 +59,16 @@ def attention(
     _check_arrays(q, k, v)
     _check_options(q, k, segment_ids, q_segment_ids, softcap, max_segments)
     window = _effective_window(window, q, q_index)
-    is_packed = segment_ids is not None and max_segments != 1
+    case = choice_case(
+        q.shape[3],
+        q.shape[1],
+        is_packed=segment_ids is not None and max_segments != 1,
+        has_window=window is not None,
+        has_softcap=softcap is not None,
+    )
     return dispatch.run(
         "attention",
-        _implementations(
-            q,
-            is_packed=is_packed,
-            has_window=window is not None,
-            has_softcap=softcap is not None,
-        ),
+        _implementations(case),
         implementation,
         q,
         k,
@@ -83,10 +84,16 @@ def attention(
 
 
 def choice_case(
-    head_size: int, tokens: int, *, is_packed: bool, has_window: bool
+    head_size: int,
+    tokens: int,
+    *,
+    is_packed: bool,
+    has_window: bool,
+    has_softcap: bool,
 ) -> Case:
     """Returns what the default implementation depends on, as in the tuned tables."""
-    rows = "packed" if is_packed else "window" if has_window else "whole"
+    kinds = {"softcap": has_softcap, "packed": is_packed, "window": has_window}
+    rows = next((kind for kind, is_one in kinds.items() if is_one), "whole")
     return {"rows": rows, "head_size": head_size, "tokens": tokens}
 
 
@@ -94,24 +101,21 @@ _SEEN_ON_GPU = {
     "whole": (64, 80, 96, 128, 256),
     "packed": (128,),
     "window": (128,),
+    "softcap": (128, 256),
 }
 """Head sizes that the Hopper kernels were timed and checked with on a GPU, by case."""
 
 
-def _implementations(
-    q: Array, *, is_packed: bool, has_window: bool, has_softcap: bool
-) -> dict[str, Callable[..., Array]]:
+def _implementations(case: Case) -> dict[str, Callable[..., Array]]:
     """Returns name to function, the default first.
 
-    What was not timed, soft caps among it, must be asked for by name.
+    The kernels must be asked for by name where they were not timed.
     """
     library = {"cudnn": cudnn.attention}
     plain = {"xla": vjp.attention}
     kernels = {"mosaic_gpu": flash.attention, "mosaic_gpu_cudnn": mixed.attention}
     slow = {"reference": reference.attention}
-    head_size, tokens = q.shape[3], q.shape[1]
-    case = choice_case(head_size, tokens, is_packed=is_packed, has_window=has_window)
-    if has_softcap or head_size not in _SEEN_ON_GPU[str(case["rows"])]:
+    if case["head_size"] not in _SEEN_ON_GPU[str(case["rows"])]:
         return library | plain | kernels | slow
     return fastest_first("attention", case, library | kernels | plain | slow)
 

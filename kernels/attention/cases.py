@@ -237,5 +237,14 @@ LARGE_CASES = (
         head_size=256,
         softcap=50.0,
     ),
+    AttentionCase(
+        name="gemma2_9b_window",
+        tokens=4096,
+        heads=16,
+        kv_heads=8,
+        head_size=256,
+        window=2048,
+        softcap=50.0,
+    ),
 )
 """What is compiled without a GPU, timed, and what defaults are chosen by."""

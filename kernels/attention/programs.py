@@ -39,14 +39,13 @@ def _program(
     arguments = functools.partial(_arguments, case, has_dout=what == "both")
     run = functools.partial(run, case)
     shapes = jax.eval_shape(arguments)
-    # Training decides. Where scores have a soft cap no table is asked.
-    is_deciding = what == "both" and case.softcap is None
     results = shapes[1:] if what == "both" else shapes[1]
     decided = choice_case(
         case.head_size,
         case.tokens,
         is_packed=bool(case.documents),
         has_window=case.window is not None,
+        has_softcap=case.softcap is not None,
     )
     return Program(
         name=f"attention.{what}/{case.name}",
@@ -56,7 +55,8 @@ def _program(
         flops=products * 2 * case.heads * case.head_size * case.visible_pairs(),
         kernels=(mosaic_gpu.KERNEL_NAME, *kernels),
         implementations=("mosaic_gpu", "mosaic_gpu_cudnn", "cudnn", "xla"),
-        decides=("attention", decided) if is_deciding else None,
+        # Training decides.
+        decides=("attention", decided) if what == "both" else None,
     )
 
 

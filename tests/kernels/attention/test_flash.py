@@ -9,13 +9,27 @@ import numpy as np
 import pytest
 
 from kernels.attention import RESIDUAL_NAMES, attention, mosaic_gpu
-from kernels.attention.cases import GPU_CASES, INTERPRETED_CASES, LARGE_CASES
+from kernels.attention.cases import (
+    GPU_CASES,
+    INTERPRETED_CASES,
+    LARGE_CASES,
+    AttentionCase,
+)
 from kernels.attention.flash import chunk_attention
 from kernels.attention.spans import causal_spans
 from kernels.device import HOPPER, assume_compute_capability, compute_capability
 from kernels.dispatch import UnsupportedOp, record
 from kernels.interpret import interpreted
 from kernels.numerics import relative_error, tolerance
+
+ALL_AT_ONCE = AttentionCase(
+    name="all_at_once",
+    tokens=1022,
+    head_size=128,
+    documents=(500, 33, 400),
+    window=200,
+    softcap=30.0,
+)
 
 
 def named(cases):
@@ -65,7 +79,7 @@ def test_matches_in_the_interpreter(case, monkeypatch):
 
 
 @pytest.mark.gpu
-@named([*GPU_CASES, *LARGE_CASES[-4:]])
+@named([*GPU_CASES, *LARGE_CASES[-5:], ALL_AT_ONCE])
 def test_matches_at_real_shapes(case):
     if compute_capability() != HOPPER:
         pytest.skip("needs a Hopper GPU")
@@ -154,7 +168,7 @@ def test_layers_of_a_scan_may_differ_in_their_window():
 
 @pytest.mark.parametrize(
     ("head_size", "softcap", "default"),
-    [(128, None, "mosaic_gpu"), (64, None, "xla"), (128, 30.0, "xla")],
+    [(128, None, "mosaic_gpu"), (64, None, "xla"), (256, 30.0, "mosaic_gpu")],
 )
 def test_the_default_for_packed_rows_on_hopper(head_size, softcap, default):
     q = jax.ShapeDtypeStruct((1, 128, 2, head_size), jnp.bfloat16)
