@@ -19,12 +19,14 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from fastjax.api.calibration import REPORT_NAME
 from fastjax.api.export import run_export
 from fastjax.api.loading import load_model
 from fastjax.api.training import evaluate_model, prepare_data
 from fastjax.config import DataConfig, QuantConfig, TrainConfig
 from fastjax.data import embedded_text
 from fastjax.demo import train_base
+from fastjax.files import read_json
 from fastjax.models.registry import preset
 
 STEPS = 2000
@@ -88,7 +90,9 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
     data = prepare_data(config, model, train_source=held_out)
     loss = evaluate_model(model, config, data)["eval_loss"]
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"model": name, "loss": loss, "bytes": size, "gib": size / 2**30}
+    row = {"model": name, "loss": loss, "bytes": size, "gib": size / 2**30}
+    report = folder / REPORT_NAME
+    return row | (read_json(report) if report.is_file() else {})
 
 
 def write(rows: list[dict[str, Any]], commit: str) -> None:

@@ -9,6 +9,7 @@ model says what the group's rounding does to the answers; per byte it says where
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
@@ -35,13 +36,15 @@ class GroupError:
       extra_bytes: What they need more as they are than in 4 bits.
       divergence: Of the next token's probabilities when only they are in 4 bits:
         nats a token (Kullback-Leibler, from the whole model).
-      weight_error: Norm of what 4 bits lose, over the norm of the weights.
+      activation_error: Norm of what the last hidden states change then, over theirs.
+      weight_errors: Of each module, the norm of what 4 bits lose over the weight's.
     """
 
     modules: tuple[str, ...]
     extra_bytes: int
     divergence: float
-    weight_error: float
+    activation_error: float
+    weight_errors: tuple[float, ...]
 
 
 class Calibration:
@@ -76,7 +79,9 @@ class Calibration:
         """Yields what 4 bits do to each group, from the first layer to the last."""
         for modules in linear_groups(self._config):
             weights = [self._weight(module) for module in modules]
-            lost = [weight - self._rounded(weight) for weight in weights]
+            lost = [_norm(weight - self._rounded(weight)) for weight in weights]
+            norms = [_norm(weight) for weight in weights]
+            divergence, activation_error = self._effect(modules)
             whole = self._itemsize * sum(weight.size for weight in weights)
             held = sum(
                 leaf.size * leaf.dtype.itemsize
@@ -86,20 +91,29 @@ class Calibration:
             yield GroupError(
                 modules=modules,
                 extra_bytes=whole - held,
-                divergence=self.divergence(modules),
-                weight_error=_norm(lost) / _norm(weights),
+                divergence=divergence,
+                activation_error=activation_error,
+                weight_errors=tuple(
+                    part / whole for part, whole in zip(lost, norms, strict=True)
+                ),
             )
 
     def divergence(self, modules: Iterable[str]) -> float:
         """Returns the mean divergence, in nats, with these linears in 4 bits."""
+        return self._effect(modules)[0]
+
+    def _effect(self, modules: Iterable[str]) -> tuple[float, float]:
+        """Returns divergence and error of the last hidden states, likewise."""
         with self._in_4bit(modules):
             graphdef, state = nnx.split(self._decoder)
             sums = [
-                _divergence(graphdef, state, batch, expected)
+                _effect(graphdef, state, batch, expected)
                 for batch, expected in zip(self._batches, self._expected, strict=True)
             ]
-        total, tokens = (float(sum(parts)) for parts in zip(*sums, strict=True))
-        return total / tokens
+        total, tokens, changed, whole = (
+            float(sum(parts)) for parts in zip(*sums, strict=True)
+        )
+        return total / tokens, math.sqrt(changed / whole)
 
     @contextlib.contextmanager
     def _in_4bit(self, modules: Iterable[str]) -> Iterator[None]:
@@ -151,8 +165,8 @@ def _rounded(weight: Float[Array, "I O"], *, packed: PackedFormat) -> Array:
     return dense(packed.pack(weight)).astype(jnp.float32)
 
 
-def _norm(parts: Iterable[Array]) -> float:
-    return float(jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in parts)))
+def _norm(array: Float[Array, "I O"]) -> float:
+    return float(jnp.sqrt(jnp.sum(jnp.square(array))))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -167,13 +181,15 @@ def _hidden(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _divergence(
+def _effect(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     batch: Batch,
     expected: Float[Array, "B T D"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the sum of KL(expected, actual) over tokens, and their number."""
+) -> tuple[Float[Array, ""], ...]:
+    """Returns sums over tokens: KL(expected, actual), one, and the squares of what the
+    hidden states change and of what they are.
+    """
     decoder = nnx.merge(graphdef, state)
     is_token = (batch["segment_ids"] > 0).astype(jnp.float32)
 
@@ -184,4 +200,10 @@ def _divergence(
         return jnp.sum(mask * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
     actual = _hidden(graphdef, state, batch)
-    return jnp.sum(jax.lax.map(row, (actual, expected, is_token))), jnp.sum(is_token)
+    divergence = jnp.sum(jax.lax.map(row, (actual, expected, is_token)))
+    wide, wanted = (array.astype(jnp.float32) for array in (actual, expected))
+    changed, whole = (
+        jnp.sum(is_token[..., None] * jnp.square(array))
+        for array in (wide - wanted, wanted)
+    )
+    return divergence, jnp.sum(is_token), changed, whole

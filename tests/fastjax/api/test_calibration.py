@@ -13,7 +13,11 @@ from fastjax.sensitivity import GroupError, kept_in_16_bits, linear_groups
 
 def group(name: str, size: int, divergence: float) -> GroupError:
     return GroupError(
-        modules=(name,), extra_bytes=size, divergence=divergence, weight_error=0.1
+        modules=(name,),
+        extra_bytes=size,
+        divergence=divergence,
+        activation_error=0.1,
+        weight_errors=(0.1,),
     )
 
 
@@ -49,7 +53,10 @@ def test_the_folder_holds_what_the_report_says(
     assert 0 < len(kept) < 14
     assert f"{len(kept)} linears stay in 16 bits" in lines[0]
     assert 0 < report["divergence"] < report["plain_divergence"]
-    assert all(0.05 < g["weight_error"] < 0.2 for g in report["groups"])
+    for g in report["groups"]:
+        assert len(g["weight_errors"]) == len(g["modules"])
+        assert all(0.05 < error < 0.2 for error in g["weight_errors"])
+        assert 0 < g["activation_error"] < 0.2
     names = Checkpoint(folder).tensors
     assert sum(".quant_state." in name for name in names) == 14 - len(kept)
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
