@@ -24,10 +24,12 @@ class SafetensorsFile:
     Attributes:
       path: The file.
       tensors: Dtype, shape and place of each tensor by name, in file order.
+      metadata: Notes of its writer.
     """
 
     path: Path
     tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str]
 
     def __init__(self, path: Path) -> None:
         """Reads and checks the header only.
@@ -48,7 +50,9 @@ class SafetensorsFile:
                 f"cannot read {path.name}: {error.strerror or error}", where=str(path)
             ) from error
         self._start = LENGTH_BYTES + header_bytes
-        self.tensors = parse_header(raw, data_bytes=size - self._start, where=str(path))
+        self.tensors, self.metadata = parse_header(
+            raw, data_bytes=size - self._start, where=str(path)
+        )
 
     def read(self, name: str) -> np.ndarray:
         """Returns a read-only view of one tensor; its pages begin to come in.

@@ -52,8 +52,10 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def parse_header(raw: bytes, *, data_bytes: int, where: str) -> dict[str, TensorSpec]:
-    """Returns the tensors of a file by name, in the order of their places.
+def parse_header(
+    raw: bytes, *, data_bytes: int, where: str
+) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """Returns the tensors of a file by name, in the order of their places, and notes.
 
     Args:
       raw: The JSON after the length.
@@ -80,17 +82,23 @@ def parse_header(raw: bytes, *, data_bytes: int, where: str) -> dict[str, Tensor
             )
         end += spec.nbytes
     _check_size(end, data_bytes, header_bytes=LENGTH_BYTES + len(raw), where=where)
-    return dict(ordered)
+    return dict(ordered), metadata
 
 
-def render_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+def render_header(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
     """Returns length and header, and the place of each tensor in the file.
 
     Tensors lie as the safetensors library puts them: large dtypes first, then by
     name; the header is padded with spaces to a multiple of eight bytes.
+
+    Args:
+      specs: Dtype and shape of each tensor; `begin` is not used.
+      metadata: Notes beside the `format` that transformers wants.
     """
     ordered = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     places, end = {}, 0
     for name in ordered:
         spec = specs[name]

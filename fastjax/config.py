@@ -20,6 +20,7 @@ from fastjax.optimizer_config import Optimizer as Optimizer
 from fastjax.optimizer_config import OptimizerConfig as OptimizerConfig
 from fastjax.optimizer_config import Schedule as Schedule
 from fastjax.report_config import ReportConfig as ReportConfig
+from fastjax.rope_config import RopeScaling as RopeScaling
 
 DType = Literal["bfloat16", "float16", "float32"]
 RematPolicy = Literal["none", "attention", "layer", "offload"]
@@ -199,6 +200,9 @@ class TrainConfig:
       model: Preset name, hub name or folder.
       model_revision: Branch, tag or commit of a hub model.
       output_dir: Where adapter, checkpoints and metrics go; None derives a name.
+      rope_scaling: How RoPE is stretched where `max_length` is beyond the model's
+        context: "linear" divides positions, "dynamic" raises the base for documents
+        that are longer, "yarn" divides low frequencies; "none" refuses these.
       full_finetuning: Train every weight instead of adapters.
       dtype: Of activations and matrix products; sums are always float32.
       remat: What the backward pass recomputes: "none" only norms and activations,
@@ -240,6 +244,7 @@ class TrainConfig:
     model: str = "llama3-8b"
     model_revision: str = "main"
     output_dir: str | None = None
+    rope_scaling: RopeScaling = "none"
     full_finetuning: bool = False
     dtype: DType = "bfloat16"
     remat: RematChoice = "attention"

@@ -3,8 +3,25 @@
 import heapq
 from collections.abc import Mapping, Sequence
 
+from fastjax.lora_config import LoRAConfig
+
 # A module has at least this share of the even rank, and at most so many times it.
-_LEAST_SHARE, MOST_TIMES = 0.25, 4
+_LEAST_SHARE, _MOST_TIMES = 0.25, 4
+
+
+def probe_of(lora: LoRAConfig) -> LoRAConfig:
+    """Returns the adapters by which the gradients of an adapter's linears are measured.
+
+    They hold as many directions as a module may get.
+    """
+    rank = _MOST_TIMES * lora.lora_r
+    return LoRAConfig(
+        lora_r=rank,
+        lora_alpha=float(rank),
+        lora_target_modules=lora.lora_target_modules,
+        layers_to_transform=lora.layers_to_transform,
+        init_lora_weights="gaussian",
+    )
 
 
 def allocated_ranks(
@@ -30,7 +47,7 @@ def allocated_ranks(
     def offer(name: str) -> tuple[float, str, int] | None:
         """Returns the next step of a module: its worth, negative, and its size."""
         held = ranks[name]
-        size = min(step, len(values[name]) - held, MOST_TIMES * rank - held)
+        size = min(step, len(values[name]) - held, _MOST_TIMES * rank - held)
         if size <= 0:
             return None
         gain = sum(value**2 for value in values[name][held : held + size])

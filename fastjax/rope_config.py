@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
+from fastjax.errors import ConfigError
+
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"]
+RopeScaling = Literal["none", "linear", "dynamic", "yarn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +59,34 @@ class RopeConfig:
     def depends_on_length(self) -> bool:
         """Whether the wavelengths of a document depend on its length."""
         return self.kind in ("dynamic", "longrope")
+
+    def stretched(self, kind: RopeKind, *, trained: int, factor: float) -> "RopeConfig":
+        """Returns the same positions for a longer context.
+
+        Args:
+          kind: "linear", "dynamic" or "yarn".
+          trained: Context of pre-training in tokens.
+          factor: How many times longer than that the new context is.
+
+        Raises:
+          ConfigError: The positions are stretched in another way already.
+        """
+        if self.kind not in ("default", kind):
+            raise ConfigError(
+                f"rope_scaling={kind} cannot stretch the RoPE of this model, which is "
+                f"of kind {self.kind} already",
+                fix=f"set max_length to its context, or rope_scaling to {self.kind}"
+                if self.kind in get_args(RopeScaling)
+                else "set max_length to its context",
+            )
+        changes: dict[str, Any] = {"kind": kind, "factor": factor}
+        if kind != "linear":
+            changes["original_max_position_embeddings"] = trained
+        if kind == "yarn" and math.isclose(
+            self.attention_factor, yarn_attention_factor(self.factor)
+        ):
+            changes["attention_factor"] = yarn_attention_factor(factor)
+        return dataclasses.replace(self, **changes)
 
     def rotary_dim(self, head_dim: int) -> int:
         """Returns how many features of a head turn."""
@@ -107,6 +138,11 @@ class RopeConfig:
         """Returns which pair turns so often in the trained context, as share of dim."""
         wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)
         return math.log(wavelength) / (2 * math.log(self.theta))
+
+
+def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
+    """Returns the scale of cosines and sines that "yarn" takes (2309.00071)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _between(stretched: np.ndarray, kept: np.ndarray, share: np.ndarray) -> np.ndarray:

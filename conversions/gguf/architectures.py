@@ -9,7 +9,7 @@ import numpy as np
 from conversions.gguf.file import Value
 from fastjax.errors import ModelError
 from fastjax.models.transformer_config import TransformerConfig
-from fastjax.rope_config import RopeConfig
+from fastjax.rope_config import RopeConfig, yarn_attention_factor
 
 _ROPES = ("default", "linear", "llama3", "yarn")
 _NAMES = {
@@ -175,7 +175,7 @@ def _fixed(config: TransformerConfig, found: Architecture) -> dict[str, bool]:
     kept = ("beta_fast", "beta_slow", "truncate")
     is_yarn = rope.kind != "yarn" or (
         all(getattr(rope, key) == getattr(plain, key) for key in kept)
-        and math.isclose(rope.attention_factor, 1 + 0.1 * math.log(rope.factor))
+        and math.isclose(rope.attention_factor, yarn_attention_factor(rope.factor))
     )
     width = config.num_attention_heads * config.head_dim
     return {
@@ -222,7 +222,7 @@ def model_metadata(config: TransformerConfig) -> dict[str, Value]:
     """Returns the sizes and positions of a model under llama.cpp's keys."""
     architecture = architecture_of(config)
     keys: dict[str, Value] = {
-        "context_length": np.uint32(config.max_position_embeddings),
+        "context_length": np.uint32(config.context_tokens),
         "embedding_length": np.uint32(config.hidden_size),
         "block_count": np.uint32(config.num_hidden_layers),
         "feed_forward_length": np.uint32(config.intermediate_size),

@@ -2,6 +2,7 @@
 
 from .checkpoint import Checkpoint as Checkpoint
 from .config import read_config as read_config
+from .config import stretched_keys as stretched_keys
 from .config import write_config as write_config
 from .families import checkpoint_tensors as checkpoint_tensors
 from .fingerprint import folder_fingerprint as folder_fingerprint

@@ -95,6 +95,17 @@ def write_config(folder: Path, config: TransformerConfig, *, dtype: DType) -> No
         file.write((json.dumps(values, indent=2) + "\n").encode("utf-8"))
 
 
+def stretched_keys(
+    config: TransformerConfig, base: TransformerConfig
+) -> dict[str, Any]:
+    """Returns the keys of config.json of a model whose context is not its base's."""
+    if config.rope == base.rope:
+        return {}
+    family = find_family(config.family, where="TransformerConfig.family")
+    context = {"max_position_embeddings": config.max_position_embeddings}
+    return context | family.rope_keys(config)
+
+
 def _transformer_config(fields: ConfigFields, family: Family) -> TransformerConfig:
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")

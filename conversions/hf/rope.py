@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from conversions.hf.config_fields import ConfigFields
 from fastjax.models.transformer_config import TransformerConfig
-from fastjax.rope_config import RopeConfig, RopeKind
+from fastjax.rope_config import RopeConfig, RopeKind, yarn_attention_factor
 
 DEFAULT_THETA = 10000.0
 
@@ -195,13 +195,12 @@ def _yarn_attention_factor(section: ConfigFields, factor: float) -> float:
         return section.number("attention_factor")
     values = section.values
     if values.get("mscale") and values.get("mscale_all_dim"):
-        above, below = section.number("mscale"), section.number("mscale_all_dim")
-        return _mscale(factor, above) / _mscale(factor, below)
-    return _mscale(factor, 1.0)
-
-
-def _mscale(factor: float, weight: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+        above, below = (
+            yarn_attention_factor(factor, section.number(key))
+            for key in ("mscale", "mscale_all_dim")
+        )
+        return above / below
+    return yarn_attention_factor(factor)
 
 
 def _longrope(

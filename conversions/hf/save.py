@@ -15,7 +15,12 @@ from jaxtyping import Array
 
 from conversions.bnb import nf4_specs, padded_nf4_tensors, quantization_config
 from conversions.hf.checkpoint import INDEX_NAME, WEIGHTS_NAME
-from conversions.hf.config import CONFIG_NAME, MAX_CONFIG_BYTES
+from conversions.hf.config import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    read_config,
+    stretched_keys,
+)
 from conversions.hf.families import checkpoint_tensors
 from conversions.report import TensorReport
 from conversions.rules import Layout, Tensor, relaid
@@ -91,6 +96,7 @@ def save_model(
         if tokenizer_source is not None:
             copy_companions(tokenizer_source, new)
         changes: dict[str, Any] = {"vocab_size": config.vocab_size}
+        changes |= stretched_keys(config, read_config(source))
         if (quantisation := _quantisation(tensors, packed)) is not None:
             changes["quantization_config"] = quantisation
         _write_config(source, new, dtype, changes)

@@ -16,6 +16,7 @@ from conversions.peft.names import (
     plain_key,
     second_end_keys,
 )
+from conversions.peft.stretch import stretched_config
 from conversions.report import TensorReport, compare_shapes
 from conversions.rules import Tensor, relaid
 from conversions.safetensors_file import SafetensorsFile
@@ -39,11 +40,11 @@ class Adapter:
       weights: Float32 arrays by our names; tables under adapters as they are stored.
       base_model_name_or_path: Folder or hub name of the base model, if recorded.
       revision: Of the base model, if recorded.
-      vocab_size: Rows of the tables that it trained; the base's without any.
+      config: Of the base as training changed it: more tokens, a longer context.
     """
 
     lora: LoRAConfig
-    vocab_size: int
+    config: TransformerConfig
     weights: dict[str, Array]
     base_model_name_or_path: str | None
     revision: str | None
@@ -89,7 +90,7 @@ def read_adapter(folder: Path, config: TransformerConfig) -> Adapter:
     )
     return Adapter(
         lora=lora,
-        vocab_size=config.vocab_size,
+        config=config,
         weights={
             t.name: _read(
                 file, keys[t.hf], t, keeps_dtype=_is_under_adapter(t.name, adapted)
@@ -102,16 +103,16 @@ def read_adapter(folder: Path, config: TransformerConfig) -> Adapter:
 
 
 def grown_config(folder: Path, config: TransformerConfig) -> TransformerConfig:
-    """Returns the base's sizes with as many tokens as the adapter has trained rows for.
+    """Returns the base's sizes as the training of an adapter changed them.
+
+    That is with as many tokens as there are trained rows, and a stretched context.
 
     Raises:
       ModelError: The weights of the adapter cannot be read.
     """
-    shapes = [
-        spec.shape
-        for key, spec in SafetensorsFile(_weights_path(folder)).tensors.items()
-        if key in _WHOLE_TABLES
-    ]
+    file = SafetensorsFile(_weights_path(folder))
+    config = stretched_config(file, config)
+    shapes = [s.shape for key, s in file.tensors.items() if key in _WHOLE_TABLES]
     rows = {shape[0] for shape in shapes if shape[1:] == (config.hidden_size,)}
     if len(rows) != 1 or max(rows) <= config.vocab_size:
         return config

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from conversions.peft.adapter_config import CONFIG_NAME, LOFTQ, plain_number
 from conversions.peft.names import TABLES, peft_key, second_end_keys
 from conversions.peft.read import ADAPTER_NAME
+from conversions.peft.stretch import Stretch
 from conversions.rules import relaid
 from conversions.safetensors_writer import write_safetensors
 from fastjax.config import ALL_LINEAR, LoRAConfig
@@ -47,6 +48,7 @@ def write_adapter(
     base_model_name_or_path: str,
     revision: str | None = None,
     is_tied: bool = False,
+    stretch: Stretch | None = None,
 ) -> None:
     """Writes an adapter as PEFT does: float32 tensors, config and a model card.
 
@@ -57,6 +59,7 @@ def write_adapter(
       base_model_name_or_path: Folder or hub name of the base model.
       revision: Of the base model.
       is_tied: Its embeddings are its output head as well.
+      stretch: Of the base's context in training; see `stretch_of`.
 
     Raises:
       ValueError: The weights are not those of one adapter.
@@ -76,7 +79,8 @@ def write_adapter(
             same = tensors[first]
             tensors[second] = np.ascontiguousarray(same.T) if is_turned else same
     make_folder(folder)
-    write_safetensors(folder / ADAPTER_NAME, tensors)
+    notes = {} if stretch is None else stretch.notes()
+    write_safetensors(folder / ADAPTER_NAME, tensors, notes)
     _write_config(
         folder,
         lora,
@@ -88,6 +92,7 @@ def write_adapter(
     with new_file(folder / "README.md") as file:
         # JSON strings are YAML strings: no name can add lines to the front matter.
         card = _CARD.format(base=json.dumps(base_model_name_or_path))
+        card += "" if stretch is None else stretch.card(base_model_name_or_path)
         file.write(card.encode("utf-8"))
 
 

@@ -74,7 +74,7 @@ class Conversation:
         """Returns the talk's tokens; oldest turns go when the context is full."""
         if not self.has_template:
             return self._tokenizer(self.messages[-1]["content"])["input_ids"]
-        room = self._model.config.max_position_embeddings - self._max_new_tokens
+        room = self._model.config.context_tokens - self._max_new_tokens
         ids = chat_ids(self._tokenizer, self.messages)
         while len(ids) > room and len(self.messages) > len(self._first) + 2:
             oldest = len(self._first)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conversions.hf import read_config
-from conversions.peft import read_adapter, write_adapter
+from conversions.peft import Stretch, read_adapter, stretch_of, write_adapter
 from fastjax import runtime
 from fastjax.api.finding import find_model
 from fastjax.combine import Part, combined
@@ -51,11 +51,14 @@ def combine_adapters(
     require_free_name(output, overwrite=overwrite)
     parts: list[Part] = []
     bases: dict[tuple[str, str | None], None] = {}
+    contexts: list[Stretch | None] = []
     for folder, factor in zip(folders, factors, strict=True):
         found = find_model(str(folder), with_weights=False)
         if found.adapter is None:
             raise ModelError("this folder holds no adapter", where=str(folder))
-        adapter = read_adapter(found.adapter, read_config(found.folder))
+        sizes = read_config(found.folder)
+        adapter = read_adapter(found.adapter, sizes)
+        contexts.append(stretch_of(adapter.config, sizes))
         parts.append(Part(lora=adapter.lora, weights=adapter.weights, factor=factor))
         bases[found.name, adapter.revision] = None
     if len(bases) > 1:
@@ -64,10 +67,20 @@ def combine_adapters(
             f"the adapters belong to different base models: {', '.join(names)}",
             fix="combine adapters of one base",
         )
+    if any(context != contexts[0] for context in contexts):
+        raise ModelError(
+            "the adapters trained with different contexts of their base",
+            fix="combine adapters of one max_length and rope_scaling",
+        )
     lora, arrays = combined(parts, method=method, rank=rank)
     ((base, revision),) = bases
     with new_folder(output, overwrite=overwrite) as new:
         write_adapter(
-            new, arrays, lora, base_model_name_or_path=base, revision=revision
+            new,
+            arrays,
+            lora,
+            base_model_name_or_path=base,
+            revision=revision,
+            stretch=contexts[0],
         )
     return f"{len(parts)} adapters by {method}, of rank {lora.lora_r}: {output}"

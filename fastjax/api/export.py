@@ -1,5 +1,6 @@
 """Models and adapters for other tools: merged, packed, or in llama.cpp's format."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ def run_export(
     *,
     output_format: ExportFormat = "hf",
     base_precision: BasePrecision = "original",
+    quant: QuantConfig | None = None,
     dtype: DType = "bfloat16",
     gguf_type: GGUFKind = "q8_0",
     calibration_data: str | None = None,
@@ -47,6 +49,7 @@ def run_export(
         llama.cpp; "gguf-lora" the adapter alone for it.
       base_precision: Merge onto the weights of the base, or onto those that
         training saw.
+      quant: How these were held; None takes what the run's record says.
       dtype: Of the weights in a Hugging Face folder.
       gguf_type: Of the matrices in a GGUF file.
       calibration_data: Text that decides what "bnb-dynamic" keeps; None takes the
@@ -60,7 +63,13 @@ def run_export(
     """
     runtime.configure()
     found = find_model(name)
-    merge = Merge.of(found)
+    if quant is not None and base_precision == "original":
+        raise ConfigError(
+            "load_in_4bit and load_in_8bit say what training saw; this merge is onto "
+            "the original weights",
+            fix="add --base_precision dequantised, or leave them out",
+        )
+    merge = dataclasses.replace(Merge.of(found), quant=quant)
     told = _told(found, base_precision)
     if output_format in ("gguf", "gguf-lora"):
         yield from _gguf(
@@ -91,10 +100,10 @@ def run_export(
     yield f"{told}{output_format}, {dtype}: {folder}"
     if compare_logits:
         bound = _BOUNDS[dtype] if output_format == "hf" else math.inf
-        quant = QuantConfig(load_in_4bit=False)
+        held = QuantConfig(load_in_4bit=False)
         if base_precision == "dequantised":
-            quant = merge.quant_of_training()
-        yield _comparison(name, folder, quant=quant, dtype=dtype, bound=bound)
+            held = merge.quant_of_training()
+        yield _comparison(name, folder, quant=held, dtype=dtype, bound=bound)
 
 
 def _gguf(

@@ -34,6 +34,7 @@ class FastLanguageModel:
         bnb_4bit_quant_type: str = "nf4",
         use_gradient_checkpointing: bool | str | None = None,
         memory_gib: float | int = 0,
+        rope_scaling: str | None = None,
         token: str | None = None,
         trust_remote_code: bool = False,
         device_map: Any = None,
@@ -54,6 +55,8 @@ class FastLanguageModel:
           use_gradient_checkpointing: As in `get_peft_model`, for full fine-tuning.
           memory_gib: GPU memory that the process takes at most; 0 leaves it to JAX. The
             first use of the device decides, so it is given here, not in training.
+          rope_scaling: "linear", "dynamic" or "yarn" stretches RoPE where
+            max_seq_length is beyond the model's context; None refuses longer rows.
           token: Must be None: tokens do not belong into scripts.
           trust_remote_code: Must be false: no code of a model repository is run.
           device_map: Has no effect: arrays live on JAX's default device.
@@ -69,13 +72,15 @@ class FastLanguageModel:
         is_other = full_finetuning or load_in_8bit
         quant |= {"load_in_4bit": load_in_4bit and not is_other}
         quant |= {"load_in_8bit": load_in_8bit and not full_finetuning}
+        flat = train_config(quant | {"rope_scaling": rope_scaling or "none"}).config
         model = load_model(
             model_name,
             revision=revision,
             dtype=_dtype_name(dtype),
-            quant=train_config(quant).config.quant,
+            quant=flat.quant,
             full_finetuning=full_finetuning,
             max_seq_length=max_seq_length,
+            rope_scaling=flat.rope_scaling,
         )
         if use_gradient_checkpointing is not None:
             model.remat = _remat(use_gradient_checkpointing)

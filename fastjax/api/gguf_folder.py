@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxtyping import Array
 
 from conversions import gguf
+from conversions.hf import read_config
+from conversions.peft import stretch_of
 from fastjax.api.finding import load_tokenizer
 from fastjax.api.merging import Merge
 from fastjax.config import GGUFKind
@@ -100,8 +102,20 @@ def write_gguf_adapter_folder(
         (new / MODELFILE).write_text(text, encoding="utf-8")
     return [
         f"the Modelfile expects the base model beside it, as {MODEL_FILE}: write it "
-        f"with --model {merge.name} --format gguf"
+        f"with --model {merge.name} --format gguf",
+        *_stretch(merge),
     ]
+
+
+def _stretch(merge: Merge) -> list[str]:
+    """Returns what llama.cpp must be told of the context of an adapter's base."""
+    rope = merge.spec.config.rope
+    if stretch_of(merge.spec.config, read_config(merge.folder)) is None:
+        return []
+    flags = f"--rope-scaling {rope.kind} --rope-scale {rope.factor:g}"
+    if rope.kind == "yarn":
+        flags += f" --yarn-orig-ctx {rope.original_max_position_embeddings}"
+    return [f"the adapter was trained with a longer context: llama-cli {flags}"]
 
 
 def _chat_format(merge: Merge) -> tuple[str | None, list[str]]:

@@ -17,6 +17,7 @@ from conversions.hf import (
 from conversions.peft import AdapterConfig, read_adapter, read_adapter_config
 from fastjax import runtime
 from fastjax.api.finding import find_model, load_tokenizer
+from fastjax.api.gguf_inspection import gguf_facts
 from fastjax.api.serving import serving_notes
 from fastjax.config import LoRAConfig
 from fastjax.errors import FastJaxError, ModelError
@@ -29,6 +30,7 @@ _EXTRAS = (
     *("modules_to_save", "trainable_token_indices"),
 )
 _ADAPTER_CONFIG, _MODEL_CONFIG = "adapter_config.json", "config.json"
+_GGUF = ".gguf"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +68,7 @@ def inspect_folder(folder: Path, *, reads_values: bool = False) -> Inspection:
     """Returns what a model or adapter folder holds; goes on past what is wrong.
 
     Args:
-      folder: With config.json or adapter_config.json.
+      folder: With config.json, adapter_config.json or GGUF files; or one of these.
       reads_values: Read every weight of a model, to find NaN, infinite values and
         broken 4-bit data; adapters are always read.
 
@@ -74,15 +76,16 @@ def inspect_folder(folder: Path, *, reads_values: bool = False) -> Inspection:
       ModelError: There is no such folder, or it holds neither.
     """
     runtime.configure()
-    if not folder.is_dir():
-        is_file = folder.is_file()
-        raise ModelError(
-            "this is a file" if is_file else "there is no such folder",
-            where=str(folder),
-            fix="give the folder of a model or an adapter, which holds its config"
-            + ("; gguf-dump of the package gguf shows GGUF files" if is_file else ""),
-        )
     found = _Findings()
+    if folder.suffix == _GGUF and folder.is_file():
+        _inspect_gguf(found, folder)
+        return Inspection(facts=found.facts, problems=tuple(found.problems))
+    if not folder.is_dir():
+        raise ModelError(
+            "this is a file" if folder.is_file() else "there is no such folder",
+            where=str(folder),
+            fix="give the folder of a model or an adapter, which holds its config",
+        )
     if (folder / _ADAPTER_CONFIG).is_file():
         recorded = found.attempt(lambda: read_adapter_config(folder))
         if recorded is not None:
@@ -94,6 +97,10 @@ def inspect_folder(folder: Path, *, reads_values: bool = False) -> Inspection:
             found.facts |= dict(_sizes(config))
         _inspect_weights(found, folder, config, reads_values=reads_values)
         remarks = ()
+    elif files := sorted(folder.glob(f"*{_GGUF}")):
+        for file in files:
+            _inspect_gguf(found, file)
+        return Inspection(facts=found.facts, problems=tuple(found.problems))
     else:
         raise ModelError(
             f"neither {_MODEL_CONFIG} nor {_ADAPTER_CONFIG} is here",
@@ -106,6 +113,10 @@ def inspect_folder(folder: Path, *, reads_values: bool = False) -> Inspection:
     )
 
 
+def _inspect_gguf(found: _Findings, path: Path) -> None:
+    found.facts |= found.attempt(lambda: dict(gguf_facts(path))) or {}
+
+
 def _inspect_adapter(found: _Findings, folder: Path, recorded: AdapterConfig) -> None:
     found.facts["adapter"] = _kind(recorded.lora)
     found.facts["base"] = recorded.base_model_name_or_path or "not recorded"
@@ -115,8 +126,8 @@ def _inspect_adapter(found: _Findings, folder: Path, recorded: AdapterConfig) ->
     config = found.attempt(lambda: read_config(base.folder))
     if config is None:
         return
-    found.facts |= dict(_sizes(config))
     adapter = found.attempt(lambda: read_adapter(folder, config))
+    found.facts |= dict(_sizes(config if adapter is None else adapter.config))
     if adapter is not None:
         count = sum(array.size for array in adapter.weights.values())
         modules = sum(name.endswith(".lora_a") for name in adapter.weights)
@@ -188,7 +199,7 @@ def _sizes(config: TransformerConfig) -> Iterator[tuple[str, str]]:
     count = np.count_nonzero([window is not None for window in config.windows])
     yield (
         "context",
-        f"{config.max_position_embeddings:,} tokens, RoPE {config.rope.kind}"
+        f"{config.context_tokens:,} tokens, RoPE {config.rope.kind}"
         + (f", windows of {max(windows):,} in {count} layers" if windows else ""),
     )
 

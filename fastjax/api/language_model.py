@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from conversions.peft import write_adapter
+from conversions.hf import read_config
+from conversions.peft import Stretch, stretch_of, write_adapter
 from fastjax import lora as adapters
 from fastjax.api.device_faults import device_faults
 from fastjax.api.gguf_folder import write_gguf_folder
@@ -28,13 +28,12 @@ from fastjax.api.rows import (
 from fastjax.config import BasePrecision, DType, GGUFKind, LoRAConfig
 from fastjax.errors import ConfigError, ModelError
 from fastjax.inference.generate import generate, require_known_tokens
-from fastjax.inference.sampling import Sampling
+from fastjax.inference.sampling import sampling_of
 from fastjax.models.build import DecoderSpec
 from fastjax.nn.decoder import Decoder
 from kernels.packed import PackedArray
 
 SaveMethod = Literal["merged_16bit", "merged_4bit", "lora"]
-_NOT_DRAWN = "temperature, top_k, top_p and min_p have no effect without do_sample=True"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +99,11 @@ class LanguageModel:
     def config(self) -> Any:
         """Sizes and switches of the model."""
         return self.spec.config
+
+    @property
+    def stretch(self) -> Stretch | None:
+        """How the context is longer than the base's files say; None if it is not."""
+        return stretch_of(self.config, read_config(self.source.folder))
 
     def split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         """Returns structure, trainable variables and frozen variables."""
@@ -205,7 +209,7 @@ class LanguageModel:
         del token_type_ids
         if not use_cache:
             raise ConfigError("use_cache=False is not supported: the cache is exact")
-        sampling = _sampling(temperature, top_k, top_p, min_p, do_sample=do_sample)
+        sampling = sampling_of(temperature, top_k, top_p, min_p, do_sample=do_sample)
         given, prompts = prompt_rows(input_ids, attention_mask)
         answers = self._answers(
             prompts,
@@ -262,6 +266,7 @@ class LanguageModel:
             base_model_name_or_path=self.source.name,
             revision=self.source.revision,
             is_tied=self.config.tie_word_embeddings,
+            stretch=self.stretch,
         )
 
     def save_pretrained_merged(
@@ -372,25 +377,6 @@ def _logits(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> jax.Arr
     decoder = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
     return decoder.logits(decoder(ids, positions=positions))
-
-
-def _sampling(
-    temperature: float | int,
-    top_k: int,
-    top_p: float | int,
-    min_p: float | int,
-    *,
-    do_sample: bool,
-) -> Sampling:
-    """Returns how `generate` draws; warns its caller of what has no effect."""
-    if not do_sample and (temperature, top_k, top_p, min_p) != (1, 0, 1, 0):
-        warnings.warn(_NOT_DRAWN, stacklevel=3)
-    return Sampling(
-        temperature=float(temperature) if do_sample else 0.0,
-        top_k=top_k,
-        top_p=float(top_p),
-        min_p=float(min_p),
-    )
 
 
 def _weights_in(value: Any) -> int:

@@ -19,6 +19,7 @@ from fastjax.config import (
     Implementations,
     LoRAConfig,
     QuantConfig,
+    RopeScaling,
     TrainConfig,
 )
 from fastjax.errors import ConfigError, ModelError
@@ -39,6 +40,7 @@ def load_model(
     full_finetuning: bool = False,
     implementations: Implementations | None = None,
     max_seq_length: int = 2048,
+    rope_scaling: RopeScaling = "none",
 ) -> LanguageModel:
     """Returns the model of a preset, folder or hub name, ready to run.
 
@@ -52,6 +54,7 @@ def load_model(
       full_finetuning: Every weight trains, as float32.
       implementations: Implementation of each op; None takes the first able one.
       max_seq_length: Longest row that training uses, in tokens.
+      rope_scaling: How RoPE is stretched where that is beyond the context.
 
     Raises:
       FastJaxError: The model cannot be found, read or held; says why.
@@ -60,6 +63,9 @@ def load_model(
     found = find_model(name, revision=revision)
     folder, adapter = found.folder, found.adapter
     config = read_config(folder)
+    if adapter is not None:
+        grown = grown_config(adapter, config)
+        config = dataclasses.replace(grown, vocab_size=config.vocab_size)
     param_dtype = "float32" if full_finetuning else dtype
     weights = load_packed_weights(
         Checkpoint(folder),
@@ -69,7 +75,7 @@ def load_model(
         folder=runtime.cache_folder() / "weights",
     )
     spec = DecoderSpec(
-        config=config,
+        config=config.stretched(rope_scaling, max_seq_length),
         param_dtype=param_dtype,
         compute_dtype=dtype,
         trains_weights=full_finetuning,
@@ -93,7 +99,7 @@ def load_text_side(
 ) -> tuple["PreTrainedTokenizerBase", TransformerConfig]:
     """Returns the tokenizer and the sizes of a run's model; no weight is read.
 
-    New tokens are in the one, and counted in the other.
+    New tokens are in the one, and counted in the other; the context is stretched.
 
     Raises:
       FastJaxError: The model cannot be found or read, or has no tokenizer, or an
@@ -124,7 +130,7 @@ def load_text_side(
     elif config.data.new_tokens:
         rows = max(sizes.vocab_size, len(tokenizer))
         sizes = dataclasses.replace(sizes, vocab_size=rows)
-    return tokenizer, sizes
+    return tokenizer, sizes.stretched(config.rope_scaling, config.data.max_length)
 
 
 def add_adapter(model: LanguageModel, lora: LoRAConfig, *, seed: int) -> None:
@@ -162,8 +168,8 @@ def _put_adapter(model: LanguageModel, folder: Path) -> None:
             where=str(folder),
             fix="set load_in_4bit; to merge, --base_precision dequantised",
         )
-    if adapter.vocab_size > model.config.vocab_size:
-        resize_token_embeddings(model, adapter.vocab_size)
+    if adapter.config.vocab_size > model.config.vocab_size:
+        resize_token_embeddings(model, adapter.config.vocab_size)
     plain = dataclasses.replace(adapter.lora, init_lora_weights="default")
     add_adapter(model, plain, seed=0)
     model.lora = adapter.lora

@@ -12,6 +12,7 @@ from fastjax.models.build import DecoderSpec, linear_names
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.linear import PackedFormat
 from fastjax.quantize import wanted_format
+from fastjax.rank_allocation import probe_of
 from fastjax.remat import RematPlan
 from fastjax.train.memory_plan import (
     BatchShape,
@@ -65,12 +66,14 @@ class Planner:
       spec: Structure of the model.
       shape: Of the batches.
       model: Bytes that do not depend on the batch.
+      probe: Structure and bytes while ranks are measured; None where none are.
     """
 
     config: TrainConfig
     spec: DecoderSpec
     shape: BatchShape
     model: ModelBytes
+    probe: tuple[DecoderSpec, ModelBytes] | None = None
 
     @classmethod
     def of(
@@ -97,6 +100,7 @@ class Planner:
             spec=spec,
             shape=shape,
             model=ModelBytes.of(spec, config.optimizer),
+            probe=_probe(config, spec),
         )
 
     def remat(self, policy: RematPolicy) -> RematPlan:
@@ -118,12 +122,19 @@ class Planner:
         rows: int | None = None,
         tokens: int | None = None,
     ) -> MemoryPlan:
-        """Returns the bytes of a step with some of its settings changed."""
+        """Returns the bytes of a step with some of its settings changed.
+
+        Where ranks are measured first and that takes more, those of measuring.
+        """
         shape = dataclasses.replace(
             self.shape, rows=rows or self.shape.rows, tokens=tokens or self.shape.tokens
         )
         remat = self.remat(policy or self.policy)
-        return memory_plan(self.spec, self.model, remat, shape)
+        plan = memory_plan(self.spec, self.model, remat, shape)
+        if self.probe is None:
+            return plan
+        measuring = memory_plan(*self.probe, remat, shape)
+        return max(plan, measuring, key=lambda plan: plan.peak)
 
     def most_rows(self, limit: int, policy: RematPolicy | None = None) -> int:
         """Returns the most rows of a micro-batch that fit, 0 when not even one does."""
@@ -150,6 +161,8 @@ class Planner:
             if count or name != "host":
                 yield f"  {_NAMES[name]:24} {_gib(count)}"
         yield f"  {'peak on the device':24} {_gib(plan.peak)}"
+        if self.probe is not None:
+            yield "  where measuring ranks takes more than a step, that is counted"
         if limit is None:
             yield "no GPU here: --memory_gib N says what would fit into N GiB"
             return
@@ -230,6 +243,21 @@ _NAMES = {
     "workspace": "workspace",
     "host": "in host memory",
 }
+
+
+def _probe(
+    config: TrainConfig, spec: DecoderSpec
+) -> tuple[DecoderSpec, ModelBytes] | None:
+    """Returns what measures ranks: larger adapters, and a sum in the optimiser's place.
+
+    The adapters of the run, and all else that trains, come afterwards.
+    """
+    if config.full_finetuning or not config.lora.auto_rank:
+        return None
+    plain = adapters.plain_spec(spec)
+    probe = adapters.adapted_spec(plain, probe_of(config.lora))
+    model = ModelBytes.of(probe, config.optimizer)
+    return probe, dataclasses.replace(model, optimizer=model.trained)
 
 
 def _packed(

@@ -42,6 +42,7 @@ class Merge:
       adapter_folder: Where the adapter lies; None without one, and in memory.
       tokenizer_folder: Has the tokenizer: the adapter's where that has more tokens.
       decoder: Holds the weights when the model is in memory.
+      quant: How training held the base, where its record does not say it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Merge:
     needs_4bit: bool = False
     adapter_folder: Path | None = None
     tokenizer_folder: Path | None = None
+    quant: QuantConfig | None = None
 
     @classmethod
     def of(cls, found: FoundModel) -> "Merge":
@@ -65,8 +67,7 @@ class Merge:
         needs_4bit = False
         if found.adapter is not None:
             read = read_adapter(found.adapter, spec.config)
-            sizes = dataclasses.replace(spec.config, vocab_size=read.vocab_size)
-            spec = dataclasses.replace(spec, config=sizes)
+            spec = dataclasses.replace(spec, config=read.config)
             spec, adapter = adapted_spec(spec, read.lora), read.weights
             needs_4bit = read.lora.init_lora_weights == "loftq"
         return cls(
@@ -83,20 +84,28 @@ class Merge:
         """Returns how training held the base; in NF4 where there is no adapter.
 
         Raises:
-          ConfigError: The run's record is not beside the adapter.
+          ConfigError: Nothing says so, or the run's record says something else than
+            `quant`.
         """
         checkpoint = Checkpoint(self.folder)
         is_stored = bool(stored_formats(checkpoint, read_config(self.folder)))
         if self.adapter_folder is None or is_stored:
             return QuantConfig()
-        recorded = _recorded_quant(self.adapter_folder)
+        recorded = _recorded_quant(self.adapter_folder) or self.quant
+        if self.quant not in (None, recorded):
+            raise ConfigError(
+                f"training held the base as {recorded}, not as {self.quant}",
+                where=str(self.adapter_folder / RUN_FILE),
+                fix="leave load_in_4bit and load_in_8bit out",
+            )
         if recorded is None:
             raise ConfigError(
                 "nothing says in which format training held the base of this adapter: "
                 f"{RUN_FILE} of its run is not beside it",
                 where=str(self.adapter_folder),
-                fix="copy it there, use base_precision=original, or load the adapter "
-                "as it was trained and call save_pretrained_merged",
+                fix="say it with --load_in_4bit (and --bnb_4bit_quant_type, "
+                "--no-bnb_4bit_use_double_quant) or --load_in_8bit, or use "
+                "base_precision=original",
             )
         return recorded
 

@@ -65,10 +65,15 @@ def write_model_card(
         _table("Results", dict(_numbers(result.metrics))),
         _table("Versions", {name: versions.get(name) for name in names}),
         "`config.yaml` runs again as it is; `run.json` has the rest.\n",
-        _LOADING if is_adapter else "",
+        _loading(model) if is_adapter else "",
     ]
     with files.storage_errors("write the model card", folder):
         files.write_atomic(folder / "README.md", "\n".join(filter(None, parts)))
+
+
+def _loading(model: LanguageModel) -> str:
+    stretch = model.stretch
+    return _LOADING if stretch is None else stretch.card(model.source.name)
 
 
 def base_licence(folder: Path) -> str | None:

@@ -17,7 +17,7 @@ from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter
 from fastjax.config import LoRAConfig, TrainConfig
 from fastjax.data import Loader
-from fastjax.rank_allocation import MOST_TIMES, allocated_ranks
+from fastjax.rank_allocation import allocated_ranks, probe_of
 from fastjax.remat import Remat
 from fastjax.target_modules import full_name
 from fastjax.train import Job, resume
@@ -86,13 +86,7 @@ def _measured_ranks(
     A and B = 0 has the gradient `A^T G` in B; with an orthonormal base of its rows as
     B, and A = 0, it has `G B^T` in A. The gradient of a weight itself is never made.
     """
-    probe = LoRAConfig(
-        lora_r=MOST_TIMES * lora.lora_r,
-        lora_alpha=float(MOST_TIMES * lora.lora_r),
-        lora_target_modules=lora.lora_target_modules,
-        layers_to_transform=lora.layers_to_transform,
-        init_lora_weights="gaussian",
-    )
+    probe = probe_of(lora)
     add_adapter(model, probe, seed=config.seed)
     fresh = adapters.adapter_weights(model.decoder, model.spec)
     shapes = {name: array.shape for name, array in fresh.items()}

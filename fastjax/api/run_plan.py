@@ -9,6 +9,7 @@ from rich.text import Text
 
 from conversions.hf import read_config
 from fastjax import runtime
+from fastjax.api.context import note_context
 from fastjax.api.finding import find_model
 from fastjax.api.loaders import data_seed, train_loader
 from fastjax.api.loading import load_text_side
@@ -82,10 +83,12 @@ def planned_run(
 
     Raises:
       OutOfMemory: The run cannot fit; says what would.
+      ConfigError: A document is longer than the model's context.
     """
     if spec is None:
         assert sizes is not None
         spec = planned_spec(config, sizes)
+    note_context(spec.config, config, data, note=note)
     loader = train_loader(config, data)
     planner = Planner.of(config, spec, tokens=loader.row_length)
     planner.require_fit(memory_limit(config))
@@ -143,6 +146,10 @@ def _sizes(config: TrainConfig) -> TransformerConfig:
     """Returns the sizes of a preset as it is listed, of others as their files say."""
     found = PRESETS.get(config.model.lower())
     if found is not None and not Path(config.model).is_dir():
-        return found.config
-    model = find_model(config.model, revision=config.model_revision, with_weights=False)
-    return read_config(model.folder)
+        sizes = found.config
+    else:
+        name, revision = config.model, config.model_revision
+        sizes = read_config(
+            find_model(name, revision=revision, with_weights=False).folder
+        )
+    return sizes.stretched(config.rope_scaling, config.data.max_length)

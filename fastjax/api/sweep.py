@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fastjax import files, nvidia, runtime
 from fastjax import lora as adapters
+from fastjax.api.context import note_context
 from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loaders import data_seed, eval_loader, train_loader
@@ -76,6 +77,7 @@ def run_sweep(
         config.data, tokenizer, seed=data_seed(config), vocab_size=sizes.vocab_size
     )
     require_possible(config, data)
+    note_context(sizes, config, data, note=note)
     served = [text for run in runs for text in serving_notes(run.config.lora)]
     for line in (
         *dict.fromkeys(served),
@@ -138,6 +140,7 @@ def _base_model(config: TrainConfig) -> LanguageModel:
         quant=config.quant,
         implementations=_by_xla(config).implementations,
         max_seq_length=config.data.max_length,
+        rope_scaling=config.rope_scaling,
     )
     if model.lora is not None:
         raise ConfigError(

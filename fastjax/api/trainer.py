@@ -327,6 +327,13 @@ def _resolved(
     given = {name: value for name, value in data_fields.items() if value is not None}
     if "max_length" not in given and "max_length" not in args.given:
         given["max_length"] = model.max_seq_length
+    scaling = "none" if model.stretch is None else model.stretch.scaling
+    if "rope_scaling" in args.given and config.rope_scaling != scaling:
+        raise ConfigError(
+            f"rope_scaling={config.rope_scaling} has no effect here: the model is "
+            "loaded already",
+            fix="give rope_scaling to FastLanguageModel.from_pretrained",
+        )
     wants_remat = "remat" in args.given or model.remat is None
     if "dtype" in args.given and config.dtype != model.spec.compute_dtype:
         model.set_compute_dtype(config.dtype)
@@ -335,6 +342,7 @@ def _resolved(
         model=model.source.name,
         model_revision=model.source.revision or config.model_revision,
         dtype=model.spec.compute_dtype,
+        rope_scaling=scaling,
         full_finetuning=model.spec.trains_weights,
         quant=dataclasses.replace(
             config.quant,

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from conversions.hf import folder_fingerprint
 from fastjax import nvidia, requirements, runtime
+from fastjax.api.context import require_context
 from fastjax.api.device_faults import device_faults
 from fastjax.api.hub import push_folder
 from fastjax.api.language_model import LanguageModel
@@ -129,6 +130,7 @@ def _load(config: TrainConfig, *, full_finetuning: bool) -> LanguageModel:
         full_finetuning=full_finetuning,
         implementations=config.implementations,
         max_seq_length=config.data.max_length,
+        rope_scaling=config.rope_scaling,
     )
 
 
@@ -229,7 +231,9 @@ def run_evaluation(config: TrainConfig) -> dict[str, float]:
     """Returns the loss of a model or adapter folder on a whole data set."""
     runtime.configure(full_determinism=config.full_determinism)
     model = _load(config, full_finetuning=False)
-    return evaluate_model(model, config, prepare_data(config, model))
+    data = prepare_data(config, model)
+    require_context(model.config, data)
+    return evaluate_model(model, config, data)
 
 
 def evaluate_model(
@@ -284,9 +288,6 @@ def _say_what_trains(
     if data.eval_report is not None:
         lines.append(f"evaluation data: {data.eval_report}")
     lines.append(model.trainable_summary)
-    context = model.config.max_position_embeddings
-    if config.data.max_length > context:
-        lines.append(f"rows may be longer than the model's context of {context:,}")
     for line in lines:
         say(console, line)
 

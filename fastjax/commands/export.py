@@ -3,9 +3,10 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Literal
 
 from fastjax.cli_flags import Call, parsed
-from fastjax.config import BasePrecision, DType, ExportFormat, GGUFKind
+from fastjax.config import BasePrecision, DType, ExportFormat, GGUFKind, QuantConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +21,11 @@ class ExportArgs:
         in 16 bits that matter most on calibration text; gguf: for llama.cpp and Ollama;
         gguf-lora: the adapter alone for these.
       base_precision: Merge onto the original 16-bit weights, or onto the 4-bit or
-        8-bit ones as they were in training.
+        8-bit ones as they were in training, by the run.json beside the adapter.
+      load_in_4bit: Where there is no run.json: training held the base in 4 bits.
+      load_in_8bit: The same in 8 bits.
+      bnb_4bit_quant_type: The values of these 4 bits.
+      bnb_4bit_use_double_quant: The scales of these took 8 bits themselves.
       dtype: Of the weights in a Hugging Face folder.
       gguf_type: Of the matrices in a GGUF file; types with a k, and iq4, need
         llama.cpp's `llama-quantize`.
@@ -36,6 +41,10 @@ class ExportArgs:
     output_dir: str
     format: ExportFormat = "hf"
     base_precision: BasePrecision = "original"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
     dtype: DType = "bfloat16"
     gguf_type: GGUFKind = "q8_0"
     calibration_data: str | None = None
@@ -49,11 +58,14 @@ def run(call: Call) -> None:
     args = parsed(ExportArgs, call)
     from fastjax.api import run_export
 
+    names = [field.name for field in dataclasses.fields(QuantConfig)]
+    held = QuantConfig(**{name: getattr(args, name) for name in names})
     for line in run_export(
         args.model,
         Path(args.output_dir),
         output_format=args.format,
         base_precision=args.base_precision,
+        quant=held if held.is_packed else None,
         dtype=args.dtype,
         gguf_type=args.gguf_type,
         calibration_data=args.calibration_data,

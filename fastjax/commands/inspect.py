@@ -12,7 +12,7 @@ class InspectArgs:
     """Shows what a model or adapter folder holds, and what is missing or wrong.
 
     Attributes:
-      model: Folder of a model or adapter.
+      model: Folder of a model or adapter, or a GGUF file.
       check: Read every weight too, to find NaN and broken 4-bit data.
     """
 

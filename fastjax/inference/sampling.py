@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from fastjax.errors import ConfigError
+
+_NOT_DRAWN = "temperature, top_k, top_p and min_p have no effect without do_sample=True"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +39,25 @@ class Sampling:
             raise ConfigError(f"top_p={self.top_p} must be in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p={self.min_p} must be in [0, 1]")
+
+
+def sampling_of(
+    temperature: float | int,
+    top_k: int,
+    top_p: float | int,
+    min_p: float | int,
+    *,
+    do_sample: bool,
+) -> Sampling:
+    """Returns how `generate` draws; warns its caller of what has no effect."""
+    if not do_sample and (temperature, top_k, top_p, min_p) != (1, 0, 1, 0):
+        warnings.warn(_NOT_DRAWN, stacklevel=3)
+    return Sampling(
+        temperature=float(temperature) if do_sample else 0.0,
+        top_k=top_k,
+        top_p=float(top_p),
+        min_p=float(min_p),
+    )
 
 
 def sample(

@@ -5,6 +5,7 @@ from typing import Literal
 
 from fastjax.errors import ConfigError
 from fastjax.rope_config import RopeConfig as RopeConfig
+from fastjax.rope_config import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +99,48 @@ class TransformerConfig:
         if len(self.layer_windows) == self.num_hidden_layers:
             return self.layer_windows
         return self.layer_windows * self.num_hidden_layers
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest document that the positions reach, as vLLM derives it.
+
+        Files say the context before a linear or dynamic stretch, unless only some
+        layers are stretched.
+        """
+        rope, tokens = self.rope, self.max_position_embeddings
+        if rope.kind == "yarn":
+            reached = round(rope.original_max_position_embeddings * rope.factor)
+            return max(tokens, reached)
+        if rope.kind == "dynamic" or (rope.kind == "linear" and not self.local_rope):
+            return round(tokens * rope.factor)
+        return tokens
+
+    def stretched(self, scaling: RopeScaling, tokens: int) -> "TransformerConfig":
+        """Returns the model with a context of `tokens`, itself if that is no longer.
+
+        Layers with a RoPE of their own for sliding windows keep it.
+
+        Args:
+          scaling: How RoPE is stretched; "none" changes nothing.
+          tokens: Longest document.
+
+        Raises:
+          ConfigError: Its RoPE is stretched in another way already.
+        """
+        if scaling == "none" or tokens <= self.context_tokens:
+            return self
+        rope, trained = self.rope, self.max_position_embeddings
+        factor = rope.factor * tokens / self.context_tokens
+        if rope.kind == "yarn":
+            trained = rope.original_max_position_embeddings
+            factor = tokens / trained
+        rope = rope.stretched(scaling, trained=trained, factor=factor)
+        is_said = scaling == "yarn" or (scaling == "linear" and self.local_rope)
+        return dataclasses.replace(
+            self,
+            rope=rope,
+            max_position_embeddings=tokens if is_said else self.max_position_embeddings,
+        )
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:

@@ -6,7 +6,9 @@ than the row, a row longer than the trained context. Writes FIXTURES/tiny_<famil
 config.json, model.safetensors and reference.safetensors: input_ids, logits, logits of
 the first SHORT tokens alone, and with a LoRA on every linear its start (lora.*), the
 gradients of the mean loss (grad.*) and the logits (lora_logits). Also rope_tables.json:
-the frequencies of every kind of RoPE, from the keys of transformers 4 and 5.
+the frequencies of every kind of RoPE, from the keys of transformers 4 and 5; and
+stretched_context.safetensors: logits of some of these models with their context of 64
+tokens stretched to LONG, at every tenth place of a text of LONG tokens.
 """
 
 import json
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-TOKENS, SHORT = 20, 12
+TOKENS, SHORT, LONG = 20, 12, 160
 SIZES = {
     "hidden_size": 40,
     "intermediate_size": 56,
@@ -153,6 +155,23 @@ ROPES: dict[str, dict[str, Any]] = {
     "partial": {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}},
 }
 
+# Model, and what its RoPE and context become.
+STRETCHED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "linear": ("odd_llama", {"rope_type": "linear", "factor": 2.5}, 64),
+    "dynamic": ("odd_qwen3", {"rope_type": "dynamic", "factor": 2.5}, 64),
+    "yarn": (
+        "granite",
+        {
+            "rope_type": "yarn",
+            "factor": 2.5,
+            "original_max_position_embeddings": 64,
+        },
+        LONG,
+    ),
+    "linear again": ("gemma3_text", LINEAR | {"factor": 20.0}, LONG),
+    "yarn again": ("olmo3", YARN | {"factor": 10.0}, LONG),
+}
+
 
 def main(fixtures: Path) -> None:
     """Writes every fixture."""
@@ -164,6 +183,7 @@ def main(fixtures: Path) -> None:
         print(f"{folder.name}: {size:,} bytes")
     tables = {name: rope_tables(values) for name, values in ROPES.items()}
     (fixtures / "rope_tables.json").write_text(json.dumps(tables, indent=1) + "\n")
+    write_stretched(fixtures)
 
 
 def write_model(folder: Path, model_type: str, values: dict[str, Any]) -> None:
@@ -212,6 +232,25 @@ def lora_step(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tens
         numbers[f"lora.{key}"] = parameter.detach()
         numbers[f"grad.{key}"] = parameter.grad
     return numbers
+
+
+def write_stretched(fixtures: Path) -> None:
+    """Writes what models of longer contexts compute."""
+    ids = torch.randint(6, 120, (1, LONG), generator=torch.Generator().manual_seed(1))
+    numbers = {"input_ids": ids}
+    for name, (model_type, rope, context) in STRETCHED.items():
+        folder = fixtures / f"tiny_{model_type}"
+        config = AutoConfig.from_pretrained(folder)
+        config.max_position_embeddings = context
+        parameters = config.rope_parameters
+        if FULL in parameters:
+            config.rope_parameters = {**parameters, FULL: rope}
+        else:
+            config.rope_parameters = {"rope_theta": parameters["rope_theta"], **rope}
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config)
+        with torch.no_grad():
+            numbers[name] = model.eval()(ids).logits[:, ::10].contiguous()
+    save_file(numbers, fixtures / "stretched_context.safetensors")
 
 
 def rope_tables(values: dict[str, Any]) -> dict[str, Any]:

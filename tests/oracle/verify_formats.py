@@ -1,4 +1,4 @@
-"""Reads what export_formats.py wrote with llama.cpp and bitsandbytes.
+"""Reads what export_formats.py wrote with llama.cpp, bitsandbytes, PEFT, transformers.
 
 Usage: verify_formats.py OUT [RESULT.json], with the oracle's Python. Exit code 1 when a
 row fails; the rows are written to RESULT.json when it is given.
@@ -8,6 +8,8 @@ gguf  largest difference of llama.cpp's logits from ours in float32, and the sha
       llama.cpp's arithmetic (float16 keys and values): bound 5e-3. Files of fewer bits
       are printed, not bounded, except that they must be near: correlation above 0.95.
 bnb   every dequantised weight of transformers + bitsandbytes is ours bit for bit.
+peft  an adapter in PEFT, on a base with more tokens or told of a longer context, and
+      the merged folder in transformers: bound 1e-4 of the largest logit.
 """
 
 import json
@@ -23,12 +25,14 @@ import llama_cpp
 import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 EXACT_BOUND = 5e-3
 NEAR = 0.95
+LOGIT_BOUND = 1e-4
 
 
 def main(out: Path, result: Path | None = None) -> int:
@@ -40,7 +44,7 @@ def main(out: Path, result: Path | None = None) -> int:
     without_amx()
     failures, rows = 0, []
     for case in manifest["cases"]:
-        check = {"gguf": checked_gguf, "bnb": checked_bnb}[case["kind"]]
+        check = CHECKS[case["kind"]]
         numbers, is_good = check(case, ids)
         row = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         print(
@@ -58,10 +62,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the rows with what they were made by."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    packages = ("llama-cpp-python", "bitsandbytes", "transformers", "torch")
+    packages = ("llama-cpp-python", "bitsandbytes", "peft", "transformers", "torch")
     values = {
         "what": "logits of fastjax's files in llama.cpp, and weights and logits of its "
-        "4-bit folders in bitsandbytes, against fastjax in float32; tiny random models",
+        "4-bit folders in bitsandbytes, adapters in PEFT and merged folders in "
+        "transformers, against fastjax in float32; tiny random models",
         "command": "make test-oracle",
         "commit": commit.strip(),
         "device": f"CPU, {platform.machine()}",
@@ -141,9 +146,36 @@ def checked_bnb(case: dict[str, Any], ids: list[int]) -> tuple[dict[str, float],
     return numbers, is_good
 
 
+@torch.inference_mode()
+def checked_peft(case: dict[str, Any], ids: list[int]) -> tuple[dict[str, float], bool]:
+    """Compares the logits of adapter and merged folder, on a text of its own."""
+    del ids
+    if "keys" in case:
+        base = AutoModelForCausalLM.from_pretrained(case["base"], **case["keys"])
+        adapted = PeftModel.from_pretrained(base, case["adapter"])
+    else:
+        adapted = AutoPeftModelForCausalLM.from_pretrained(case["adapter"])
+    merged, info = AutoModelForCausalLM.from_pretrained(
+        case["merged"], output_loading_info=True
+    )
+    expected = load_file(case["logits"])["logits"]
+    row = torch.tensor(case["input_ids"])
+    differences = [
+        float((model.eval()(row).logits - expected).abs().max())
+        for model in (adapted, merged)
+    ]
+    bound = LOGIT_BOUND * float(expected.abs().max())
+    is_good = max(differences) < bound and not any(info.values())
+    numbers = dict(zip(("largest_difference", "merged"), differences, strict=True))
+    return numbers | {"largest_logit": float(expected.abs().max())}, is_good
+
+
 def _dense(module: Linear4bit) -> torch.Tensor:
     weight = module.weight
     return bnb.dequantize_4bit(weight.data, weight.quant_state).cpu()
+
+
+CHECKS = {"gguf": checked_gguf, "bnb": checked_bnb, "peft": checked_peft}
 
 
 if __name__ == "__main__":

@@ -276,7 +276,8 @@ def test_config_keeps_everything_but_dtype_and_quantisation(
     weights = load_weights(Checkpoint(source), config)
     values = json.loads((source / "config.json").read_text())
     del values["dtype"]
-    values |= dict.fromkeys(keys, "float32") | {"quantization_config": {"a": 1}}
+    values |= dict.fromkeys(keys, "float32")
+    values["quantization_config"] = {"load_in_4bit": True}
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(values))
     (tmp_path / "source" / "tokenizer.json").write_bytes(b"\xff\r\n")

@@ -50,9 +50,17 @@ def test_the_base_that_training_saw_is_the_one_on_record(
     with pytest.raises(ConfigError, match=r"run\.json of its run is not beside it"):
         list(run_export(str(folder), out, **options))
     quant = QuantConfig(load_in_4bit=False, load_in_8bit=True)
+    with pytest.raises(ConfigError, match="is onto the original"):
+        list(run_export(str(folder), out, quant=quant))
+    options["compare_logits"] = False
+    list(run_export(str(folder), tmp_path / "told", quant=quant, **options))
     record = {"settings": dataclasses.asdict(quant)}
     (folder / "run.json").write_text(json.dumps(record))
-    list(run_export(str(folder), out, compare_logits=False, **options))
+    with pytest.raises(ConfigError, match="training held the base as"):
+        list(run_export(str(folder), out, quant=QuantConfig(), **options))
+    list(run_export(str(folder), out, **options))
+    weights = "model.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "told" / weights).read_bytes()
     source = load_model(str(folder), dtype="float32", quant=quant)
     merged = load_model(str(out), dtype="float32", quant=DENSE)
     ids = np.arange(20)[None]

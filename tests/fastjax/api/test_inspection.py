@@ -45,6 +45,25 @@ def test_an_adapter_what_will_not_serve_it_and_what_is_missing(
     assert "adapter_model.safetensors is missing" in shown.err
 
 
+def test_gguf_files_whole_and_cut(fixtures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copyfile(fixtures / "tiny_llama3.gguf", path)
+    found = inspect_folder(tmp_path)
+    assert not found.problems
+    assert found.facts == inspect_folder(path).facts
+    assert found.facts["GGUF"] == "model.gguf: llama model for llama.cpp"
+    assert found.facts["sizes"] == "2 layers of 64"
+    lora = inspect_folder(fixtures / "peft_lora_default.gguf").facts
+    assert lora["adapter"] == "rank 8, alpha 16.0"
+    for end, reason in ((-40, "its tensors at"), (999, "within its header")):
+        path.write_bytes((fixtures / "tiny_llama3.gguf").read_bytes()[:end])
+        (problem,) = inspect_folder(path).problems
+        assert reason in problem.what
+    path.write_text("<html>")
+    (problem,) = inspect_folder(path).problems
+    assert problem.what == "this is no GGUF file"
+
+
 def test_a_folder_of_neither(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"neither config\.json nor"):
         inspect_folder(tmp_path)

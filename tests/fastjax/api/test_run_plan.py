@@ -1,5 +1,6 @@
 """The memory of a run, told beforehand, against what was measured on a GPU."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def test_the_largest_batch_and_row_just_fit(planner: Planner) -> None:
     assert planner.plan("layer", rows=rows + 1).peak > limit
     assert planner.plan("layer", tokens=tokens).peak <= limit
     assert planner.plan("layer", tokens=tokens + 256).peak > limit
+
+
+def test_measuring_ranks_is_planned(planner: Planner) -> None:
+    lora = dataclasses.replace(planner.config.lora, lora_r=256)
+    even = dataclasses.replace(planner.config, lora=lora)
+    config = dataclasses.replace(even, lora=dataclasses.replace(lora, auto_rank=True))
+    sizes = planner.spec.config
+    peaks = [
+        Planner.of(c, planned_spec(c, sizes)).plan("layer").peak for c in (even, config)
+    ]
+    assert peaks[1] - peaks[0] > 4 * GIB
 
 
 def test_a_run_that_cannot_fit_is_stopped_with_what_would(planner: Planner) -> None:
