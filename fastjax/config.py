@@ -20,7 +20,6 @@ from fastjax.optimizer_config import Optimizer as Optimizer
 from fastjax.optimizer_config import OptimizerConfig as OptimizerConfig
 from fastjax.optimizer_config import Schedule as Schedule
 from fastjax.report_config import ReportConfig as ReportConfig
-from fastjax.rope_config import RopeScaling as RopeScaling
 
 DType = Literal["bfloat16", "float16", "float32"]
 RematPolicy = Literal["none", "attention", "layer", "offload"]
@@ -35,6 +34,7 @@ DataFormat = Literal[
     "tokens",
     "segments",
 ]
+RopeScaling = Literal["none", "linear", "dynamic", "yarn"]
 Overlong = Literal["truncate", "split", "drop", "error"]
 SpecialTokens = Literal["keep", "error"]
 TrainOn = Literal["auto", "assistant", "last", "completion", "all"]

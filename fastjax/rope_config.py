@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -10,7 +10,6 @@ from jaxtyping import Float
 from fastjax.errors import ConfigError
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"]
-RopeScaling = Literal["none", "linear", "dynamic", "yarn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +74,8 @@ class RopeConfig:
             raise ConfigError(
                 f"rope_scaling={kind} cannot stretch the RoPE of this model, which is "
                 f"of kind {self.kind} already",
-                fix=f"set max_length to its context, or rope_scaling to {self.kind}"
-                if self.kind in get_args(RopeScaling)
-                else "set max_length to its context",
+                fix="set rope_scaling to that kind if it is linear, dynamic or yarn, or "
+                "max_length to the context of the model",
             )
         changes: dict[str, Any] = {"kind": kind, "factor": factor}
         if kind != "linear":

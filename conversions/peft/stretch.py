@@ -9,9 +9,10 @@ from typing import Any, get_args
 
 from conversions.hf.config import stretched_keys
 from conversions.safetensors_file import SafetensorsFile
+from fastjax.config import RopeScaling
 from fastjax.errors import ConfigError, ModelError, printable
 from fastjax.models.transformer_config import TransformerConfig
-from fastjax.rope_config import RopeKind, RopeScaling
+from fastjax.rope_config import RopeKind
 
 _SCALING, _CONTEXT = "rope_scaling", "context_tokens"
 _CARD = """

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Literal
 
+from fastjax.config import RopeScaling
 from fastjax.errors import ConfigError
 from fastjax.rope_config import RopeConfig as RopeConfig
-from fastjax.rope_config import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
