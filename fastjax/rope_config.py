@@ -74,8 +74,8 @@ class RopeConfig:
             raise ConfigError(
                 f"rope_scaling={kind} cannot stretch the RoPE of this model, which is "
                 f"of kind {self.kind} already",
-                fix="set rope_scaling to that kind if it is linear, dynamic or yarn, or "
-                "max_length to the context of the model",
+                fix="set max_length to the context of the model, or rope_scaling to "
+                "that kind if it is linear, dynamic or yarn",
             )
         changes: dict[str, Any] = {"kind": kind, "factor": factor}
         if kind != "linear":
