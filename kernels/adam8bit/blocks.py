@@ -5,11 +5,16 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32, UInt8
 
 from kernels.dynamic_map import dynamic_map
 
 BLOCK_SIZE = 256
+
+LEAST_SCALE = np.finfo(np.float32).tiny
+"""A block whose values are all below this, 1.2e-38, is one of zeros; the reciprocal of
+what is smaller may be infinite."""
 
 MU_MAP, NU_MAP = dynamic_map(is_signed=True), dynamic_map(is_signed=False)
 """What the codes of the first and second moment stand for, times a scale."""

@@ -27,7 +27,7 @@ from kernels.device import multiprocessors, require_hopper
 from kernels.dispatch import UnsupportedOp
 from kernels.stand_in import stand_in
 
-from .blocks import BLOCK_SIZE, MU_MAP, NU_MAP, Blocks
+from .blocks import BLOCK_SIZE, LEAST_SCALE, MU_MAP, NU_MAP, Blocks
 from .ranks import MU_RANKS, NU_RANKS, Ranks
 from .xla import codes_of
 
@@ -140,7 +140,7 @@ def _decode(codes_gmem, absmax_gmem, values_smem, decay: float) -> Array:
 def _encode(x, ranks: Ranks, ranks_smem, codes_gmem, absmax_gmem) -> None:
     """Writes codes and scales."""
     absmax = jnp.max(jnp.abs(x), axis=1)
-    absmax = jnp.where(absmax == 0, 1.0, absmax)
+    absmax = jnp.where(absmax < LEAST_SCALE, 1.0, absmax)
     absmax_gmem[...] = absmax
     scale = lax.broadcast_in_dim(1.0 / absmax, x.shape, (0,))
     codes_gmem[...] = _codes(x * scale, ranks, ranks_smem)

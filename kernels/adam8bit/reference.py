@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, UInt8
 
-from .blocks import MU_MAP, NU_MAP, Blocks
+from .blocks import LEAST_SCALE, MU_MAP, NU_MAP, Blocks
 
 
 def adam8bit(
@@ -43,7 +43,7 @@ def decode(blocks: Blocks, values: np.ndarray) -> Float32[Array, "blocks 256"]:
 def encode(x: Float32[Array, "blocks 256"], values: np.ndarray) -> Blocks:
     """Returns the nearest codes, half way the lower one; zeros have scale 1."""
     absmax = jnp.abs(x).max(axis=1)
-    absmax = jnp.where(absmax == 0, 1, absmax)
+    absmax = jnp.where(absmax < LEAST_SCALE, 1, absmax)
     midpoints = (values[:-1] + values[1:]) / np.float32(2)
     codes = _midpoints_below(x / absmax[:, None], midpoints)
     return Blocks(codes=codes, absmax=absmax)

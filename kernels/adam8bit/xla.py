@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt8
 
-from .blocks import MU_MAP, NU_MAP, Blocks
+from .blocks import LEAST_SCALE, MU_MAP, NU_MAP, Blocks
 from .ranks import MU_RANKS, NU_RANKS, Ranks
 from .reference import decode
 
@@ -29,7 +29,7 @@ def adam8bit(
 def encode(x: Float32[Array, "blocks 256"], ranks: Ranks) -> Blocks:
     """Returns the codes nearest to the values, by block; zeros have scale 1."""
     absmax = jnp.abs(x).max(axis=1)
-    absmax = jnp.where(absmax == 0, 1, absmax)
+    absmax = jnp.where(absmax < LEAST_SCALE, 1, absmax)
     return Blocks(codes=codes_of(x / absmax[:, None], ranks), absmax=absmax)
 
 

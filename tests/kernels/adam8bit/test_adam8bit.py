@@ -24,10 +24,11 @@ def named(cases):
 
 
 def gradient_of(case: Case, step: int):
-    """Neighbours differ by little, blocks by orders; one block is zero."""
+    """Neighbours differ by little, blocks by orders; one is zero, one almost."""
     values = np.random.default_rng(step).normal(size=case.shape).ravel()
     values *= 10.0 ** np.linspace(-4, 1, values.size)
     values[256:512] = 0
+    values[512:768] = 1e-38
     return jnp.asarray(values.reshape(case.shape), jnp.float32)
 
 
