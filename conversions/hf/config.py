@@ -62,7 +62,7 @@ def read_config(folder: Path) -> TransformerConfig:
 def parse_config(values: Mapping[str, Any], *, where: str) -> TransformerConfig:
     """Returns what the model of a parsed config.json is."""
     _refuse_code_and_foreign_quantisation(values, where)
-    family = find_family(values.get("model_type"), where=where)
+    family = find_family(values.get("model_type"), where=where, values=values)
     fields = ConfigFields(values, where=where, defaults=_DEFAULTS | family.defaults)
     try:
         return _transformer_config(fields, family)

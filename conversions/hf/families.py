@@ -1,6 +1,7 @@
 """Checkpoint formats by `model_type`."""
 
 import difflib
+from collections.abc import Mapping
 
 from conversions.hf.family import Family
 from conversions.hf.gemma2 import GEMMA2
@@ -77,8 +78,28 @@ _NEAREST: dict[str, tuple[str, str]] = {
 }
 
 
-def find_family(model_type: object, *, where: str) -> Family:
+# Keys of config.json that tell what an architecture has that nobody lists.
+_SIGNS: dict[str, str] = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), _EXPERTS),
+    **dict.fromkeys(("vision_config", "audio_config"), "other inputs than text"),
+    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon"), "LayerNorm"),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_cfg"), _STATE_SPACE),
+    "kv_lora_rank": "latent attention",
+    "linear_num_key_heads": "linear attention",
+    "num_decoder_layers": "an encoder beside the decoder",
+}
+_PLAINEST = "llama"
+
+
+def find_family(
+    model_type: object, *, where: str, values: Mapping[str, object] | None = None
+) -> Family:
     """Returns the format of a `model_type`.
+
+    Args:
+      model_type: Of config.json.
+      where: That file, for errors.
+      values: Its content, which tells of an unknown model what it has.
 
     Raises:
       ModelError: Names the nearest supported one, what the model has that it has not,
@@ -97,9 +118,11 @@ def find_family(model_type: object, *, where: str) -> Family:
             fix=fix,
         )
     near = difflib.get_close_matches(str(model_type)[:100], FAMILIES, n=1)
-    hint = f"; the nearest name is {near[0]}" if near else ""
+    found = dict.fromkeys(_SIGNS[key] for key in _SIGNS if (values or {}).get(key))
+    missing = f"it has {' and '.join(found)}" if found else "its layers are not known"
     raise ModelError(
-        f"model_type={shown} is not supported{hint}",
+        f"model_type={shown} is not supported: {missing}; the nearest supported one "
+        f"is {(near or [_PLAINEST])[0]}",
         where=where,
         fix=f"{fix}; docs/adding_a_model_family.md says how to add one",
     )

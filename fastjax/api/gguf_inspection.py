@@ -8,6 +8,7 @@ from conversions.gguf.header import GGUFHeader, read_header
 
 _GIB = 2**30
 _DOWN = ".lora_a"
+_ROPES = {"rope_freqs.weight": "llama3", "rope_factors_long.weight": "longrope"}
 
 
 def gguf_facts(path: Path) -> Iterator[tuple[str, str]]:
@@ -36,7 +37,9 @@ def gguf_facts(path: Path) -> Iterator[tuple[str, str]]:
     names = ("block_count", "embedding_length")
     layers, wide = (values.get(f"{family}.{name}") for name in names)
     yield "sizes", f"{layers} layers of {wide}"
-    rope = values.get(f"{family}.rope.scaling.type", "unstretched")
+    rope = values.get(f"{family}.rope.scaling.type", "default")
+    by_tensor = (kind for name, kind in _ROPES.items() if name in header.tensors)
+    rope = next(by_tensor, rope)
     yield "context", f"{values.get(f'{family}.context_length')} tokens, RoPE {rope}"
     template = "with" if "tokenizer.chat_template" in values else "without"
     yield (

@@ -31,6 +31,7 @@ _EXTRAS = (
 )
 _ADAPTER_CONFIG, _MODEL_CONFIG = "adapter_config.json", "config.json"
 _GGUF = ".gguf"
+_EIGHT_BIT = {"int8": "LLM.int8", "float8_e4m3fn": "FP8, in blocks"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +104,7 @@ def inspect_folder(folder: Path, *, reads_values: bool = False) -> Inspection:
         return Inspection(facts=found.facts, problems=tuple(found.problems))
     else:
         raise ModelError(
-            f"neither {_MODEL_CONFIG} nor {_ADAPTER_CONFIG} is here",
+            f"neither {_MODEL_CONFIG} nor {_ADAPTER_CONFIG} nor a GGUF file is here",
             where=str(folder),
             fix="give the folder of a model or of an adapter",
         )
@@ -167,6 +168,13 @@ def _inspect_weights(
             f"{len(formats)} linears in {' and '.join(sorted(kinds))}; {dense} in 16 "
             "bits"
         )
+    eight_bit = collections.Counter(
+        spec.dtype.name
+        for name, spec in checkpoint.tensors.items()
+        if name.endswith(".weight") and spec.dtype.name in _EIGHT_BIT
+    )
+    for kind, count in eight_bit.items():
+        found.facts["8-bit"] = f"{count} linears in {_EIGHT_BIT[kind]}"
     if reads_values and found.attempt(lambda: _count_weights(checkpoint, config)):
         found.facts["values"] = "all finite"
 

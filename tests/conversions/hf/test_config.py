@@ -181,6 +181,10 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] 
         ({"model_type": "lama"}, ["'lama'", "llama", "gemma2, gemma3_text"]),
         ({"model_type": "mixtral"}, ["mixture of experts", "one is mistral"]),
         ({"model_type": None}, ["model_type=None"]),
+        (
+            {"model_type": "foo", "n_routed_experts": 8, "kv_lora_rank": 2},
+            ["it has mixture of experts and latent attention", "one is llama"],
+        ),
         ({"auto_map": {"AutoModel": "x.Y"}}, ["runs code"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "bitsandbytes"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["fp8"]),

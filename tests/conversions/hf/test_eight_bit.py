@@ -12,6 +12,7 @@ import pytest
 from conversions.hf import Checkpoint, load_weights, read_config
 from conversions.hf.eight_bit import read_eight_bit
 from conversions.safetensors_writer import write_safetensors
+from fastjax.api import inspect_folder
 from fastjax.config import QuantConfig
 from fastjax.errors import CheckpointMismatch, ModelError
 from kernels.int8 import Int8Array, dequantize
@@ -68,6 +69,8 @@ def test_values_are_code_times_scale(
     expected = expected / 127 if pack is int8 else expected
     actual = np.asarray(weights["layers.0.self_attn.q_proj.weight"]).T
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    kind = "LLM.int8" if pack is int8 else "FP8, in blocks"
+    assert inspect_folder(folder).facts["8-bit"] == f"14 linears in {kind}"
     packed = load_weights(Checkpoint(folder), config, quant=QuantConfig())
     assert isinstance(packed["layers.0.self_attn.q_proj.weight"], NF4Array)
 

@@ -53,6 +53,7 @@ def test_gguf_files_whole_and_cut(fixtures: Path, tmp_path: Path) -> None:
     assert found.facts == inspect_folder(path).facts
     assert found.facts["GGUF"] == "model.gguf: llama model for llama.cpp"
     assert found.facts["sizes"] == "2 layers of 64"
+    assert found.facts["context"] == "256 tokens, RoPE llama3"
     lora = inspect_folder(fixtures / "peft_lora_default.gguf").facts
     assert lora["adapter"] == "rank 8, alpha 16.0"
     for end, reason in ((-40, "its tensors at"), (999, "within its header")):
