@@ -8,7 +8,7 @@ ORACLE := .venv-oracle
 KERNELS_CI := .venv-kernels-ci
 ORACLE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo test test-slow docs transcript check check-kernels test-gpu test-oracle setup clean
+.PHONY: demo test test-slow test-faults docs transcript check check-kernels test-gpu test-oracle setup clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,11 @@ test-slow: setup
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -q -m slow
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -q --hypothesis-profile thorough \
 	-k "random or any_bytes or any_rows or any_settings or any_file"
+
+# Every test that docs/faults.md names, but the slow ones.
+test-faults: setup
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -q -m "not slow" \
+	$$(grep -o '[a-z0-9_/]*\.py::[a-z0-9_]*' docs/faults.md | sort -u | sed 's|^|tests/|')
 
 docs: setup
 	$(RUN) -c "from fastjax.cli_help import settings_page as p; print(p(), end='')" \

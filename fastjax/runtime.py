@@ -6,6 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_CACHED_SECONDS = 0.2
+"""Of compilation: a start on a GPU has dozens of programs that take about as long."""
 _DETERMINISM = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
@@ -49,7 +51,7 @@ def configure(
     except OSError:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_SECONDS)
 
 
 def step_compiler_options(remat: Collection[str]) -> dict[str, str]:

@@ -4,8 +4,10 @@ The reference runs in float32 on the same device. Forward and gradients count.
 """
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,7 @@ class OpCheck:
       implementation: That was named.
       error: Largest relative error of a result or gradient, in the Frobenius norm.
       bound: What rounding may cause.
-      seconds: With compilation.
+      seconds: With compilation, beside the other checks.
     """
 
     op: str
@@ -113,25 +115,48 @@ def chosen_for_llama3_8b() -> dict[str, str]:
 
 
 def check_ops() -> Iterator[OpCheck]:
-    """Yields a check of each implementation that can run here, of each op."""
-    for op in _OPS:
-        operands = jax.jit(op.operands, static_argnums=0)(_TILE)
-        expected = _results(op, _in_float32(operands), "reference")
-        bound = tolerance(jnp.bfloat16, terms=op.terms) if op.terms else 0.0
-        for name in IMPLEMENTATIONS:
-            start = time.perf_counter()
-            try:
-                actual = _results(op, operands, name)
-            except (UnsupportedOp, UnknownImplementation):
-                continue
-            errors = map(relative_error, actual, expected)
-            yield OpCheck(
-                op=op.name,
-                implementation=name,
-                error=float(np.max(list(errors))),
-                bound=bound,
-                seconds=time.perf_counter() - start,
-            )
+    """Yields a check of each implementation that can run here, of each op.
+
+    They are compiled side by side, which is what takes the time.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # What checks wait for comes first, so that none can block it.
+        expected = {op.name: pool.submit(_expected, op) for op in _OPS}
+        checks = [
+            pool.submit(_check, op, name, expected[op.name])
+            for op in _OPS
+            for name in IMPLEMENTATIONS
+        ]
+        for check in checks:
+            if (found := check.result()) is not None:
+                yield found
+
+
+def _expected(op: _Op) -> tuple[tuple[Any, ...], list[jax.Array]]:
+    """Returns the operands of an op on the tile, and the reference's results."""
+    operands = jax.jit(op.operands, static_argnums=0)(_TILE)
+    return operands, _results(op, jax.jit(_in_float32)(operands), "reference")
+
+
+def _check(
+    op: _Op, name: str, prepared: Future[tuple[tuple[Any, ...], list[jax.Array]]]
+) -> OpCheck | None:
+    """Returns the check of one implementation; None if it cannot run here."""
+    operands, expected = prepared.result()
+    start = time.perf_counter()
+    try:
+        actual = _results(op, operands, name)
+    except (UnsupportedOp, UnknownImplementation):
+        return None
+    # On the host: on a GPU each shape would be a few programs more to compile.
+    errors = map(relative_error, map(np.asarray, actual), map(np.asarray, expected))
+    return OpCheck(
+        op=op.name,
+        implementation=name,
+        error=float(np.max(list(errors))),
+        bound=tolerance(jnp.bfloat16, terms=op.terms) if op.terms else 0.0,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _results(op: _Op, operands: tuple[Any, ...], name: str) -> list[jax.Array]:

@@ -28,6 +28,8 @@ def run(call: Call) -> None:
     args = parsed(DoctorArgs, call)
     from fastjax.api.doctor import diagnose
 
+    if sys.stderr.isatty():
+        sys.stderr.write("checking each op; the first time, its kernels are compiled\n")
     found = diagnose()
     if args.json:
         sys.stdout.write(json.dumps(found.as_json()) + "\n")
