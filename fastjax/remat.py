@@ -13,10 +13,10 @@ and 8 key heads of 128):
 `x @ lora_a`, 2 R bytes a token and linear, is kept by the first two as well. No
 policy ever keeps a dequantised weight: the matmul's own VJP keeps the packed one.
 
-"offload" also holds the residual after the attention in host memory, and, where the
-implementation names them (all but "cudnn"), the attention's output and statistics:
-25 KB a token and layer. cuDNN's attention has no names for what it saves and is
-computed again.
+"offload" also holds the residual after the attention in host memory, kept by the layer
+after (`fastjax.nn.feed_forward.hand_back`), and, where the implementation names them
+(all but "cudnn"), the attention's output and statistics: 25 KB a token and layer.
+cuDNN's attention has no names for what it saves and is computed again.
 """
 
 import collections
@@ -36,12 +36,13 @@ LAYER_INPUT = "layer_input"
 QUERY, KEY, VALUE = "query", "key", "value"
 QUERY_RAW, KEY_RAW = "query_raw", "key_raw"
 ATTENTION_RESIDUAL = "attention_residual"
+HANDED = "handed"
 GATE, UP = "gate", "up"
 
 _MLP_NAMES = (ATTENTION_RESIDUAL, GATE, UP, *LORA_RESIDUALS)
 _PROJECTION_NAMES = (QUERY, KEY, VALUE, QUERY_RAW, KEY_RAW)
 _ATTENTION_NAMES = (*_PROJECTION_NAMES, *ATTENTION_RESIDUALS)
-_OFFLOADED_NAMES = (LAYER_INPUT, ATTENTION_RESIDUAL, *ATTENTION_RESIDUALS)
+_OFFLOADED_NAMES = (LAYER_INPUT, HANDED, *ATTENTION_RESIDUALS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from fastjax import remat
 from fastjax.nn.attention import Attention, TokenContext
+from fastjax.nn.feed_forward import (
+    FeedForward,
+    hand_back,
+    handed_feed_forward,
+    remade_feed_forward,
+)
 from fastjax.nn.kv_cache import LayerCache
 from fastjax.nn.mlp import GatedMLP
 from fastjax.nn.norm import RMSNorm
@@ -51,16 +57,64 @@ class Block(nnx.Module):
         window: int | Int[Array, ""] | None = None,
         dropout_key: PRNGKeyArray | None = None,
         cache: LayerCache | None = None,
+        remakes_mlp: bool = False,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Returns the hidden states after this layer, and its cache if it had one."""
+        """Returns the hidden states after this layer, and its cache if it had one.
+
+        Args:
+          x: Hidden states before it.
+          context: What every layer knows of the tokens.
+          window: How many tokens back a token sees, itself included; None: all.
+          dropout_key: Of the adapters' dropout; None drops nothing.
+          cache: Earlier keys and values.
+          remakes_mlp: The backward pass finds nothing of the feed-forward half.
+        """
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x, half, cache = self._attended(x, context, window, keys[0], cache)
+        if remakes_mlp:
+            return remade_feed_forward(half, x, keys[1]), cache
+        return half(x, keys[1]), cache
+
+    def handing(
+        self,
+        x: Float[Array, "B T D"],
+        handed: Float[Array, "B T D"],
+        context: TokenContext,
+        *,
+        window: int | Int[Array, ""] | None,
+        dropout_key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """Returns the hidden states after this layer, and what the next keeps for it.
+
+        Args:
+          x: Hidden states before it.
+          handed: What this layer keeps for the one before it.
+          context: What every layer knows of the tokens.
+          window: How many tokens back a token sees, itself included; None: all.
+          dropout_key: Of the adapters' dropout; None drops nothing.
+        """
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x = hand_back(x, checkpoint_name(handed, remat.HANDED))
+        x, half, _ = self._attended(x, context, window, keys[0], None)
+        return handed_feed_forward(half, x, keys[1])
+
+    def _attended(
+        self,
+        x: Float[Array, "B T D"],
+        context: TokenContext,
+        window: int | Int[Array, ""] | None,
+        dropout_key: PRNGKeyArray | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], FeedForward, LayerCache | None]:
+        """Returns the hidden states after attention, what follows, and the cache."""
         x = checkpoint_name(x, remat.LAYER_INPUT)
-        normed, x = _forked(x, self.input_layernorm)
+        before = self.input_layernorm
+        normed, x = (x, x) if before is None else before.and_input(x)
         mixed, cache = self.self_attn(
             normed,
             context,
             window=window,
-            dropout_key=keys[0],
+            dropout_key=dropout_key,
             cache=cache,
         )
         before_mlp = self.post_attention_layernorm
@@ -70,18 +124,9 @@ class Block(nnx.Module):
         # The name must sit on the array that the norm's VJP keeps, or the backward
         # pass would recompute the attention to get it.
         x = checkpoint_name(x + self._scaled(mixed), remat.ATTENTION_RESIDUAL)
-        normed, x = _forked(x, before_mlp)
-        update = self.mlp(normed, dropout_key=keys[1])
-        if self.post_feedforward_layernorm is not None:
-            update = self.post_feedforward_layernorm(update)
-        return x + self._scaled(update), cache
+        last = self.post_feedforward_layernorm
+        half = FeedForward(before_mlp, self.mlp, last, self.residual_scale)
+        return x, half, cache
 
     def _scaled(self, update: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return update if self.residual_scale == 1.0 else update * self.residual_scale
-
-
-def _forked(
-    x: Float[Array, "B T D"], norm: RMSNorm | None
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """Returns what the next part reads, and what its update is added to."""
-    return (x, x) if norm is None else norm.and_input(x)

@@ -10,9 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from fastjax.config import RematPolicy
 from fastjax.nn.attention import TokenContext
 from fastjax.nn.block import Block
 from fastjax.nn.embedding import Embedding
+from fastjax.nn.feed_forward import hand_back
 from fastjax.nn.kv_cache import (
     KVCache,
     LayerCache,
@@ -80,34 +82,38 @@ class Segment(nnx.Module):
         frozen = (frozen, *self._places())
         inputs = (trained, keys)
 
-        def layer(index: Any, hidden: Array, own: Any, stacks: Any) -> Array:
+        def layer(
+            policy: RematPolicy | None,
+            index: Any,
+            hidden: Any,
+            own: Any,
+            stacks: Any,
+        ) -> Any:
             trained, key = own
             # Picked here, since a stack that is cut before the scan would be copied.
-            held, window, rope = jax.tree.map(
-                functools.partial(_layer_of, index), stacks
-            )
-            return nnx.merge(graphdef, trained, held)(
+            pick = _summed_layer_of if policy == "offload" else _layer_of
+            held, window, rope = jax.tree.map(functools.partial(pick, index), stacks)
+            block = nnx.merge(graphdef, trained, held)
+            own_context = context.with_rope(self.rope if rope is None else rope)
+            window = self.window if window is None else window
+            if policy == "offload":
+                x, handed = hidden
+                return block.handing(
+                    x, handed, own_context, window=window, dropout_key=key
+                )
+            return block(
                 hidden,
-                context.with_rope(self.rope if rope is None else rope),
-                window=self.window if window is None else window,
+                own_context,
+                window=window,
                 dropout_key=key,
+                remakes_mlp=policy == "layer",
             )[0]
 
         if remat is None:
-            return _scanned(layer, x, inputs, frozen, range(self.num_layers))
-        for run, policy in remat.groups(
-            range(first_layer, first_layer + self.num_layers)
-        ):
-            own = range(run.start - first_layer, run.stop - first_layer)
-            if remat.writes_out(policy):
-                # One function for all, so that it is traced and lowered once.
-                kept = jax.jit(rematerialised(layer, policy, is_scanned=False))
-                for index in own:
-                    part = jax.tree.map(lambda leaf, i=index: leaf[i], inputs)
-                    x = kept(jnp.int32(index), x, part, frozen)
-            else:
-                x = _scanned(rematerialised(layer, policy), x, inputs, frozen, own)
-        return x
+            kept = functools.partial(layer, None)
+            return _scanned(kept, x, inputs, frozen, range(self.num_layers))
+        layers = range(first_layer, first_layer + self.num_layers)
+        return _planned(layer, x, inputs, frozen, remat, layers)
 
     def decode(
         self,
@@ -278,16 +284,53 @@ def _scaled(x: Float[Array, "*B D"], scale: float) -> Float[Array, "*B D"]:
     return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
 
-def _scanned(
-    layer: Callable[[Any, Array, Any, Any], Array],
+def _planned(
+    layer: Callable[..., Any],
     x: Array,
     inputs: Any,
     stacks: Any,
+    remat: RematPlan,
     layers: range,
 ) -> Array:
+    """Returns `x` after the layers of a segment, each under its policy.
+
+    Args:
+      layer: Takes its policy, then what `_scanned` gives it.
+      x: Hidden states before them.
+      inputs: What of the layers trains, stacked.
+      stacks: All else of them.
+      remat: Of the whole decoder.
+      layers: Places in the decoder.
+    """
+    for run, policy in remat.groups(layers):
+        own = range(run.start - layers.start, run.stop - layers.start)
+        body = functools.partial(layer, policy)
+        if remat.writes_out(policy):
+            # One function for all, so that it is traced and lowered once.
+            kept = jax.jit(rematerialised(body, policy, is_scanned=False))
+            for index in own:
+                part = jax.tree.map(lambda leaf, i=index: leaf[i], inputs)
+                x = kept(jnp.int32(index), x, part, stacks)
+            continue
+        kept = rematerialised(body, policy)
+        if policy == "offload":
+            start = (x, jnp.zeros_like(x))
+            x = hand_back(*_scanned(kept, start, inputs, stacks, own))
+        else:
+            x = _scanned(kept, x, inputs, stacks, own)
+    return x
+
+
+def _scanned(
+    layer: Callable[[Any, Any, Any, Any], Any],
+    x: Any,
+    inputs: Any,
+    stacks: Any,
+    layers: range,
+) -> Any:
     """Returns `x` after consecutive layers, each with its part of the inputs."""
 
-    def body(hidden: Array, item: tuple[Array, Any]) -> tuple[Array, None]:
+    def body(hidden: Any, item: tuple[Array, Any]) -> tuple[Any, None]:
         index, own = item
         return layer(index, hidden, own, stacks), None
 
@@ -304,3 +347,15 @@ def _layer_of(index: Any, stack: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(
         stack, index, keepdims=False, allow_negative_indices=False
     )
+
+
+def _summed_layer_of(index: Any, stack: Array) -> Array:
+    """Does as `_layer_of`, and picks a number a layer by a sum.
+
+    XLA would copy it on the stream that takes activations to the host, and the layer
+    would wait for these.
+    """
+    if stack.ndim > 1:
+        return _layer_of(index, stack)
+    is_own = jnp.arange(stack.shape[0]) == index
+    return jnp.sum(jnp.where(is_own, stack, jnp.zeros_like(stack)), dtype=stack.dtype)
