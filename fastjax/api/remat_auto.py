@@ -2,6 +2,8 @@
 
 import contextvars
 import dataclasses
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +34,6 @@ _MARGIN = 0.995
 """Share of the limit that the compiler may plan with; the allocator needs the rest."""
 _SURELY = 0.85
 """Share of the limit that the formula may come to if a step is to fit surely."""
-_ATTEMPTS = 3
 _GIB = 2**30
 
 
@@ -86,24 +87,26 @@ def _automatic(
         costs = _counted(planner)
     resident = model.weights + model.trained + model.optimizer
     resident += model.gradients if shape.accumulation > 1 else 0
-    planned = _MARGIN * limit_bytes
-    for _ in range(_ATTEMPTS):
-        choice = fastest(
-            costs,
-            num_layers=spec.config.num_hidden_layers,
-            limit_bytes=planned - resident,
-            is_unrolled=is_unrolled,
-        )
-        if choice is None:
-            break
+    most = room = _MARGIN * limit_bytes - resident
+    find = functools.partial(
+        fastest, num_layers=spec.config.num_hidden_layers, is_unrolled=is_unrolled
+    )
+    leanest: RematPolicy = next(policy for policy in _POLICIES if policy in costs)
+    for is_last in (False, False, True):
+        choice = None if is_last else find(costs, limit_bytes=room)
+        # A step of several policies may take more than their sum, one of one does not.
+        choice = choice or find({leanest: costs[leanest]}, limit_bytes=math.inf)
+        assert choice is not None
         memory = compiled_memory(planner, choice.remat, documents=documents)
-        need = memory.total_bytes if memory else choice.bytes + resident
-        if need <= _MARGIN * limit_bytes:
+        need = memory.total_bytes - resident if memory else choice.bytes
+        if need <= most:
             seconds = choice.seconds if is_timed else None
-            choice = dataclasses.replace(choice, bytes=need, seconds=seconds)
+            choice = dataclasses.replace(choice, bytes=need + resident, seconds=seconds)
             note(f"remat auto: {described(choice, shape)}")
             return choice
-        planned -= need - _MARGIN * limit_bytes
+        if set(choice.remat.policies) == {leanest}:
+            break
+        room -= need - most
     raise OutOfMemory(
         f"no remat plan fits within {limit_bytes / _GIB:.2f} GiB",
         where=f"{shape.rows} rows of {shape.tokens:,} tokens",
