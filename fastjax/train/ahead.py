@@ -1,0 +1,93 @@
+"""The training step, compiled on shapes while the weights are still being read."""
+
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from fastjax import runtime
+from fastjax.train.batches import put_batch
+from fastjax.train.compiled import CompiledSteps
+from fastjax.train.job import Job
+from fastjax.train.optimizer import make_optimizer
+from fastjax.train.progress import COMPILING
+from fastjax.train.start import first_state
+from fastjax.train.step import make_train_step
+
+
+def steps_of(job: Job, note: Callable[[str], None]) -> CompiledSteps:
+    """Returns the steps of a job, not compiled yet.
+
+    Args:
+      job: With weights or their shapes.
+      note: Is told when one is about to be compiled.
+    """
+    return CompiledSteps(
+        make_train_step(
+            job.loss_function(job.train_loader, job.remat),
+            make_optimizer(job.config.optimizer, job.total_steps),
+            seed=job.config.seed,
+            has_dropout=job.config.has_dropout,
+            dtype=job.config.dtype,
+        ),
+        job.frozen,
+        before_compile=lambda: note(COMPILING),
+        compiler_options=runtime.step_compiler_options(
+            job.remat.policies if job.remat else ()
+        ),
+    )
+
+
+class StepsAhead:
+    """A thread that compiles the first step of a job of shapes."""
+
+    def __init__(self, job: Job, note: Callable[[str], None]) -> None:
+        """Starts it.
+
+        Args:
+          job: With shapes in the place of weights.
+          note: Is told when the compilation begins.
+        """
+        self._job = job
+        pool = ThreadPoolExecutor(1, thread_name_prefix="compile-ahead")
+        run = contextvars.copy_context().run
+        self._compiled = pool.submit(run, self._compile, note)
+        pool.shutdown(wait=False)
+
+    def steps(self, job: Job) -> CompiledSteps | None:
+        """Returns the steps for a job with weights; None if it is another one.
+
+        Raises:
+          OutOfMemory: The compiler says that the step does not fit.
+        """
+        if _described(job) != _described(self._job):
+            return None
+        steps: CompiledSteps = self._compiled.result()
+        steps.frozen = job.frozen
+        return steps
+
+    def _compile(self, note: Callable[[str], None]) -> CompiledSteps:
+        job = self._job
+        steps = steps_of(job, note)
+        state = jax.eval_shape(functools.partial(first_state, job), job.trainable)
+        steps.compile(state, put_batch(job.train_loader, 0))
+        return steps
+
+
+def _described(job: Job) -> tuple[Any, ...]:
+    """Returns what a compiled step depends on."""
+    weights = (job.trainable, job.frozen)
+    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(weights)]
+    return (
+        dataclasses.replace(job.config, output_dir=None),
+        job.graphdef,
+        jax.tree.structure(weights),
+        shapes,
+        job.remat,
+        job.train_loader,
+        job.head_is_trainable,
+    )
