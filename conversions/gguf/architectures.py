@@ -152,7 +152,7 @@ def architecture_of(config: TransformerConfig) -> Architecture:
         raise ModelError(
             f"rope_type={config.rope.kind} is not written as GGUF for {config.family}",
             fix=f"these are: {', '.join(found.ropes)}; for others write a merged "
-            "folder and use llama.cpp's own converter",
+            "folder and use transformers or vLLM",
         )
     return found
 

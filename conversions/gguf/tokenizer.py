@@ -45,6 +45,12 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
       ModelError: tokenizer.json is missing or broken.
     """
     path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(
+            "a GGUF file holds the tokenizer, and the folder has no tokenizer.json",
+            where=str(folder),
+            fix="copy tokenizer.json and tokenizer_config.json of the model there",
+        )
     values = read_json_object(path, limit_bytes=MAX_TOKENIZER_BYTES)
     config = folder / "tokenizer_config.json"
     settings: dict[str, Any] = {}
