@@ -35,13 +35,21 @@ def note_context(
 
 
 def require_context(sizes: TransformerConfig, data: TrainingData) -> None:
-    """Raises `ConfigError` where a document is longer than the model's context."""
+    """Raises what `context_fault` returns."""
+    fault = context_fault(sizes, data)
+    if fault is not None:
+        raise fault
+
+
+def context_fault(sizes: TransformerConfig, data: TrainingData) -> ConfigError | None:
+    """Returns what is wrong where a document is longer than the model's context."""
     lengths = [part.lengths.max() for part in (data.train, data.evaluation) if part]
     longest, context = int(max(lengths, default=0)), sizes.context_tokens
-    if longest > context:
-        raise ConfigError(
-            f"a document has {longest:,} tokens, the model's context is {context:,}",
-            fix="set rope_scaling to linear, dynamic or yarn, which stretch the "
-            f"context to max_length, or max_length to {context}",
-            code="FJ-CONFIG-CONTEXT",
-        )
+    if longest <= context:
+        return None
+    return ConfigError(
+        f"a document has {longest:,} tokens, the model's context is {context:,}",
+        fix="set rope_scaling to linear, dynamic or yarn, which stretch the "
+        f"context to max_length, or max_length to {context}",
+        code="FJ-CONFIG-CONTEXT",
+    )

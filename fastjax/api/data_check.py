@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fastjax.api.context import context_fault
 from fastjax.api.loaders import data_loader
 from fastjax.api.loading import load_text_side
 from fastjax.config import TrainConfig
@@ -134,7 +135,13 @@ def check_data(config: TrainConfig) -> DataCheck:
     tokenizer, sizes = load_text_side(config)
     seed = config.seed if config.data_seed is None else config.data_seed
     data = load_data(config.data, tokenizer, seed=seed, vocab_size=sizes.vocab_size)
-    return data_check(config, data, tokenizer)
+    found = data_check(config, data, tokenizer)
+    fault = context_fault(sizes, data)
+    if fault is None:
+        return found
+    return dataclasses.replace(
+        found, notes=(*found.notes, f"{fault.what}; {fault.fix}")
+    )
 
 
 def data_check(config: TrainConfig, data: TrainingData, tokenizer: Any) -> DataCheck:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from conversions.hf import read_config
 from fastjax import runtime
-from fastjax.api.context import note_context
+from fastjax.api.context import note_context, require_context
 from fastjax.api.finding import find_model
 from fastjax.api.loaders import data_seed, in_steps, train_loader
 from fastjax.api.loading import load_text_side
@@ -171,6 +171,7 @@ def _loader(config: TrainConfig) -> Loader:
     data = load_data(
         config.data, tokenizer, seed=data_seed(config), vocab_size=sizes.vocab_size
     )
+    require_context(sizes, data)
     return train_loader(config, data)
 
 

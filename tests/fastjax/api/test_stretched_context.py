@@ -11,9 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from conversions.gguf.architectures import model_metadata
 from conversions.hf import read_config
-from fastjax.api import FastLanguageModel, load_model, run_export
+from fastjax.api import FastLanguageModel, load_model, plan_run, run_export
 from fastjax.api.combination import combine_adapters
 from fastjax.api.context import note_context
+from fastjax.api.data_check import check_data
 from fastjax.api.loading import load_text_side
 from fastjax.api.training import run_training
 from fastjax.config import DataConfig, QuantConfig, RopeScaling, TrainConfig
@@ -119,6 +120,9 @@ def test_longer_documents_need_the_flag(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the model's context is 256") as caught:
         run_training(config)
     assert "set rope_scaling to linear, dynamic or yarn" in str(caught.value.fix)
+    assert caught.value.what in check_data(config).notes[-1]
+    with pytest.raises(ConfigError, match="the model's context is 256"):
+        plan_run(config)
     config = dataclasses.replace(config, rope_scaling="linear")
     tokenizer, sizes = load_text_side(config)
     data = load_data(config.data, tokenizer, seed=0, vocab_size=sizes.vocab_size)
