@@ -92,8 +92,9 @@ def choice_case(
     has_softcap: bool,
 ) -> Case:
     """Returns what the default implementation depends on, as in the tuned tables."""
-    kinds = {"softcap": has_softcap, "packed": is_packed, "window": has_window}
-    rows = next((kind for kind, is_one in kinds.items() if is_one), "whole")
+    rows = "packed" if is_packed else "window" if has_window else "whole"
+    if has_softcap:
+        rows = "packed softcap" if is_packed else "softcap"
     return {"rows": rows, "head_size": head_size, "tokens": tokens}
 
 
@@ -102,6 +103,7 @@ _SEEN_ON_GPU = {
     "packed": (128,),
     "window": (128,),
     "softcap": (128, 256),
+    "packed softcap": (),
 }
 """Head sizes that the Hopper kernels were timed and checked with on a GPU, by case."""
 

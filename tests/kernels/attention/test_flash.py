@@ -167,12 +167,18 @@ def test_layers_of_a_scan_may_differ_in_their_window():
 
 
 @pytest.mark.parametrize(
-    ("head_size", "softcap", "default"),
-    [(128, None, "mosaic_gpu"), (64, None, "xla"), (256, 30.0, "mosaic_gpu")],
+    ("head_size", "is_packed", "softcap", "default"),
+    [
+        (128, True, None, "mosaic_gpu"),
+        (64, True, None, "xla"),
+        (256, True, 30.0, "xla"),
+        (256, False, 30.0, "mosaic_gpu"),
+        (64, False, 30.0, "xla"),
+    ],
 )
-def test_the_default_for_packed_rows_on_hopper(head_size, softcap, default):
+def test_the_default_on_hopper(head_size, is_packed, softcap, default):
     q = jax.ShapeDtypeStruct((1, 128, 2, head_size), jnp.bfloat16)
-    ids = jnp.ones((1, 128), jnp.int32)
+    ids = jnp.ones((1, 128), jnp.int32) if is_packed else None
 
     def op(*arrays):
         return attention(*arrays, segment_ids=ids, softcap=softcap)
