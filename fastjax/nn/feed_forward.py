@@ -1,6 +1,7 @@
 """The feed-forward half of a layer, and a gradient that keeps nothing but its input."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -156,17 +157,24 @@ def _key_of(dropout_key: Any, chunk: Array) -> Any:
 
 def _by_chunks(turn: Any, carry: Any, arrays: tuple[Array, ...]) -> tuple[Any, Array]:
     """Returns the last carry, and the results of all chunks of tokens as one array."""
-    rows, tokens, _ = arrays[0].shape
-    chunks = chunks_of(rows * tokens)
-    if chunks == 1:
+    *sizes, features = arrays[0].shape
+    tokens = math.prod(sizes)
+    chunk = chunk_tokens(tokens)
+    if chunk == tokens:
         return turn(carry, arrays)
-    parts = tuple(x.reshape(chunks, 1, rows * tokens // chunks, -1) for x in arrays)
+    missing = ((0, -tokens % chunk), (0, 0))
+    rows = (jnp.pad(x.reshape(tokens, features), missing) for x in arrays)
+    parts = tuple(row.reshape(-1, 1, chunk, features) for row in rows)
     carry, results = jax.lax.scan(turn, carry, parts)
-    return carry, results.reshape(arrays[0].shape)
+    return carry, results.reshape(-1, features)[:tokens].reshape(arrays[0].shape)
 
 
-def chunks_of(tokens: int) -> int:
-    """Returns into how many chunks so many tokens are cut, each of whole tiles."""
-    least = -(-tokens // CHUNK_TOKENS)
-    fitting = (n for n in range(least, 2 * least) if tokens % (n * _TILE_TOKENS) == 0)
-    return next(fitting, 1)
+def chunk_tokens(tokens: int) -> int:
+    """Returns the size of the chunks that so many tokens are cut into, equal ones.
+
+    The last one is filled up with zeros, so that each consists of whole tiles.
+    """
+    count = -(-tokens // CHUNK_TOKENS)
+    if count == 1:
+        return tokens
+    return -(-tokens // (count * _TILE_TOKENS)) * _TILE_TOKENS

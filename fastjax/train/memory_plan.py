@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from fastjax.config import OptimizerConfig, RematPolicy
 from fastjax.models.build import DecoderSpec, abstract_decoder, layer_linears
-from fastjax.nn.feed_forward import chunks_of
+from fastjax.nn.feed_forward import chunk_tokens
 from fastjax.nn.variables import abstract
 from fastjax.remat import RematPlan
 from fastjax.train.optimizer import make_optimizer
@@ -164,8 +164,9 @@ def _workspace(
     loss = logits + 2 * width * tokens * wide
     # Gate, up, their product and the cotangents of all; the first two may be saved, or
     # all are made for a chunk of tokens at a time.
-    chunk_tokens = tokens // chunks_of(tokens)
-    recomputed = 6 * chunk_tokens if set(remat.policies) & {"layer", "offload"} else 0
+    recomputed = (
+        6 * chunk_tokens(tokens) if set(remat.policies) & {"layer", "offload"} else 0
+    )
     kept = 4 * tokens if set(remat.policies) & {"none", "attention"} else 0
     rows = max(recomputed, kept) * inner + _RESIDUAL_ROWS * tokens * wide
     dense = 2 * width * inner * wide if spec.packed or spec.trains_weights else 0

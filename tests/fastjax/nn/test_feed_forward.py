@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -15,7 +14,7 @@ from fastjax.models.registry import preset
 from fastjax.nn import feed_forward
 from fastjax.nn.feed_forward import (
     FeedForward,
-    chunks_of,
+    chunk_tokens,
     hand_back,
     handed_feed_forward,
     remade_feed_forward,
@@ -43,7 +42,7 @@ def test_chunks_change_neither_result_nor_gradients(
 ) -> None:
     monkeypatch.setattr(feed_forward, "CHUNK_TOKENS", 64)
     half, features = _half(has_last_norm=has_last_norm)
-    x = jax.random.normal(jax.random.key(1), (2, 96, features))
+    x = jax.random.normal(jax.random.key(1), (2, 89, features))
     graphdef, trained, frozen = nnx.split(tuple(half[:3]), nnx.Param, ...)
 
     def loss(make: Any, trained: Any, x: jax.Array) -> jax.Array:
@@ -65,9 +64,13 @@ def test_chunks_change_neither_result_nor_gradients(
             assert relative_error(one, other) < 1e-5
 
 
-def test_chunks_are_of_whole_tiles() -> None:
+def test_chunks_are_equal_and_of_whole_tiles() -> None:
     most = feed_forward.CHUNK_TOKENS
-    counts = [64, most, most + 64 * 2, 4 * most, most + 1]
-    chunks = [chunks_of(count) for count in counts]
-    assert chunks == [1, 1, 2, 4, 1]
-    np.testing.assert_array_equal(np.asarray(counts) % chunks, 0)
+    counts = [5, most, most + 1, 4 * most, 342_016]
+    assert [chunk_tokens(count) for count in counts] == [
+        5,
+        most,
+        most // 2 + 64,
+        most,
+        8_192,
+    ]
