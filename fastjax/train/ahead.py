@@ -2,7 +2,6 @@
 
 import contextvars
 import dataclasses
-import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +14,7 @@ from fastjax.train.compiled import CompiledSteps
 from fastjax.train.job import Job
 from fastjax.train.optimizer import make_optimizer
 from fastjax.train.progress import COMPILING
-from fastjax.train.start import first_state
+from fastjax.train.start import shapes
 from fastjax.train.step import make_train_step
 
 
@@ -73,8 +72,7 @@ class StepsAhead:
     def _compile(self, note: Callable[[str], None]) -> CompiledSteps:
         job = self._job
         steps = steps_of(job, note)
-        state = jax.eval_shape(functools.partial(first_state, job), job.trainable)
-        steps.compile(state, put_batch(job.train_loader, 0))
+        steps.compile(shapes(job), put_batch(job.train_loader, 0))
         return steps
 
 

@@ -167,36 +167,32 @@ def require_fitting(folder: Path, like: TrainState, record: Mapping[str, Any]) -
 
 
 def read_state(folder: Path, like: TrainState, record: Mapping[str, Any]) -> TrainState:
-    """Returns the saved state, bit for bit, in the structure and places of `like`.
+    """Returns the saved state, bit for bit, in the structure of `like`.
+
+    Its arrays come by way of the host, so that the device never holds two of one. They
+    are on the default device and committed to none, as those of a fresh run: a step of
+    committed arrays is another program, which would be compiled again.
 
     Args:
       folder: A verified checkpoint.
-      like: Arrays, or their shapes, dtypes and shardings, which need no memory.
+      like: Arrays, or their shapes and dtypes, which need no memory.
       record: From `read_record`.
 
     Raises:
       CheckpointMismatch: Names, shapes or dtypes differ from those of `like`.
     """
     require_fitting(folder, like, record)
-    abstract = {name: described(leaf) for name, leaf in named_arrays(like).items()}
+    wanted = named_arrays(like)
+    on_host = ocp.RestoreArgs(restore_type=np.ndarray)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         arrays = checkpointer.restore(
             (folder / "state").absolute(),
             args=ocp.args.PyTreeRestore(
-                item=abstract,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                item=wanted, restore_args=dict.fromkeys(wanted, on_host)
             ),
         )
-    leaves = [_uncommitted(arrays[name]) for name in abstract]
+    leaves = [jnp.array(arrays.pop(name)) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def _uncommitted(array: jax.Array) -> jax.Array:
-    """Returns a copy that no device holds on to, as the arrays of a fresh run.
-
-    A step of committed arrays is another program, which would be compiled again.
-    """
-    return jnp.array(np.asarray(array))
 
 
 def named_arrays(tree: PyTree) -> dict[str, Any]:
@@ -206,14 +202,6 @@ def named_arrays(tree: PyTree) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in leaves
     }
-
-
-def described(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns shape, dtype and place of an array; the first device if it has none."""
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:

@@ -217,7 +217,11 @@ class _Loop:
             return
         self.progress.note(f"the best weights are those of {folder.name}")
         saved = checkpoint.read_record(folder)
-        self.state = checkpoint.read_state(folder, self.state, saved)
+        like = jax.eval_shape(lambda: self.state)
+        checkpoint.require_fitting(folder, like, saved)
+        # Else the device would hold the state twice.
+        jax.tree.map(lambda leaf: leaf.delete(), self.state)
+        self.state = checkpoint.read_state(folder, like, saved)
 
     def _launch(self, batch: DeviceBatch) -> DeviceBatch | None:
         """Starts a step and returns the batch of the next one, on its way."""

@@ -1,7 +1,6 @@
 """Where a run begins: its first state, or the one of a checkpoint of this very run."""
 
 import contextlib
-import dataclasses
 import functools
 from typing import Any
 
@@ -46,16 +45,14 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def shapes(job: Job) -> TrainState:
-    """Returns what a checkpoint must hold: shapes, dtypes and places."""
-    abstract = jax.eval_shape(functools.partial(first_state, job), job.trainable)
-    places = jax.tree.map(checkpoint.described, job.trainable)
-    return dataclasses.replace(abstract, trainable=places)
+    """Returns what a checkpoint must hold: shapes and dtypes."""
+    return jax.eval_shape(functools.partial(_first_state, job), job.trainable)
 
 
 def start_state(job: Job, found: resume.Found | None, note: resume.Note) -> TrainState:
     """Returns the state to go on from; weights of a checkpoint replace the job's."""
     if found is None:
-        return first_state(job, job.trainable)
+        return _first_state(job, job.trainable)
     like = shapes(job)
     # Else full fine-tuning would hold its weights twice.
     jax.tree.map(lambda leaf: leaf.delete(), job.trainable)
@@ -76,7 +73,7 @@ def hand_back(job: Job, trainable: PyTree, newest: str, note: resume.Note) -> No
         note(_LOST.format(newest))
 
 
-def first_state(job: Job, trainable: PyTree) -> TrainState:
+def _first_state(job: Job, trainable: PyTree) -> TrainState:
     """Returns the state at step 0."""
     optimizer = make_optimizer(job.config.optimizer, job.total_steps)
     return init_state(trainable, optimizer, job.config.dtype)

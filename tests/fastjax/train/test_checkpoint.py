@@ -75,6 +75,22 @@ def test_state_comes_back_bit_for_bit(tiny: SimpleNamespace, out: Path) -> None:
         np.testing.assert_array_equal(actual, expected)
 
 
+def test_a_state_that_is_read_is_on_the_device_once(
+    tiny: SimpleNamespace, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    like = jax.eval_shape(lambda: make_state(tiny))
+    record = checkpoint.read_record(out / checkpoint.name_of(4))
+    before, make, arrays = jax.live_arrays(), jnp.array, []
+
+    def counting(*args, **kwargs):
+        arrays.append(len(jax.live_arrays()) - len(before))
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(jnp, "array", counting)
+    state = checkpoint.read_state(out / checkpoint.name_of(4), like, record)
+    assert arrays == list(range(len(jax.tree.leaves(state))))
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

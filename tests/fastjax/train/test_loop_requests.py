@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -14,6 +15,7 @@ from fastjax import files
 from fastjax.errors import Interrupted, StorageError
 from fastjax.train import checkpoint, control_files
 from fastjax.train.faults import VARIABLE
+from fastjax.train.state import TrainState
 
 
 def lines(output_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -67,8 +69,21 @@ def test_files_ask_to_save_and_to_stop(
 
 
 def test_the_best_weights_are_the_result_and_patience_ends_the_run(
-    tiny: SimpleNamespace, tmp_path: Path, console: Console
+    tiny: SimpleNamespace,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    save, read, states = checkpoint.save, checkpoint.read_state, []
+
+    def saving(folder: Path, state: TrainState, *args: Any, **kwargs: Any) -> Path:
+        states.append(state)
+        return save(folder, state, *args, **kwargs)
+
+    def reading(*args: Any) -> TrainState:
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states.pop()))
+        return read(*args)
+
     options = {
         "eval_steps": 1,
         "save_steps": 3,
@@ -79,7 +94,10 @@ def test_the_best_weights_are_the_result_and_patience_ends_the_run(
         "load_best_model_at_end": True,
         "eval_on_start": True,
     }
-    result = tiny.train(tmp_path, console=console, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", saving)
+        patch.setattr(checkpoint, "read_state", reading)
+        result = tiny.train(tmp_path, console=console, **options)
     losses = {r["step"]: r["eval_loss"] for r in lines(tmp_path) if "eval_loss" in r}
     best = min(losses, key=losses.__getitem__)
     assert min(losses) == 0
