@@ -11,8 +11,8 @@ class BadRows:
 
     Args:
       allowed: Rows that are tolerated.
-      lists_all: Reading goes on above the budget, so that `require_within_budget`
-        names all that are broken; False raises at the first one.
+      lists_all: Reading goes on above the budget for 10,000 rows, so that one error
+        names all that are broken among them; False raises at the first one.
 
     Attributes:
       count: Of refused rows.
@@ -23,6 +23,7 @@ class BadRows:
         self.allowed = allowed
         self.count = 0
         self.errors: list[DataError] = []
+        self._looked_at = 0
         self._lists_all = lists_all
         self._sought = max(_MOST_SOUGHT, allowed) if lists_all else allowed
 
@@ -51,6 +52,17 @@ class BadRows:
         if self.count > self._sought:
             raise self._listed() if self._lists_all else error
 
+    def look_at_next(self) -> None:
+        """Counts a row that is read although the budget is spent.
+
+        Raises:
+          DataError: They are so many that no more broken ones are sought.
+        """
+        if self.is_spent:
+            self._looked_at += 1
+            if self._looked_at > _MOST_SOUGHT:
+                self.require_within_budget()
+
     def require_within_budget(self) -> None:
         """Raises the error that names the rows, if they are more than are allowed."""
         if self.is_spent:
@@ -60,11 +72,14 @@ class BadRows:
         allowed = f", and skip_bad_rows allows {self.allowed}" if self.allowed else ""
         ended = self.count > self._sought
         many = f"more than {self._sought:,}" if ended else f"{self.count:,}"
+        is_cut = self._looked_at > _MOST_SOUGHT and not ended
         lines = [f"{error.where}: {error.what}" for error in self.errors]
         if left := self.count - len(lines):
             lines.append("and others" if ended else f"and {left:,} more")
+        if is_cut:
+            lines.append(f"no more were sought after {_MOST_SOUGHT:,} further rows")
         return DataError(
-            f"{many} rows are broken{allowed}",
+            f"{'at least ' * is_cut}{many} rows are broken{allowed}",
             where="\n         ".join(lines),
             fix="correct them, or tolerate some with --skip_bad_rows N",
             code="FJ-DATA-ROW",

@@ -78,6 +78,7 @@ class ExampleReader:
           DataError: The format is unknown, or a row breaks it and `bad_rows` is spent.
         """
         for row in rows:
+            bad_rows.look_at_next()
             renamed = row._replace(columns=self._renamed(row))
             if self._is_first:
                 self._start(renamed)

@@ -14,6 +14,10 @@ from fastjax.errors import DataError, EnvironmentFault, printable
 _NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(\[(?P<split>[^\]]+)\])?"
 )
+_COPY = (
+    "or copy the files here from a machine with a network (hf download --repo-type "
+    "dataset NAME --local-dir FOLDER) and give --dataset_name FOLDER"
+)
 
 
 def is_hub_name(source: str) -> bool:
@@ -56,8 +60,18 @@ def hub_rows(name: str, *, split: str, streaming: bool = False) -> Iterable[obje
 
 def _read(rows: Iterable[object], name: str) -> Iterator[object]:
     """Yields the rows; a connection may end on the way."""
-    with _hub_faults(name):
-        yield from rows
+    count = 0
+    try:
+        for row in rows:
+            yield row
+            count += 1
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the rows end early: {printable(error, 300)}",
+            where=f"{printable(name)}, after row {count}",
+            fix=f"if the connection broke, run it again; {_COPY}",
+            code="FJ-DATA-HUB",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -75,9 +89,7 @@ def _hub_faults(name: str) -> Iterator[None]:
             f"the Hugging Face hub cannot be reached, and {printable(name)} is neither "
             "a file nor in the cache",
             where=where or printable(error, 300),
-            fix=f"{fix}; or copy the files here from a machine with a network (hf "
-            "download --repo-type dataset NAME --local-dir FOLDER) and give "
-            "--dataset_name FOLDER",
+            fix=f"{fix}; {_COPY}",
             code="FJ-DATA-HUB",
         ) from error
     except (OSError, ValueError) as error:

@@ -1,6 +1,7 @@
 """From a configuration to the documents of a run: training and evaluation."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -292,7 +293,7 @@ def _sources(config: DataConfig, given: Source | None) -> list[Source] | None:
 
 def named_sources(name: str) -> list[str]:
     """Returns the names between commas; a file may have commas in its own."""
-    if Path(name).expanduser().exists():
+    if os.path.exists(Path(name).expanduser()):
         return [name]
     return [part.strip() for part in name.split(",") if part.strip()]
 

@@ -1,16 +1,21 @@
 """Files, folders, formats: every fixture is accepted or refused by a written table."""
 
+import itertools
 import json
+import logging
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 
 from fastjax.config import DataFormat, choices
 from fastjax.data import ReadOptions, load_examples
+from fastjax.data.bad_rows import BadRows
 from fastjax.data.conversation import RowFault, conversation
 from fastjax.data.examples import Completion, Conversation, Text
 from fastjax.data.files import data_files, eval_files
+from fastjax.data.sources import ExampleStream
 from fastjax.errors import ConfigError, DataError
 
 ACCEPTED = {
@@ -184,6 +189,40 @@ def test_missing_files_show_their_neighbours(tmp_path):
 def test_an_offline_hub_is_a_data_error():
     with pytest.raises(DataError, match="hub cannot be reached"):
         load_examples("nobody-at-all/no-such-data-set")
+
+
+def test_a_connection_that_breaks_on_the_way_is_told_as_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    retries = logging.getLogger("huggingface_hub.utils._http")
+    before = retries.level
+
+    def rows():
+        yield {"text": "one"}
+        assert retries.level == before
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    with pytest.raises(DataError, match="the rows end early: reset by peer") as caught:
+        load_examples("owner/name")
+    assert caught.value.where == "owner/name, after row 1"
+
+
+@pytest.mark.parametrize(
+    ("broken", "what", "where"),
+    [
+        ({0}, "text must be a string", "row 1"),
+        ({0, 9}, "at least 2 rows", "10,000 fur"),
+    ],
+)
+def test_broken_rows_are_sought_for_a_while(
+    broken: set[int], what: str, where: str
+) -> None:
+    endless = ({"text": 5 if n in broken else "a"} for n in itertools.count())
+    stream = ExampleStream(endless, ReadOptions(), BadRows(lists_all=True))
+    with pytest.raises(DataError, match=what) as caught:
+        list(stream)
+    assert where in caught.value.where
 
 
 USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
