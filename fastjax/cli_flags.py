@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -105,7 +106,7 @@ def _no_flag(word: str, known: Iterable[str], help_hint: str) -> ConfigError:
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean --{near[0]}?" if near else ""
-    if not near and path.exists():
+    if not near and os.path.exists(word):
         is_settings = path.suffix in (".yaml", ".yml")
         owner = "config" if is_settings else "dataset_name"
         owner = "model" if path.is_dir() else owner

@@ -127,6 +127,7 @@ def test_the_command_that_goes_on(words: list[str], expected: str) -> None:
         ("train", ["--optim"], ["optim needs a value: one of adamw"]),
         ("generate", ["--model", "x"], ["FJ-CONFIG", "--prompt is missing"]),
         ("inspect", [], ["FJ-CONFIG", "--model is missing"]),
+        ("models", ["x" * 300], ["is no flag"]),
         ("models", ["tiny"], ["FJ-CONFIG", "'tiny' is no flag", "models --help"]),
         ("plan", ["modle", "x"], ["'modle' is no flag; did you mean --model?"]),
         ("plan", ["--modle", "x"], ["'model'", "fastjax plan --help"]),
