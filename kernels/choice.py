@@ -49,7 +49,7 @@ def table_name(device_kind: str) -> str:
 
 def write_rows(
     path: Path,
-    origin: Mapping[str, Any],
+    header: Mapping[str, Any],
     rows: Iterable[Mapping[str, Any]],
     *,
     name: str,
@@ -57,9 +57,11 @@ def write_rows(
 ) -> None:
     """Writes measured rows, one a line; those that are not measured again stay.
 
+    Whoever is stopped meanwhile leaves the file as it was.
+
     Args:
       path: The file.
-      origin: What was measured with what, at the last time.
+      header: What is the same for all rows.
       rows: Of plain values.
       name: What the file calls its rows.
       keys: Rows that agree in these are replaced; the first one sorts them.
@@ -74,22 +76,24 @@ def write_rows(
     kept = [row for row in known if case(row) not in cases]
     in_order = sorted([*kept, *given], key=lambda row: row[keys[0]])
     lines = ",\n".join(f"  {json.dumps(row)}" for row in in_order)
-    head = json.dumps(dict(origin), indent=1).removesuffix("\n}")
-    path.write_text(f'{head},\n "{name}": [\n{lines}\n ]\n}}\n')
+    head = json.dumps(dict(header), indent=1).removesuffix("\n}")
+    whole = path.with_name(path.name + ".new")
+    whole.write_text(f'{head},\n "{name}": [\n{lines}\n ]\n}}\n')
+    whole.replace(path)
 
 
 def write_table(
-    path: Path, origin: Mapping[str, Any], choices: Iterable[Mapping[str, Any]]
+    path: Path, header: Mapping[str, Any], choices: Iterable[Mapping[str, Any]]
 ) -> None:
     """Writes a device's table, or what was measured anew of it.
 
     Args:
       path: The table.
-      origin: Holds "compute_capability".
+      header: Holds "compute_capability".
       choices: Of "op", "case", "ms", which maps implementations to milliseconds, and
         what else is to stand beside them.
     """
-    write_rows(path, origin, choices, name="choices", keys=("op", "case"))
+    write_rows(path, header, choices, name="choices", keys=("op", "case"))
 
 
 def _table() -> dict[str, list[dict]]:

@@ -66,18 +66,17 @@ def bench_kernels() -> int:
         f"ceilings: copy {ceilings.copy_bytes_per_second / 1e12:.2f} TB/s,"
         f" matmul {ceilings.matmul_flops_per_second / 1e12:.0f} TFLOP/s"
     )
-    origin = _origin(arguments.timer)
-    origin["ceilings"] = dataclasses.asdict(ceilings)
-    folder = _RESULTS / origin["device"].lower().replace(" ", "-")
+    header, origin = _header(), _origin(arguments.timer)
+    folder = _RESULTS / header["device"].lower().replace(" ", "-")
     output = arguments.output or folder / "kernels.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     for program in _programs(arguments.only):
         rows = []
         for result in benchmarking.measure(program, ceilings, arguments.timer):
-            rows.append(dataclasses.asdict(result) | {"commit": origin["commit"]})
+            rows.append(dataclasses.asdict(result) | origin)
             _say(_row(result))
         # At once: a run that is cut short keeps what it has measured.
-        choice.write_rows(output, origin, rows, name="results", keys=("program",))
+        choice.write_rows(output, header, rows, name="results", keys=("program",))
     return 0
 
 
@@ -89,11 +88,11 @@ def tune_kernels() -> int:
 
     from . import benchmarking, choice, device
 
-    origin = _origin(arguments.timer)
-    origin["compute_capability"] = device.compute_capability()
-    output = arguments.output or choice.FOLDER / choice.table_name(origin["device"])
+    header, origin = _header(), _origin(arguments.timer)
+    header["compute_capability"] = device.compute_capability()
+    output = arguments.output or choice.FOLDER / choice.table_name(header["device"])
     for timed in benchmarking.choices(_programs(arguments.only), arguments.timer):
-        choice.write_table(output, origin, [timed | {"commit": origin["commit"]}])
+        choice.write_table(output, header, [timed | origin])
         _say(json.dumps(timed))
     return 0
 
@@ -128,18 +127,25 @@ def _row(result: "Result") -> str:
     )
 
 
-def _origin(timer: str) -> dict[str, Any]:
-    """Returns what the numbers were measured with."""
+def _header() -> dict[str, Any]:
+    """Returns what is the same for all rows of a file."""
     import jax
 
-    device = jax.devices()[0]
     return {
-        "device": device.device_kind,
+        "device": jax.devices()[0].device_kind,
+        "command": f"python {sys.argv[0]}",
+    }
+
+
+def _origin(timer: str) -> dict[str, str]:
+    """Returns what a row was measured with: a file holds rows of several runs."""
+    import jax
+
+    return {
         "jax": jax.__version__,
-        "backend": device.client.platform_version,
-        "commit": os.environ.get("GIT_COMMIT") or _commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "backend": jax.devices()[0].client.platform_version,
         "timer": timer,
+        "commit": os.environ.get("GIT_COMMIT") or _commit(),
     }
 
 

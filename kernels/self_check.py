@@ -3,6 +3,7 @@
 The reference runs in float32 on the same device. Forward and gradients count.
 """
 
+import contextvars
 import functools
 import os
 import time
@@ -119,11 +120,16 @@ def check_ops() -> Iterator[OpCheck]:
 
     They are compiled side by side, which is what takes the time.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+
+        def start(run: Callable[..., Any], *arguments: Any) -> Future[Any]:
+            # In the caller's context, which may assume a device or record choices.
+            return pool.submit(contextvars.copy_context().run, run, *arguments)
+
         # What checks wait for comes first, so that none can block it.
-        expected = {op.name: pool.submit(_expected, op) for op in _OPS}
+        expected = {op.name: start(_expected, op) for op in _OPS}
         checks = [
-            pool.submit(_check, op, name, expected[op.name])
+            start(_check, op, name, expected[op.name])
             for op in _OPS
             for name in IMPLEMENTATIONS
         ]

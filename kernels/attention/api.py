@@ -91,11 +91,15 @@ def choice_case(
     has_window: bool,
     has_softcap: bool,
 ) -> Case:
-    """Returns what the default implementation depends on, as in the tuned tables."""
+    """Returns what the default implementation depends on, as in the tuned tables.
+
+    The head size is a kind: the kernels' tiles differ by it, so that times of one size
+    say nothing of another, at however near a number of tokens.
+    """
     rows = "packed" if is_packed else "window" if has_window else "whole"
     if has_softcap:
         rows = "packed softcap" if is_packed else "softcap"
-    return {"rows": rows, "head_size": head_size, "tokens": tokens}
+    return {"rows": rows, "head_size": str(head_size), "tokens": tokens}
 
 
 _SEEN_ON_GPU = {
@@ -117,7 +121,7 @@ def _implementations(case: Case) -> dict[str, Callable[..., Array]]:
     plain = {"xla": vjp.attention}
     kernels = {"mosaic_gpu": flash.attention, "mosaic_gpu_cudnn": mixed.attention}
     slow = {"reference": reference.attention}
-    if case["head_size"] not in _SEEN_ON_GPU[str(case["rows"])]:
+    if int(case["head_size"]) not in _SEEN_ON_GPU[str(case["rows"])]:
         return library | plain | kernels | slow
     return fastest_first("attention", case, library | kernels | plain | slow)
 

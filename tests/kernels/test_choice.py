@@ -1,16 +1,20 @@
 """The default by measured times: the nearest case, the device's table, its file."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from kernels import benchmarking, choice
+from kernels.attention.api import choice_case
 from kernels.choice import fastest_first, write_rows, write_table
 from kernels.device import HOPPER, assume_compute_capability
 from kernels.program import Program
 from kernels.programs import all_programs
 
+ROOT = Path(__file__).parents[2]
+BENCHMARK = ROOT / "benchmarks/results/nvidia-h200/kernels.json"
 WRITTEN = {"kernel": 1, "xla": 2, "reference": 3}
 CHOICES = [
     {"op": "op", "case": {"size": 10}, "ms": {"xla": 1.0, "kernel": 2.0}},
@@ -125,3 +129,31 @@ def test_the_h200_has_a_time_for_every_choice(monkeypatch):
     decided = [program.decides for program in all_programs() if program.decides]
     assert all((op, dict(case)) in known for op, case in decided)
     assert all(entry["ms"] for entry in written)
+
+
+def test_every_row_of_the_benchmark_is_of_a_program_that_exists():
+    rows = json.loads(BENCHMARK.read_text())["results"]
+    assert {row["program"] for row in rows} <= {p.name for p in all_programs()}
+
+
+@pytest.mark.parametrize("tokens", [1024, 2048, 8192])
+@pytest.mark.parametrize(
+    ("head_size", "fastest"),
+    [
+        (64, "cudnn"),
+        (80, "mosaic_gpu"),
+        (96, "cudnn"),
+        (128, "mosaic_gpu_cudnn"),
+        (256, "mosaic_gpu_cudnn"),
+    ],
+)
+def test_heads_take_the_times_of_their_own_size(
+    head_size, fastest, tokens, monkeypatch
+):
+    monkeypatch.undo()
+    case = choice_case(
+        head_size, tokens, is_packed=False, has_window=False, has_softcap=False
+    )
+    times = {"xla": 0, "cudnn": 0, "mosaic_gpu_cudnn": 0, "mosaic_gpu": 0}
+    with assume_compute_capability(HOPPER):
+        assert next(iter(fastest_first("attention", case, times))) == fastest
