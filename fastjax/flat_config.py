@@ -113,12 +113,13 @@ def coerced(name: str, value: Any, kind: Any) -> Any:
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         return _coerced_union(name, value, get_args(kind))
-    is_choice_of_no = value is False and origin is Literal
+    options = get_args(kind) if origin is Literal else ()
+    is_choice_of_no = value is False and ("no" in options or "none" in options)
     if isinstance(value, bool) and kind is not bool and not is_choice_of_no:
         # A flag alone, or --no-FLAG of what is no switch.
         raise ConfigError(f"{name} needs a value: {_expected(kind)}")
     if origin is Literal:
-        return _coerced_choice(name, value, get_args(kind))
+        return _coerced_choice(name, value, options)
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
@@ -206,8 +207,8 @@ def _module_names(value: Any) -> Any:
 
 
 def _coerced_choice(name: str, value: Any, options: tuple[Any, ...]) -> Any:
-    if value is False and "no" in options:  # YAML reads a bare `no` as false.
-        return "no"
+    if value is False:  # --no-FLAG; and YAML reads a bare `no` as false.
+        return "no" if "no" in options else "none"
     for option in options:
         if value == option:
             return option

@@ -48,6 +48,7 @@ def read(**flat: Any) -> TrainConfig:
         ({"target_modules": ["q_proj"]}, "lora_target_modules", "[q_proj]"),
         ({"target_modules": r".*\.q_proj"}, "lora_target_modules", r".*\.q_proj"),
         ({"implementation": "rope=xla"}, "implementation", "[rope=xla]"),
+        ({"rope_scaling": False}, "rope_scaling", "none"),
         ({"per-device-train-batch-size": "3"}, "per_device_train_batch_size", 3),
     ],
 )
@@ -72,6 +73,7 @@ def test_names_and_values_of_other_tools(
         ({"learning_rate": None}, "must be a number"),
         ({"packing": "perhaps"}, "must be true or false"),
         ({"dtype": "int8"}, "one of: bfloat16, float16, float32"),
+        ({"lr_scheduler_type": False}, "lr_scheduler_type needs a value: one of"),
         ({"lr_scheduler_type": "polynomial"}, "one of: linear, cosine"),
         ({"dataset_name": ["a", "b"]}, "must be text"),
         ({"implementation": "attn=xla"}, "one of: attention, lora_matmul"),
