@@ -86,7 +86,8 @@ def run_sweep(
     ):
         note(line)
     loader = train_loader(config, data)
-    _groups_that_fit(planned_base_spec(config, sizes), runs, loader)
+    for _, planner in _groups(planned_base_spec(config, sizes), runs, loader):
+        planner.require_fit(memory_limit(planner.config))
     files.make_folder(folder)
     with output_lock(folder, note):
         left = [run for run in runs if not _is_finished(run, loader)]
@@ -160,8 +161,9 @@ def _batches_of_runs(
       OutOfMemory: Not even one of some shape fits.
     """
     batches: list[Sequence[SweepRun]] = []
-    for group, planner in _groups_that_fit(model.spec, runs, loader):
+    for group, planner in _groups(model.spec, runs, loader):
         limit = memory_limit(planner.config)
+        planner.require_fit(limit)
         many = 1
         while many < len(group) and (
             limit is None or _need(planner, many + 1) <= limit
@@ -171,7 +173,7 @@ def _batches_of_runs(
     return batches
 
 
-def _groups_that_fit(
+def _groups(
     spec: DecoderSpec, runs: Sequence[SweepRun], loader: Loader
 ) -> list[tuple[list[SweepRun], Planner]]:
     """Returns runs of equal shapes, with the planner of one of them.
@@ -180,17 +182,12 @@ def _groups_that_fit(
       spec: Structure of the base model.
       runs: In any order.
       loader: Of their batches.
-
-    Raises:
-      OutOfMemory: Not even one of some shape fits.
     """
     groups = []
     for group in trained_together(spec, runs):
         config = group[0].config
         adapted = adapters.adapted_spec(spec, config.lora)
-        planner = Planner.of(config, adapted, tokens=loader.row_length)
-        planner.require_fit(memory_limit(config))
-        groups.append((group, planner))
+        groups.append((group, Planner.of(config, adapted, tokens=loader.row_length)))
     return groups
 
 

@@ -1,7 +1,6 @@
 """The loss of supervised fine-tuning: next-token cross-entropy, summed over tokens."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
@@ -34,9 +33,9 @@ def cross_entropy(
       trainable: Its variables that get gradients.
       frozen: All its others.
       batch: input_ids, targets (-100 carries no loss), positions and segment_ids.
-      dropout_key: Of the adapters' dropout and the noise on embeddings; None drops
-        nothing and adds none.
-      max_segments: Upper bound of the documents in a row.
+      dropout_key: Of adapters' dropout and noise on embeddings; None leaves out both.
+      max_segments: Upper bound of the documents in a row; 1 needs no `segment_ids`, as
+        padding at the end reaches no token before it and carries no loss.
       remat: What the backward pass recomputes.
       head_is_trainable: The output table gets a gradient; without, none is computed.
       neftune_noise_alpha: Size of the noise on embeddings.
@@ -45,10 +44,14 @@ def cross_entropy(
     decoder = nnx.merge(graphdef, trainable, frozen)
     noise = None
     if dropout_key is not None and neftune_noise_alpha > 0:
-        segments, alpha = batch["segment_ids"], neftune_noise_alpha
-        noise = _noise(decoder, dropout_key, segments, alpha, max_segments)
-    # One document a row needs no segments: padding at its end reaches no token of it
-    # and carries no loss.
+        noise = neftune_noise(
+            dropout_key,
+            batch["segment_ids"],
+            features=decoder.head_weight().shape[1],
+            alpha=neftune_noise_alpha,
+            max_segments=max_segments,
+            dtype=decoder.compute_dtype,
+        )
     segment_ids = None if max_segments == 1 else batch["segment_ids"]
     hidden_btd = decoder(
         batch["input_ids"],
@@ -66,21 +69,4 @@ def cross_entropy(
         softcap=decoder.logit_softcap,
         head_is_trainable=head_is_trainable,
         implementation=implementation,
-    )
-
-
-def _noise(
-    decoder: Any,
-    key: PRNGKeyArray,
-    segment_ids: Int[Array, "B S"],
-    alpha: float,
-    max_segments: int | None,
-) -> Float[Array, "B S D"]:
-    return neftune_noise(
-        key,
-        segment_ids,
-        features=decoder.head_weight().shape[1],
-        alpha=alpha,
-        max_segments=max_segments,
-        dtype=decoder.compute_dtype,
     )
