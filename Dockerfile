@@ -16,7 +16,7 @@ COPY conversions conversions
 RUN pip install --no-cache-dir --constraint constraints.txt ".[$CUDA]"
 
 # Any user may write the cache, so that results can belong to the one who starts it.
-RUN mkdir --mode=1777 /cache
+RUN install -d -m 1777 /cache
 WORKDIR /work
 VOLUME /cache
 ENTRYPOINT ["fastjax"]

@@ -63,6 +63,7 @@ def transcript(commands: dict[str, str]) -> dict[str, str]:
             stderr=subprocess.STDOUT,
         )
     output = done.stdout.replace(f"{folder}/work", "~").replace(folder, "~")
+    output = re.sub(r"\bLinux-\S+?-(x86_64|aarch64)", r"Linux-\1", output)
     parts = output.split(f"{_MARK}\n")[1:]
     return dict(zip(commands, parts, strict=True))
 
