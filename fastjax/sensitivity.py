@@ -79,10 +79,8 @@ class Calibration:
         """Yields what 4 bits do to each group, from the first layer to the last."""
         for modules in linear_groups(self._config):
             weights = [self._weight(module) for module in modules]
-            lost = [_norm(weight - self._rounded(weight)) for weight in weights]
-            norms = [_norm(weight) for weight in weights]
             divergence, activation_error = self._effect(modules)
-            whole = self._itemsize * sum(weight.size for weight in weights)
+            dense_bytes = self._itemsize * sum(weight.size for weight in weights)
             held = sum(
                 leaf.size * leaf.dtype.itemsize
                 for weight in weights
@@ -90,11 +88,11 @@ class Calibration:
             )
             yield GroupError(
                 modules=modules,
-                extra_bytes=whole - held,
+                extra_bytes=dense_bytes - held,
                 divergence=divergence,
                 activation_error=activation_error,
                 weight_errors=tuple(
-                    part / whole for part, whole in zip(lost, norms, strict=True)
+                    lost_share(weight, self._packed) for weight in weights
                 ),
             )
 
@@ -136,6 +134,12 @@ class Calibration:
 
     def _rounded(self, weight: Float[Array, "I O"]) -> Float[Array, "I O"]:
         return _rounded(weight, packed=self._packed)
+
+
+def lost_share(weight: Float[Array, "I O"], packed: PackedFormat) -> float:
+    """Returns the norm of what 4 bits lose of a linear over its own; 0 for zeros."""
+    norm = _norm(weight)
+    return _norm(weight - _rounded(weight, packed=packed)) / norm if norm else 0.0
 
 
 def linear_groups(config: TransformerConfig) -> list[tuple[str, ...]]:

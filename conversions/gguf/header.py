@@ -120,14 +120,16 @@ class _Reader:
         return self._bytes(*self._numbers("Q")).decode("utf-8", errors="replace")
 
     def _skip(self, count: int) -> None:
+        self._require(count)
         self._file.seek(count, 1)
-        if self._file.tell() > self._size:
-            raise self._broken("it ends within its header")
 
     def _bytes(self, count: int) -> bytes:
+        self._require(count)
+        return self._file.read(count)
+
+    def _require(self, count: int) -> None:
         if count > self._size - self._file.tell():
             raise self._broken("it ends within its header")
-        return self._file.read(count)
 
     def _broken(self, what: str) -> ModelError:
         return ModelError(f"the file is broken: {what}", where=self._where)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from conversions.hf import read_config
 from conversions.peft import Stretch, stretch_of, write_adapter
 from fastjax import lora as adapters
 from fastjax.api.device_faults import device_faults
@@ -30,6 +29,7 @@ from fastjax.errors import ConfigError, ModelError
 from fastjax.inference.generate import generate, require_known_tokens
 from fastjax.inference.sampling import sampling_of
 from fastjax.models.build import DecoderSpec
+from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.decoder import Decoder
 from kernels.packed import PackedArray
 
@@ -43,11 +43,13 @@ class ModelSource:
     Attributes:
       name: Hub name or folder, as adapters record it.
       folder: Local folder of config, weights and tokenizer.
+      config: What its config.json said when the model was loaded.
       revision: Commit on the hub; None for a folder that is not of its cache.
     """
 
     name: str
     folder: Path
+    config: TransformerConfig
     revision: str | None = None
 
 
@@ -103,7 +105,7 @@ class LanguageModel:
     @property
     def stretch(self) -> Stretch | None:
         """How the context is longer than the base's files say; None if it is not."""
-        return stretch_of(self.config, read_config(self.source.folder))
+        return stretch_of(self.config, self.source.config)
 
     def split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         """Returns structure, trainable variables and frozen variables."""

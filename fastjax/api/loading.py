@@ -62,10 +62,10 @@ def load_model(
     runtime.configure()
     found = find_model(name, revision=revision)
     folder, adapter = found.folder, found.adapter
-    config = read_config(folder)
+    config = base = read_config(folder)
     if adapter is not None:
-        grown = grown_config(adapter, config)
-        config = dataclasses.replace(grown, vocab_size=config.vocab_size)
+        grown = grown_config(adapter, base)
+        config = dataclasses.replace(grown, vocab_size=base.vocab_size)
     param_dtype = "float32" if full_finetuning else dtype
     weights = load_packed_weights(
         Checkpoint(folder),
@@ -85,7 +85,9 @@ def load_model(
     model = LanguageModel(
         build_decoder(spec, weights),
         spec,
-        source=ModelSource(name=found.name, folder=folder, revision=_commit(folder)),
+        source=ModelSource(
+            name=found.name, folder=folder, config=base, revision=_commit(folder)
+        ),
         tokenizer=load_tokenizer(*found.tokenizer_folders),
         max_seq_length=max_seq_length,
     )

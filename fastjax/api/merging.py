@@ -81,16 +81,25 @@ class Merge:
         )
 
     def quant_of_training(self) -> QuantConfig:
-        """Returns how training held the base; in NF4 where there is no adapter.
+        """Returns how training held the base.
+
+        Without an adapter that is `quant`, or NF4; a base that is stored in 4 bits
+        stays as it is.
 
         Raises:
-          ConfigError: Nothing says so, or the run's record says something else than
-            `quant`.
+          ConfigError: Nothing says so, or the base or the run's record says something
+            else than `quant`.
         """
-        checkpoint = Checkpoint(self.folder)
-        is_stored = bool(stored_formats(checkpoint, read_config(self.folder)))
-        if self.adapter_folder is None or is_stored:
+        if stored_formats(Checkpoint(self.folder), read_config(self.folder)):
+            if self.quant is not None:
+                raise ConfigError(
+                    "the base is stored in 4 bits, and training held it so",
+                    where=str(self.folder),
+                    fix="leave load_in_4bit and load_in_8bit out",
+                )
             return QuantConfig()
+        if self.adapter_folder is None:
+            return self.quant or QuantConfig()
         recorded = _recorded_quant(self.adapter_folder) or self.quant
         if self.quant not in (None, recorded):
             raise ConfigError(

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fastjax.cli_flags import Call, parsed
 from fastjax.config import BasePrecision, DType, ExportFormat, GGUFKind, QuantConfig
+from fastjax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +61,13 @@ def run(call: Call) -> None:
 
     names = [field.name for field in dataclasses.fields(QuantConfig)]
     held = QuantConfig(**{name: getattr(args, name) for name in names})
+    plain = QuantConfig(load_in_4bit=False, load_in_8bit=held.load_in_8bit)
+    if not held.load_in_4bit and held != plain:
+        raise ConfigError(
+            "bnb_4bit_quant_type and bnb_4bit_use_double_quant say how training held "
+            "4 bits",
+            fix="add --load_in_4bit, or leave them out",
+        )
     for line in run_export(
         args.model,
         Path(args.output_dir),

@@ -137,6 +137,11 @@ def test_the_command_that_goes_on(words: list[str], expected: str) -> None:
         ("sweep", ["--vary", "seed=1", "--no-lora_r"], ["lora_r needs a value"]),
         ("chat", ["--top_k", "1", "2"], ["takes one value, not 2"]),
         ("export", ["--format", "a", "--gguf_type", "b"], ["2 settings", "bnb-4bit"]),
+        (
+            "export",
+            ["--model=x", "--output_dir=y", "--bnb_4bit_quant_type=fp4"],
+            ["add --load_in_4bit"],
+        ),
     ],
 )
 def test_wrong_words_are_named_with_the_nearest_right_ones(

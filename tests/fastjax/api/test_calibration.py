@@ -3,12 +3,19 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from conversions.hf import Checkpoint, read_config
 from fastjax.api import run_export
 from fastjax.errors import FastJaxError
-from fastjax.sensitivity import GroupError, kept_in_16_bits, linear_groups
+from fastjax.nn.linear import PackedFormat
+from fastjax.sensitivity import (
+    GroupError,
+    kept_in_16_bits,
+    linear_groups,
+    lost_share,
+)
 
 
 def group(name: str, size: int, divergence: float) -> GroupError:
@@ -34,6 +41,12 @@ def test_linears_of_one_input_go_together(fixtures: Path) -> None:
     assert groups[0] == tuple(f"layers.0.self_attn.{n}_proj" for n in "qkv")
     fused = linear_groups(read_config(fixtures / "tiny_phi3"))
     assert fused[0] == ("layers.0.self_attn.qkv_proj",)
+
+
+def test_a_linear_of_zeros_loses_nothing() -> None:
+    packed = PackedFormat(dtype="float32")
+    assert lost_share(jnp.zeros((64, 64)), packed) == 0
+    assert lost_share(jnp.eye(64) + 0.1, packed) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,6 +11,8 @@ import pytest
 
 from conversions.hf import Checkpoint
 from fastjax.api import FastLanguageModel, load_model, run_export
+from fastjax.api.finding import find_model
+from fastjax.api.merging import Merge
 from fastjax.config import QuantConfig
 from fastjax.errors import ConfigError, ModelError, StorageError
 
@@ -65,6 +67,18 @@ def test_the_base_that_training_saw_is_the_one_on_record(
     merged = load_model(str(out), dtype="float32", quant=DENSE)
     ids = np.arange(20)[None]
     np.testing.assert_allclose(merged.logits(ids), source.logits(ids), atol=1e-4)
+
+
+def test_what_training_saw_is_what_was_said_or_what_is_stored(
+    small_model: Path, fixtures: Path
+) -> None:
+    quant = QuantConfig(load_in_4bit=False, load_in_8bit=True)
+    plain = Merge.of(find_model(str(small_model)))
+    assert plain.quant_of_training() == QuantConfig()
+    assert dataclasses.replace(plain, quant=quant).quant_of_training() == quant
+    stored = Merge.of(find_model(str(fixtures / "bnb_nf4_dq_bf16")))
+    with pytest.raises(ConfigError, match="the base is stored in 4 bits"):
+        dataclasses.replace(stored, quant=quant).quant_of_training()
 
 
 @pytest.mark.parametrize("wrong", [0.5, np.nan])

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from conversions.gguf.architectures import model_metadata
 from conversions.hf import read_config
+from conversions.safetensors_file import SafetensorsFile
 from fastjax.api import FastLanguageModel, load_model, plan_run, run_export
 from fastjax.api.combination import combine_adapters
 from fastjax.api.context import note_context
@@ -42,6 +43,7 @@ def base(fixtures: Path, tmp_path: Path) -> Path:
         ("dynamic", "dynamic", "odd_qwen3"),
         ("yarn", "yarn", "granite"),
         ("linear again", "linear", "gemma3_text"),
+        ("yarn again", "yarn", "olmo3"),
     ],
 )
 def test_logits_match_transformers(
@@ -83,6 +85,19 @@ def test_adapter_and_merged_model_keep_the_context(
         return
     lines = list(run_export(str(folder), tmp_path / "gguf", **options))
     assert f"--rope-scaling {scaling} --rope-scale 2.5" in lines[1]
+
+
+def test_an_adapter_is_written_without_the_folder_of_its_base(
+    base: Path, tmp_path: Path
+) -> None:
+    model = load_model(
+        str(base), dtype="float32", max_seq_length=640, rope_scaling="linear"
+    )
+    model = FastLanguageModel.get_peft_model(model, r=2, target_modules=["q_proj"])
+    base.rename(tmp_path / "elsewhere")
+    folder = model.save_pretrained(tmp_path / "adapter")
+    notes = SafetensorsFile(folder / "adapter_model.safetensors").metadata
+    assert (notes["rope_scaling"], notes["context_tokens"]) == ("linear", "640")
 
 
 def test_gguf_says_how_positions_are_stretched(base: Path) -> None:
