@@ -100,7 +100,7 @@ def inspect_folder(folder: Path, *, reads_values: bool = False) -> Inspection:
         remarks = ()
     elif files := sorted(folder.glob(f"*{_GGUF}")):
         for file in files:
-            _inspect_gguf(found, file)
+            _inspect_gguf(found, file, f"{file.name} " if len(files) > 1 else "")
         return Inspection(facts=found.facts, problems=tuple(found.problems))
     else:
         raise ModelError(
@@ -114,8 +114,9 @@ def inspect_folder(folder: Path, *, reads_values: bool = False) -> Inspection:
     )
 
 
-def _inspect_gguf(found: _Findings, path: Path) -> None:
-    found.facts |= found.attempt(lambda: dict(gguf_facts(path))) or {}
+def _inspect_gguf(found: _Findings, path: Path, prefix: str = "") -> None:
+    facts = found.attempt(lambda: dict(gguf_facts(path))) or {}
+    found.facts |= {prefix + name: value for name, value in facts.items()}
 
 
 def _inspect_adapter(found: _Findings, folder: Path, recorded: AdapterConfig) -> None:

@@ -14,6 +14,7 @@ from flax import nnx
 from rich.console import Console
 
 from fastjax.api.arguments import TrainingArguments
+from fastjax.api.context import require_context, settled_scaling
 from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loaders import evaluation_loader
@@ -187,6 +188,7 @@ class SFTTrainer:
         Rows in which nothing carries loss are left out, as in training.
         """
         data = dataclasses.replace(self._evaluation(test_dataset), packing=False)
+        require_context(self.model.config, data)
         loader = evaluation_loader(self.config, data)
         graphdef, state = nnx.split(self.model.for_inference())
         started = time.perf_counter()
@@ -325,15 +327,17 @@ def _resolved(
             fix="call add_new_tokens(model, tokenizer, [...]) before get_peft_model",
         )
     given = {name: value for name, value in data_fields.items() if value is not None}
+    stretch, context = model.stretch, model.config.context_tokens
     if "max_length" not in given and "max_length" not in args.given:
-        given["max_length"] = model.max_seq_length
-    scaling = "none" if model.stretch is None else model.stretch.scaling
-    if "rope_scaling" in args.given and config.rope_scaling != scaling:
-        raise ConfigError(
-            f"rope_scaling={config.rope_scaling} has no effect here: the model is "
-            "loaded already",
-            fix="give rope_scaling to FastLanguageModel.from_pretrained",
-        )
+        reach = model.max_seq_length
+        given["max_length"] = reach if stretch is None else min(reach, context)
+    data = dataclasses.replace(config.data, **given)
+    scaling = settled_scaling(
+        stretch,
+        context,
+        asked=config.rope_scaling if "rope_scaling" in args.given else None,
+        max_length=data.max_length,
+    )
     wants_remat = "remat" in args.given or model.remat is None
     if "dtype" in args.given and config.dtype != model.spec.compute_dtype:
         model.set_compute_dtype(config.dtype)
@@ -351,7 +355,7 @@ def _resolved(
         ),
         lora=model.lora or config.lora,
         remat=config.remat if wants_remat else model.remat,
-        data=dataclasses.replace(config.data, **given),
+        data=data,
         implementations=model.spec.implementations,
     )
 

@@ -239,7 +239,6 @@ def run_evaluation(config: TrainConfig) -> dict[str, float]:
     runtime.configure(full_determinism=config.full_determinism)
     model = _load(config, full_finetuning=False)
     data = prepare_data(config, model)
-    require_context(model.config, data)
     return evaluate_model(model, config, data)
 
 
@@ -249,7 +248,11 @@ def evaluate_model(
     """Returns eval_loss, eval_perplexity and eval_runtime.
 
     The held-out documents are measured, or all of them when none are held out.
+
+    Raises:
+      ConfigError: A document is longer than the model's context.
     """
+    require_context(model.config, data)
     loader = evaluation_loader(config, data)
     graphdef, trainable, frozen = nnx.split(model.for_inference(), nnx.Param, ...)
     job = Job(

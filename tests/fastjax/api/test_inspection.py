@@ -56,6 +56,10 @@ def test_gguf_files_whole_and_cut(fixtures: Path, tmp_path: Path) -> None:
     assert found.facts["context"] == "256 tokens, RoPE llama3"
     lora = inspect_folder(fixtures / "peft_lora_default.gguf").facts
     assert lora["adapter"] == "rank 8, alpha 16.0"
+    shutil.copyfile(fixtures / "peft_lora_default.gguf", tmp_path / "lora.gguf")
+    both = inspect_folder(tmp_path).facts
+    assert both["lora.gguf adapter"] == lora["adapter"]
+    assert both["model.gguf weights"] == found.facts["weights"]
     for end, reason in ((-40, "its tensors at"), (999, "within its header")):
         path.write_bytes((fixtures / "tiny_llama3.gguf").read_bytes()[:end])
         (problem,) = inspect_folder(path).problems

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +13,23 @@ from safetensors.numpy import load_file, save_file
 from conversions.gguf.architectures import model_metadata
 from conversions.hf import read_config
 from conversions.safetensors_file import SafetensorsFile
-from fastjax.api import FastLanguageModel, load_model, plan_run, run_export
+from fastjax.api import (
+    FastLanguageModel,
+    SFTTrainer,
+    TrainingArguments,
+    load_model,
+    plan_run,
+    run_export,
+)
 from fastjax.api.combination import combine_adapters
-from fastjax.api.context import note_context
+from fastjax.api.context import context_fault, note_context
 from fastjax.api.data_check import check_data
 from fastjax.api.loading import load_text_side
 from fastjax.api.training import run_training
 from fastjax.config import DataConfig, QuantConfig, RopeScaling, TrainConfig
 from fastjax.data import load_data
 from fastjax.errors import ConfigError, ModelError
+from fastjax.rope_config import RopeConfig
 from fastjax.train.record import settings
 
 LONG = 160
@@ -134,7 +143,7 @@ def test_longer_documents_need_the_flag(base: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="the model's context is 256") as caught:
         run_training(config)
-    assert "set rope_scaling to linear, dynamic or yarn" in str(caught.value.fix)
+    assert "or rope_scaling to linear, dynamic or yarn" in str(caught.value.fix)
     assert caught.value.what in check_data(config).notes[-1]
     with pytest.raises(ConfigError, match="the model's context is 256"):
         plan_run(config)
@@ -149,6 +158,46 @@ def test_longer_documents_need_the_flag(base: Path, tmp_path: Path) -> None:
         config = dataclasses.replace(config, rope_scaling=scaling)
         note_context(sizes, config, data, note=said.append)
     assert said[1:] == ["rope_scaling has no effect: the model's context is 512 tokens"]
+    # A base that is of that kind already, and reaches further, is not stretched.
+    further = read_config(base).stretched("yarn", 2048)
+    note_context(further, config, data, note=said.append)
+    assert said[2:] == [said[1].replace("512", "2,048")]
+    config = dataclasses.replace(config, full_finetuning=True, rope_scaling="linear")
+    note_context(sizes, config, data, note=said.append)
+    assert said[3].endswith("whole models say it in their config.json")
+    low = dataclasses.replace(read_config(base), rope=RopeConfig(kind="llama3"))
+    fault = context_fault(low, data)
+    assert fault is not None
+    assert fault.fix == "set max_length to 256"
+
+
+def test_a_trainer_records_the_context_of_its_model(base: Path, tmp_path: Path) -> None:
+    rows = {"train_dataset": [{"text": "number 1 and number 2"}]}
+
+    def trainer(tokens: int, loaded: str | None, **args: Any) -> SFTTrainer:
+        model, _ = FastLanguageModel.from_pretrained(
+            str(base), tokens, "float32", load_in_4bit=False, rope_scaling=loaded
+        )
+        model = FastLanguageModel.get_peft_model(model, r=2, target_modules=["q_proj"])
+        args = {"output_dir": str(tmp_path / "out")} | args
+        return SFTTrainer(model, args=TrainingArguments(**args), **rows)
+
+    stretched = trainer(640, "linear")
+    config = stretched.config
+    again = read_config(base).stretched(config.rope_scaling, config.data.max_length)
+    assert again == stretched.model.config
+    with pytest.raises(ConfigError, match="max_length=512 is not the context of 640"):
+        trainer(640, "linear", max_length=512)
+    for scaling in ("none", "yarn"):
+        with pytest.raises(ConfigError, match=f"rope_scaling={scaling} has no effect"):
+            trainer(640, "linear", rope_scaling=scaling)
+    with pytest.raises(ConfigError, match="with a context of 256 tokens"):
+        trainer(512, None, rope_scaling="linear")
+    assert trainer(128, "yarn", rope_scaling="yarn").config.rope_scaling == "yarn"
+    short = trainer(512, None)
+    for measure in (short.predict, short.evaluate):
+        with pytest.raises(ConfigError, match="the model's context is 256"):
+            measure([{"text": WORDS * 4}])
 
 
 def test_broken_notes_are_refused(base: Path, tmp_path: Path) -> None:
