@@ -15,6 +15,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@if command -v uv >/dev/null && ! command -v python3.12 >/dev/null; \
 	then uv venv --seed $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	@echo "installing into $(VENV): 1.5 GB or so, some minutes"
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
