@@ -4,7 +4,6 @@ Nothing heavy is imported before a command needs it, so that `--help` is quick.
 """
 
 import difflib
-import errno
 import importlib
 import os
 import sys
@@ -21,6 +20,7 @@ from fastjax.errors import (
     StorageError,
     printable,
 )
+from fastjax.files import DISK_FULL
 
 # Each is a module of fastjax.commands; `-` becomes `_`.
 _COMMANDS = {
@@ -129,7 +129,7 @@ def _told(error: FastJaxError | OSError | MemoryError) -> FastJaxError:
             fix="use a smaller model or data set, or a machine with more memory",
             code="FJ-MEMORY-HOST",
         )
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_full = error.errno in DISK_FULL
     return StorageError(
         f"a file operation failed: {printable(error.strerror or error)}",
         where=printable(error.filename or ""),

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all: written aside, then renamed."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 
 from fastjax.errors import ModelError, StorageError, printable
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SPARE_BYTES = 64_000_000
 _ABANDONED_SECONDS = 3600.0
 
@@ -25,15 +27,20 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        raise storage_error(action, path, error.strerror or str(error)) from error
+        reason, is_full = error.strerror or str(error), error.errno in DISK_FULL
+        raise storage_error(action, path, reason, is_full=is_full) from error
 
 
-def storage_error(action: str, path: Path, reason: str) -> StorageError:
+def storage_error(
+    action: str, path: Path, reason: str, *, is_full: bool
+) -> StorageError:
     """Returns the error for a file that cannot be written."""
+    free = f" ({mebibytes(free_bytes(path))} free)" if is_full else ""
+    remedy = "free space there" if is_full else "check that path"
     return StorageError(
         f"cannot {action}: {printable(reason)}",
-        where=f"{path} ({mebibytes(free_bytes(path))} free)",
-        fix="free space there or give another output_dir, then run the command again",
+        where=f"{path}{free}",
+        fix=f"{remedy} or give another output_dir, then run the command again",
     )
 
 
@@ -58,11 +65,15 @@ def require_space(path: Path, needed_bytes: int) -> None:
     free = free_bytes(path)
     if free < needed_bytes + _SPARE_BYTES:
         raise StorageError(
-            f"the disk is too full: {needed_bytes / 1e9:.1f} GB are needed, "
-            f"{free / 1e9:.1f} GB are free",
+            f"the disk is too full: {_size(needed_bytes)} are needed besides the "
+            f"{_size(_SPARE_BYTES)} that stay free, {_size(free)} are free",
             where=str(path),
             fix="free some space, or choose another folder",
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def fsync(path: Path) -> None:

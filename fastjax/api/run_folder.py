@@ -1,5 +1,6 @@
 """The folder of a run: its name, its settings, whether it can be used."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -35,13 +36,18 @@ def write_settings(path: Path, config: TrainConfig) -> None:
 
 
 def require_writable(folder: Path, console: Console) -> None:
-    """Finds out whether the folder can be used."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    """Finds out whether the folder can be made and used; a new one is taken away."""
+    places = (folder, *folder.absolute().parents)
     with files.storage_errors("use the output folder", folder):
+        new = [place for place in places if not place.exists()]
+        existing = places[len(new)]
         if not existing.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{existing} is a file")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, f"{existing} cannot be written")
-        if folder.is_dir():
-            with output_lock(folder, lambda note: say(console, note)):
-                pass
+        folder.mkdir(parents=True, exist_ok=True)
+        with output_lock(folder, lambda note: say(console, note)):
+            pass
+    for place in new:
+        with contextlib.suppress(OSError):  # in use by now
+            place.rmdir()

@@ -7,6 +7,7 @@ full fine-tuning has none. The adapter beside it is for readers elsewhere.
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -217,8 +218,11 @@ def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
     except jax.errors.JaxRuntimeError:
         raise
     except (ValueError, RuntimeError) as error:
-        reason = str(error)[-160:]
-        raise files.storage_error("save state", folder.parent, reason) from error
+        text, place = str(error), folder.parent
+        is_full = any(os.strerror(number) in text for number in files.DISK_FULL)
+        raise files.storage_error(
+            "save state", place, text[-160:], is_full=is_full
+        ) from error
     finally:
         log.setLevel(level)
 
@@ -227,7 +231,7 @@ def _require_space(output_dir: Path, arrays: Mapping[str, Any]) -> None:
     need = _bytes_of(arrays)
     if files.free_bytes(output_dir) < need:
         reason = f"it needs {files.mebibytes(need)}"
-        raise files.storage_error("save a checkpoint", output_dir, reason)
+        raise files.storage_error("save a checkpoint", output_dir, reason, is_full=True)
 
 
 def _bytes_of(arrays: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a live line on a terminal, plain lines in a pipe."""
+"""What a run says: plain lines, and below them a live one on a terminal."""
 
 import datetime
 import math
@@ -10,17 +10,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 from fastjax.terminal import say
 
 COMPILING = "compiling the step (about a minute once per shape)"
+_COLUMNS_FOR_BAR = 110
 
 
 class Progress:
     """Shows steps and notes on a console.
 
     Args:
-      console: Where to; a terminal gets a bar that stays in place.
+      console: Where to; a terminal gets a line that stays in place, with a bar where
+        there is room.
       total_steps: Steps of the whole run.
     """
 
@@ -33,9 +36,15 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
+            # The counter is what a narrow terminal keeps.
+            width = 2 * len(str(self._total_steps)) + 1
+            counter = MofNCompleteColumn(
+                table_column=Column(no_wrap=True, min_width=width)
+            )
+            is_wide = self._console.width >= _COLUMNS_FOR_BAR
             bar = RichProgress(
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
+                counter,
+                *((BarColumn(bar_width=20),) if is_wide else ()),
                 TextColumn("{task.fields[status]}", markup=False),
                 console=self._console,
             )
@@ -67,13 +76,13 @@ class Progress:
         self._show(step)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Shows a line of metrics."""
+        """Shows a line of metrics, which stays, and its most important ones live."""
         step = record["step"]
-        self._status = "  ".join([*_parts(record), f"ETA {self._remaining(step)}"])
-        if self._bar is None:
-            self.note(f"step {step}/{self._total_steps}  {self._status}")
-        else:
-            self._show(step)
+        remaining = f"ETA {self._remaining(step)}"
+        self._status = "  ".join([*_brief(record), remaining])
+        line = "  ".join([*_parts(record), remaining])
+        self.note(f"step {step}/{self._total_steps}  {line}")
+        self._show(step)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the result of an evaluation."""
@@ -101,13 +110,22 @@ class Progress:
         return str(datetime.timedelta(seconds=math.ceil(seconds)))
 
 
-def _parts(record: Mapping[str, Any]) -> list[str]:
-    parts = [
+def _brief(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    return (
         f"epoch {record['epoch']:.2f}",
         f"loss {record['loss']:.4f}",
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+    )
+
+
+def _parts(record: Mapping[str, Any]) -> list[str]:
+    epoch, loss, speed = _brief(record)
+    parts = [
+        epoch,
+        loss,
         f"grad_norm {record['grad_norm']:.3g}",
         f"lr {record['learning_rate']:.3g}",
-        f"{record['tokens_per_second']:,.0f} tokens/s",
+        speed,
     ]
     if "roofline_share" in record:
         parts.append(f"{record['roofline_share']:.1%} of roofline")

@@ -240,6 +240,13 @@ def test_output_folders_that_cannot_be_are_found_before_loading(
     for folder in (file, file / "below"):
         shown = fails(8, "--model", "/nonexistent", "--output_dir", str(folder))
         assert "is a file" in shown
+    # Where root may write, and yet no folder can be made.
+    shown = fails(8, "--model", "/nonexistent", "--output_dir", "/proc/x")
+    assert "check that path" in shown
+    assert "free space" not in shown
+    fresh = tmp_path / "a" / "b"
+    fails(4, "--model", "/nonexistent", "--output_dir", str(fresh))
+    assert not fresh.parent.exists()
     assert file.read_text() == "kept"
 
 

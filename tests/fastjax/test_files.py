@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastjax.errors import StorageError
-from fastjax.files import new_file, new_folder
+from fastjax.files import new_file, new_folder, require_space
 
 
 def test_folder_appears_at_the_end(tmp_path: Path):
@@ -40,6 +40,18 @@ def test_an_error_leaves_the_old_folder(tmp_path: Path):
 
 
 def test_full_disk_is_a_storage_error(tmp_path: Path):
-    with pytest.raises(StorageError, match="No space"), new_file(tmp_path / "x"):
+    with (
+        pytest.raises(StorageError, match="free space there"),
+        new_file(tmp_path / "x"),
+    ):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_small_need_is_told_with_what_stays_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("fastjax.files.free_bytes", lambda path: 64_000_000)
+    told = "0.3 MB are needed besides the 64.0 MB that stay free, 64.0 MB are free"
+    with pytest.raises(StorageError, match=told):
+        require_space(tmp_path, 300_000)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,3 +150,18 @@ def test_plain_lines_are_never_wrapped() -> None:
         progress.note("[bold] is no markup " + "x" * 40)
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert text == "[bold] is no markup " + "x" * 40 + "\n"
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_a_terminal_keeps_each_line_and_always_the_counter(width: int) -> None:
+    screen = io.StringIO()
+    record = {"epoch": 1.0, "tokens_per_second": 27100.0, "roofline_share": 0.5}
+    with Progress(Console(file=screen, force_terminal=True, width=width), 1000) as bar:
+        bar.start(0)
+        bar.record({**STEP, **record, "step": 10, "peak_memory_bytes": 2**34})
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    assert shown.count("step 10/1000  epoch 1.00  loss 2.0000  grad_norm 1") == 1
+    *_, live = shown.strip().splitlines()
+    assert live.strip().startswith("10/1000 ")
+    assert ("━" in live) == (width == 160)
+    assert ("ETA" in live) == (width >= 80)
