@@ -130,7 +130,8 @@ def require_free_name(path: Path, *, overwrite: bool) -> None:
     if os.path.lexists(path) and not overwrite:
         raise StorageError(
             f"{path} exists already",
-            fix="choose another name, or allow overwriting: --overwrite",
+            fix="choose another name, or replace it: --overwrite, in Python "
+            "overwrite=True",
         )
 
 

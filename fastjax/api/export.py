@@ -61,6 +61,7 @@ def run_export(
     Raises:
       FastJaxError: The model cannot be read, or the folder not be written; says why.
     """
+    files.require_free_name(folder, overwrite=overwrite)
     runtime.configure()
     found = find_model(name)
     if quant is not None and base_precision == "original":
@@ -84,7 +85,6 @@ def run_export(
         return
     plan = None
     if output_format == "bnb-dynamic":
-        files.require_free_name(folder, overwrite=overwrite)
         plan = plan_dynamic(
             found,
             merge,

@@ -49,6 +49,7 @@ def find_model(
     Raises:
       FastJaxError: It cannot be found; says why.
     """
+    _require_no_mistyped_folder(name)
     folder, source_name = _folder(name, revision, with_weights=with_weights)
     adapter = folder if (folder / _ADAPTER_CONFIG).is_file() else None
     if adapter is not None:
@@ -78,6 +79,28 @@ def load_tokenizer(*folders: Path) -> "PreTrainedTokenizerBase | None":
                 fix="download tokenizer.json and tokenizer_config.json again",
             ) from error
     return None
+
+
+def _require_no_mistyped_folder(name: str) -> None:
+    """Raises `ModelError` if a path's last part is not in the folder before it.
+
+    Such a path may look like a hub name; those of the presets are taken for that.
+    """
+    path = Path(name).expanduser()
+    is_hub_id = any(preset.hub_id == name for preset in PRESETS.values())
+    if "/" not in name or is_hub_id or path.exists() or not path.parent.is_dir():
+        return
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    listed = ", ".join(printable(near, 60) for near in close or names[:5])
+    looks_like_hub_name = not path.is_absolute() and len(path.parts) == 2
+    hub = "; if a hub name is meant, run it where no folder is called as its owner"
+    raise ModelError(
+        f"{printable(name)}: there is no such folder",
+        where=printable(path.parent),
+        fix=f"check the path; {'nearest names' if close else 'beside it'}: "
+        f"{listed or 'nothing'}{hub * looks_like_hub_name}",
+    )
 
 
 def _folder(name: str, revision: str, *, with_weights: bool) -> tuple[Path, str]:

@@ -134,6 +134,17 @@ def test_unknown_models(
     assert all(message in shown for message in messages)
 
 
+def test_a_mistyped_run_folder_names_its_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    (tmp_path / "outputs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    shown = fails(4, "--model", "outputs/mien")
+    assert "outputs/mien: there is no such folder" in shown
+    assert "nearest names: mine; if a hub name is meant" in shown
+    assert "beside it: mine\n" in fails(4, "--model", str(tmp_path / "outputs" / "x"))
+
+
 @pytest.mark.parametrize(
     ("flag", "code"),
     [

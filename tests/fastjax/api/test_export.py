@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from conversions.hf import Checkpoint
 from fastjax.api import FastLanguageModel, load_model, run_export
 from fastjax.api.finding import find_model
 from fastjax.api.merging import Merge
-from fastjax.config import QuantConfig
+from fastjax.config import ExportFormat, QuantConfig
 from fastjax.errors import ConfigError, ModelError, StorageError
 
 DENSE = QuantConfig(load_in_4bit=False)
@@ -135,15 +135,18 @@ def test_a_model_in_memory_is_written_in_4_bits_and_as_gguf(
     assert (file / "model.gguf").read_bytes()[:4] == b"GGUF"
 
 
-def test_exports_refuse_what_cannot_be(
-    small_model: Path, adapter: Path, tmp_path: Path
+@pytest.mark.parametrize("output_format", get_args(ExportFormat))
+def test_a_taken_name_is_found_before_the_model_is(
+    tmp_path: Path, output_format: ExportFormat
 ) -> None:
+    with pytest.raises(StorageError, match="exists already") as caught:
+        next(run_export("./no-model", tmp_path, output_format=output_format))
+    assert "--overwrite, in Python overwrite=True" in caught.value.fix
+
+
+def test_exports_refuse_what_cannot_be(small_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs an adapter"):
         list(run_export(str(small_model), tmp_path / "a", output_format="gguf-lora"))
-    (tmp_path / "b").mkdir()
-    for output_format in ("hf", "gguf", "gguf-lora"):
-        with pytest.raises(StorageError, match="exists"):
-            list(run_export(str(adapter), tmp_path / "b", output_format=output_format))
     bare = tmp_path / "bare"
     shutil.copytree(small_model, bare)
     (bare / "tokenizer.json").unlink()
