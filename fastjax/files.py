@@ -49,6 +49,12 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
+def binary_size(count: int) -> str:
+    """Returns a size for people, in GiB from a tenth of one on."""
+    gib = count / 2**30
+    return f"{gib:.2f} GiB" if gib >= 0.1 else mebibytes(count)
+
+
 def free_bytes(path: Path) -> int:
     """Returns the free space of the disk that holds, or would hold, the path."""
     while not path.exists():

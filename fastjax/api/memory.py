@@ -8,6 +8,7 @@ from fastjax import lora as adapters
 from fastjax.api.benchmark_report import device_bytes
 from fastjax.config import DType, QuantConfig, RematPolicy, TrainConfig
 from fastjax.errors import OutOfMemory
+from fastjax.files import binary_size
 from fastjax.models.build import DecoderSpec, linear_names
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.linear import PackedFormat
@@ -159,14 +160,14 @@ class Planner:
         )
         for name, count in dataclasses.asdict(plan).items():
             if count or name != "host":
-                yield f"  {_NAMES[name]:24} {_gib(count)}"
-        yield f"  {'peak on the device':24} {_gib(plan.peak)}"
+                yield f"  {_NAMES[name]:24} {binary_size(count)}"
+        yield f"  {'peak on the device':24} {binary_size(plan.peak)}"
         if self.probe is not None:
             yield "  where measuring ranks takes more than a step, that is counted"
         if limit is None:
             yield "no GPU here: --memory_gib N says what would fit into N GiB"
             return
-        yield f"within {_gib(limit)} at most:"
+        yield f"within {binary_size(limit)} at most:"
         for policy in _LEANER:
             rows, tokens = (
                 self.most_rows(limit, policy),
@@ -200,7 +201,8 @@ class Planner:
         advice = list(self.advice(limit))[:_ADVICES]
         none = "a smaller model, or a GPU with more memory: not even a row of 256 fits"
         raise OutOfMemory(
-            f"the run needs about {_gib(need)}, and {_gib(limit)} are there",
+            f"the run needs about {binary_size(need)}, "
+            f"and {binary_size(limit)} are there",
             where=f"{self.shape.rows} rows of {self.shape.tokens:,} tokens, "
             f"remat {self.config.remat}",
             fix="\n         or ".join(advice) if advice else none,
@@ -215,24 +217,24 @@ class Planner:
             yield (
                 f"--per_device_train_batch_size {fitting} "
                 f"--gradient_accumulation_steps {more}: "
-                f"{_gib(self.plan(rows=fitting).peak)}, the same steps"
+                f"{binary_size(self.plan(rows=fitting).peak)}, the same steps"
             )
         for policy in _LEANER[_LEANER.index(self.policy) + 1 :]:
             if (need := self.plan(policy).peak) <= limit:
-                yield f"--remat {policy}: {_gib(need)}"
+                yield f"--remat {policy}: {binary_size(need)}"
         if not self.config.full_finetuning and not self.spec.packed:
             packed = dataclasses.replace(self.config, quant=QuantConfig())
             spec = planned_spec(packed, self.spec.config)
             other = Planner.of(packed, spec, tokens=self.shape.tokens)
             if (peak := other.plan().peak) <= limit:
-                yield f"--load_in_4bit: {_gib(peak)}"
+                yield f"--load_in_4bit: {binary_size(peak)}"
         if tokens := self.most_tokens(limit):
             need = self.plan(tokens=tokens).peak
-            yield f"--max_length {tokens}: {_gib(need)}, shorter rows"
+            yield f"--max_length {tokens}: {binary_size(need)}, shorter rows"
         elif fitting := self.most_rows(limit, "offload"):
             need = self.plan("offload", rows=fitting).peak
             rows = f"--per_device_train_batch_size {fitting}"
-            yield f"--remat offload {rows}: {_gib(need)}"
+            yield f"--remat offload {rows}: {binary_size(need)}"
 
 
 _NAMES = {
@@ -274,7 +276,3 @@ def _most(fits: Callable[[int], bool], limit: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _gib(count: int) -> str:
-    return f"{count / _GIB:.2f} GiB"

@@ -17,6 +17,7 @@ from fastjax.api.memory import Planner, memory_limit, planned_spec
 from fastjax.api.remat_auto import compiled_memory, planned_remat
 from fastjax.config import TrainConfig
 from fastjax.data import Loader, TrainingData, load_data
+from fastjax.files import binary_size
 from fastjax.models.build import DecoderSpec
 from fastjax.models.registry import PRESETS
 from fastjax.models.transformer_config import TransformerConfig
@@ -128,7 +129,7 @@ def plan_lines(config: TrainConfig) -> Iterator[str]:
         yield from notes
         memory = compiled_memory(planner, remat, documents=documents)
         if memory is not None:
-            yield f"compiled: {memory.total_bytes / 2**30:.2f} GiB on the device"
+            yield f"compiled: {binary_size(memory.total_bytes)} on the device"
             if limit is not None and memory.total_bytes > limit:
                 planner.refuse(limit, need=memory.total_bytes)
 

@@ -106,7 +106,11 @@ def load_data(
         report = _of_rest(report, documents)
     notes = [*train.notes, *template.notes]
     if shared := shared_documents(documents, evaluation):
-        notes.append(f"{shared} evaluation rows are training rows too")
+        notes.append(
+            "1 evaluation row is a training row too"
+            if shared == 1
+            else f"{shared} evaluation rows are training rows too"
+        )
     if config.dataset_weights:
         documents = weighted(documents, config.dataset_weights, seed=seed)
         notes.append(f"an epoch has {len(documents):,} rows, weighted by source")

@@ -10,6 +10,21 @@ from jaxtyping import Int64
 from fastjax.data.documents import Documents
 
 _BINS = 12
+_OF_ONE = {
+    "rows": "row",
+    "documents": "document",
+    "are": "is",
+    "have": "has",
+    "equal": "equals",
+}
+
+
+def counted(count: int, what: str) -> str:
+    """Returns the count and what is said of so many `rows` or `documents`."""
+    words = what.split(" ")
+    if count == 1:
+        words = [_OF_ONE.get(word, word) for word in words]
+    return " ".join([f"{count:,}", *words])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,11 +85,11 @@ class DataReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained_share:.1%} "
-            f"trained; length 95 % {self.length_95:,}, 99 % {self.length_99:,}, "
-            f"max {self.length_max:,}"
+            f"{counted(self.rows, 'rows')}, {self.tokens:,} tokens, "
+            f"{self.trained_share:.1%} trained; length 95 % {self.length_95:,}, "
+            f"99 % {self.length_99:,}, max {self.length_max:,}"
         ]
-        lines += [f"{count:,} {what}" for count, what in self.left_out]
+        lines += [counted(count, what) for count, what in self.left_out]
         return "\n".join([*lines, *self.notes])
 
     def as_json(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fastjax.data.rendering import (
     Span,
     rendered_example,
 )
-from fastjax.data.report import DataReport, data_report
+from fastjax.data.report import DataReport, counted, data_report
 from fastjax.errors import DataError, ModelError, printable
 
 if TYPE_CHECKING:
@@ -331,15 +331,18 @@ def _single_id(token_id: object) -> int | None:
 def _nothing_trained(report: DataReport, max_length: int) -> DataError:
     reasons = []
     if report.cut_to_nothing:
+        late = "rows are trained only after the first"
         reasons.append(
-            f"{report.cut_to_nothing} rows are trained only after the first "
-            f"max_length={max_length} tokens (the longest has {report.length_max})"
+            f"{counted(report.cut_to_nothing, late)} max_length={max_length} tokens "
+            f"(the longest has {report.length_max})"
         )
     if report.dropped_overlong:
-        reasons.append(f"{report.dropped_overlong} rows are longer than {max_length}")
+        longer = f"rows are longer than {max_length}"
+        reasons.append(counted(report.dropped_overlong, longer))
     others = report.dropped_untrained - report.cut_to_nothing
     if others:
-        reasons.append(f"{others} rows have no answer, or the chat template marks none")
+        none = "rows have no answer, or the chat template marks none"
+        reasons.append(counted(others, none))
     return DataError(
         f"no token of any row would be trained: {'; '.join(reasons) or 'no rows'}",
         fix="raise --max_length, or check --chat_template_path and --train_on",

@@ -102,6 +102,8 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == said
     assert "frozen weights" in said
     assert "within 1.00 GiB" in said
+    assert "MiB" in said
+    assert " 0.0" not in said
     report = plan_run(TrainConfig(model="tiny", memory_gib=1.0))
     assert str(report) == said.strip()
     assert "frozen weights" in report._repr_html_()

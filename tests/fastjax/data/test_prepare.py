@@ -89,7 +89,7 @@ def test_a_folder_brings_its_evaluation_rows(tokenizer, tmp_path):
     data = load_data(config, tokenizer, seed=0)
     assert (len(data.train), len(data.evaluation)) == (3, 2)
     assert data.packing
-    assert data.notes == ("1 evaluation rows are training rows too",)
+    assert data.notes == ("1 evaluation row is a training row too",)
 
 
 def test_evaluation_rows_can_be_named_or_held_out(tokenizer, tmp_path):

@@ -165,7 +165,7 @@ def test_overlong_rows_can_be_dropped_or_refused(tokenizer):
     make = ExampleTokenizer(tokenizer, max_length=20, overlong="drop")
     documents, report = make.tokenize(rows)
     assert (len(documents), report.dropped_overlong) == (1, 1)
-    with pytest.raises(DataError, match="rows are longer than 20"):
+    with pytest.raises(DataError, match="1 row is longer than 20"):
         make.tokenize(rows[1:])
     with pytest.raises(DataError, match="longer than max_length=20") as caught:
         ExampleTokenizer(tokenizer, max_length=20, overlong="error").tokenize(rows)
@@ -252,7 +252,7 @@ def test_the_report_counts(tokenizer, fixtures):
     assert report.trained_tokens == trained
     assert (report.truncated, report.split, report.rows) == (0, 1, 4)
     assert report.length_max > report.max_length
-    assert "1 rows split at 40 tokens" in str(report)
+    assert "1 row split at 40 tokens" in str(report)
     assert sum(count for _, count in report.histogram) == 2
     assert report.as_json()["trained_share"] == report.trained_share
     evil = fixtures / "bad_data" / "special_tokens_in_text.jsonl"
