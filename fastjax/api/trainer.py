@@ -174,8 +174,8 @@ class SFTTrainer:
         self.model.tokenizer.save_pretrained(folder)
         return folder
 
-    def evaluate(self, eval_dataset: Source | None = None) -> dict[str, float]:
-        """Returns eval_loss, eval_perplexity and eval_runtime.
+    def evaluate(self, eval_dataset: Source | None = None) -> dict[str, float | int]:
+        """Returns loss, perplexity and runtime, and how many rows and trained tokens.
 
         Raises:
           ConfigError: There is nothing to evaluate on.

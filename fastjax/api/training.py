@@ -227,8 +227,8 @@ def train(
     return result
 
 
-def run_evaluation(config: TrainConfig) -> dict[str, float]:
-    """Returns the loss of a model or adapter folder on a whole data set."""
+def run_evaluation(config: TrainConfig) -> dict[str, float | int]:
+    """Returns what `evaluate_model` does of a model or adapter folder."""
     runtime.configure(full_determinism=config.full_determinism)
     model = _load(config, full_finetuning=False)
     data = prepare_data(config, model)
@@ -237,8 +237,8 @@ def run_evaluation(config: TrainConfig) -> dict[str, float]:
 
 def evaluate_model(
     model: LanguageModel, config: TrainConfig, data: TrainingData
-) -> dict[str, float]:
-    """Returns eval_loss, eval_perplexity and eval_runtime.
+) -> dict[str, float | int]:
+    """Returns loss, perplexity and runtime, and how many rows and trained tokens.
 
     The held-out documents are measured, or all of them when none are held out.
 
@@ -258,7 +258,12 @@ def evaluate_model(
     )
     step = make_eval_step(job.loss_function(loader, None))
     with device_faults("evaluate", memory_fix="lower per_device_eval_batch_size"):
-        return evaluate(step, trainable, frozen, loader).metrics()
+        result = evaluate(step, trainable, frozen, loader)
+    counts = {
+        "eval_rows": len(data.evaluation or data.train),
+        "eval_trained_tokens": result.num_tokens,
+    }
+    return {**result.metrics(), **counts}
 
 
 def _with_ranks(

@@ -21,6 +21,11 @@ def run(call: Call) -> None:
         return
     words = [word for word in call.words if word != _JSON]
     settings = read_settings(words, program=call.program)
+    if _JSON not in call.words:
+        from fastjax.terminal import open_console, say
+
+        data = settings.config.data.dataset_name
+        say(open_console(), f"reading {data or 'the embedded data'}")
     from fastjax.api import check_data
 
     check = check_data(settings.config)

@@ -26,10 +26,15 @@ def run(call: Call) -> None:
       EnvironmentFault: Something is wrong; tells all of it.
     """
     args = parsed(DoctorArgs, call)
+    from fastjax.terminal import open_console, say
+
+    if not args.json:
+        say(
+            open_console(),
+            "checking each op; the first time, its kernels are compiled",
+        )
     from fastjax.api.doctor import diagnose
 
-    if sys.stderr.isatty():
-        sys.stderr.write("checking each op; the first time, its kernels are compiled\n")
     found = diagnose()
     if args.json:
         sys.stdout.write(json.dumps(found.as_json()) + "\n")

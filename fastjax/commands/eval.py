@@ -6,7 +6,7 @@ from fastjax.cli_flags import Call, read_settings, shows_settings_help, write_ya
 
 
 def run(call: Call) -> None:
-    """Prints loss, perplexity and seconds as YAML."""
+    """Prints loss, perplexity and seconds, of four digits, and counts as YAML."""
     about = (
         "Measures loss and perplexity of a model or adapter on dataset_name. Settings\n"
         "of training alone have no effect."
@@ -16,6 +16,15 @@ def run(call: Call) -> None:
     settings = read_settings(call.words, program=call.program)
     for note in settings.notes:
         sys.stderr.write(f"{note}\n")
+    from fastjax.terminal import open_console, say
+
+    say(open_console(), f"loading {settings.config.model}")
     from fastjax.api import run_evaluation
 
-    write_yaml(run_evaluation(settings.config))
+    values = run_evaluation(settings.config)
+    write_yaml(
+        {
+            name: float(f"{value:.4g}") if isinstance(value, float) else value
+            for name, value in values.items()
+        }
+    )

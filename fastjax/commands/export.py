@@ -57,6 +57,9 @@ class ExportArgs:
 def run(call: Call) -> None:
     """Writes the folder, checks it, and prints what it found."""
     args = parsed(ExportArgs, call)
+    from fastjax.terminal import open_console, say
+
+    say(open_console(), f"loading {args.model}")
     from fastjax.api import run_export
 
     names = [field.name for field in dataclasses.fields(QuantConfig)]

@@ -40,6 +40,9 @@ class GenerateArgs:
 def run(call: Call) -> None:
     """Prints the answers; a single one as it comes."""
     args = parsed(GenerateArgs, call)
+    from fastjax.terminal import open_console, say
+
+    say(open_console(), f"loading {args.model}")
     from fastjax.api import run_generation
     from fastjax.inference.sampling import Sampling
 

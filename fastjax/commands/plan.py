@@ -15,7 +15,11 @@ def run(call: Call) -> None:
     if shows_settings_help(call, about):
         return
     settings = read_settings(call.words, program=call.program)
+    from fastjax.terminal import open_console, say
+
+    config = settings.config
+    say(open_console(), f"reading {config.data.dataset_name or config.model}")
     from fastjax.api.run_plan import plan_lines
 
-    for line in plan_lines(settings.config):
+    for line in plan_lines(config):
         sys.stdout.write(f"{line}\n")

@@ -87,9 +87,12 @@ class BadRows:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """One sentence that counts the tolerated rows, or none."""
+        """One note that counts the tolerated rows and names ten, or none."""
         if not self.count:
             return ()
-        first, rows = self.errors[0], "row" if self.count == 1 else "rows"
-        place = f" ({first.where})" if first.where else ""
-        return (f"{self.count:,} broken {rows} left out, first: {first.what}{place}",)
+        rows = "row" if self.count == 1 else "rows"
+        lines = [f"{self.count:,} broken {rows} left out:"]
+        lines += [f"{error.where}: {error.what}" for error in self.errors]
+        if left := self.count - len(self.errors):
+            lines.append(f"and {left:,} more")
+        return ("\n  ".join(lines),)

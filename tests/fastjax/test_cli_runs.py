@@ -164,8 +164,27 @@ def test_evaluate_measures_base_and_adapter(
         assert cli.run("eval", [*flags, "--dtype", "float32"]) == 0
         shown = capsys.readouterr()
         assert "read data as dataset_name" in shown.err
-        losses[model] = yaml.safe_load(shown.out)["eval_loss"]
+        assert f"\nloading {model}\n" in shown.err
+        told = yaml.safe_load(shown.out)
+        losses[model] = told["eval_loss"]
+        assert told["eval_loss"] == float(f"{told['eval_loss']:.4g}")
+        assert told["eval_rows"] == 12
+        assert told["eval_trained_tokens"] > 12
     assert losses[run_folder] < losses[small_model]
+
+
+@pytest.mark.parametrize("command", ["check-data", "plan"])
+def test_what_is_read_is_told_first(
+    small_model: Path,
+    alpaca_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    flags = ["--model", str(small_model), "--dataset_name", str(alpaca_file)]
+    assert cli.run(command, [*flags, *SETTINGS]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"reading {alpaca_file}\n")
+    assert "reading" not in shown.out
 
 
 def test_export_merges_and_never_overwrites_by_itself(

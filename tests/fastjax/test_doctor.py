@@ -40,7 +40,9 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_healthy_machine_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("doctor", ["--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert "checking" not in shown.err
+    told = json.loads(shown.out)
     assert told["problems"] == []
     assert told["versions"]["jax"] == importlib.metadata.version("jax")
     assert told["implementations"] == {"nf4": "xla"}
@@ -66,6 +68,7 @@ def test_all_that_is_wrong_is_told_with_code_5(
     monkeypatch.setattr(doctor.self_check, "check_ops", lambda: iter([check(0.5)]))
     assert cli.run("doctor", []) == EnvironmentFault.exit_code
     shown = capsys.readouterr()
+    assert shown.err.startswith("checking each op")
     assert "nf4 computes wrong numbers here" in shown.err
     assert requirements.install_command("cuda13") in shown.err
     assert "WRONG" in shown.out

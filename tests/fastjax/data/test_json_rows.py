@@ -83,8 +83,11 @@ def test_all_broken_rows_are_named_up_to_a_number():
     with pytest.raises(DataError, match="2 rows are broken, and skip_bad_rows") as both:
         bad_rows.require_within_budget()
     assert both.value.where.split() == ["a:1:", "odd", "a:2:", "even"]
+    [note] = bad_rows.notes
+    assert note == "2 broken rows left out:\n  a:1: odd\n  a:2: even"
     for line in range(3, 10_001):
         bad_rows.refuse("odd", f"a:{line}")
+    assert bad_rows.notes[0].endswith("\n  a:10: odd\n  and 9,990 more")
     with pytest.raises(DataError, match="more than 10,000 rows are broken") as many:
         bad_rows.refuse("odd", "a:10001")
     assert many.value.where.endswith("a:10: odd\n         and others")
