@@ -49,6 +49,24 @@ def combine_adapters(
             f"rank={rank} with method={method}: a rank is for method=svd, at least 1"
         )
     require_free_name(output, overwrite=overwrite)
+    parts, (base, revision), stretch = _read(folders, factors)
+    lora, arrays = combined(parts, method=method, rank=rank)
+    with new_folder(output, overwrite=overwrite) as new:
+        write_adapter(
+            new,
+            arrays,
+            lora,
+            base_model_name_or_path=base,
+            revision=revision,
+            stretch=stretch,
+        )
+    return f"{len(parts)} adapters by {method}, of rank {lora.lora_r}: {output}"
+
+
+def _read(
+    folders: Sequence[str | Path], factors: Sequence[float]
+) -> tuple[list[Part], tuple[str, str | None], Stretch | None]:
+    """Returns the adapters, the name and revision of their base, and its stretch."""
     parts: list[Part] = []
     bases: dict[tuple[str, str | None], None] = {}
     contexts: list[Stretch | None] = []
@@ -72,15 +90,5 @@ def combine_adapters(
             "the adapters trained with different contexts of their base",
             fix="combine adapters of one max_length and rope_scaling",
         )
-    lora, arrays = combined(parts, method=method, rank=rank)
-    ((base, revision),) = bases
-    with new_folder(output, overwrite=overwrite) as new:
-        write_adapter(
-            new,
-            arrays,
-            lora,
-            base_model_name_or_path=base,
-            revision=revision,
-            stretch=contexts[0],
-        )
-    return f"{len(parts)} adapters by {method}, of rank {lora.lora_r}: {output}"
+    (base,) = bases
+    return parts, base, contexts[0]

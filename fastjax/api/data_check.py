@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastjax.api.context import context_fault
-from fastjax.api.loaders import data_loader
+from fastjax.api.loaders import data_loader, data_seed
 from fastjax.api.loading import load_text_side
 from fastjax.config import TrainConfig
 from fastjax.data import DataReport, Document, TrainingData, load_data
@@ -133,8 +133,12 @@ def check_data(config: TrainConfig) -> DataCheck:
       FastJaxError: The data cannot be used, or the model has no tokenizer; says why.
     """
     tokenizer, sizes = load_text_side(config)
-    seed = config.seed if config.data_seed is None else config.data_seed
-    data = load_data(config.data, tokenizer, seed=seed, vocab_size=sizes.vocab_size)
+    data = load_data(
+        config.data,
+        tokenizer,
+        seed=data_seed(config),
+        vocab_size=sizes.vocab_size,
+    )
     found = data_check(config, data, tokenizer)
     fault = context_fault(sizes, data)
     if fault is None:

@@ -64,100 +64,106 @@ def run_export(
     files.require_free_name(folder, overwrite=overwrite)
     runtime.configure()
     found = find_model(name)
+    export = _Export(
+        merge=_merge(found, base_precision, quant),
+        folder=folder,
+        base_precision=base_precision,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+    if output_format in ("gguf", "gguf-lora"):
+        yield from export.gguf(gguf_type if output_format == "gguf" else None)
+        return
+    plan = None
+    if output_format == "bnb-dynamic":
+        plan = export.dynamic_plan(found, calibration_data, extra_memory)
+    yield from export.hugging_face(output_format, plan)
+    if compare_logits:
+        yield export.comparison(name, output_format)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Export:
+    """What is written, and where: the same in every format."""
+
+    merge: Merge
+    folder: Path
+    base_precision: BasePrecision
+    dtype: DType
+    overwrite: bool
+
+    def gguf(self, kind: GGUFKind | None) -> Iterator[str]:
+        """Writes a model of a kind, or with None its adapter alone; yields lines."""
+        if kind is not None:
+            weights = self.merge.weights(self.base_precision, self.dtype)
+            yield from write_gguf_folder(
+                self.folder, self.merge, weights, kind=kind, overwrite=self.overwrite
+            )
+            yield f"{self._merged_onto()}{kind} for llama.cpp: {self.folder}"
+            return
+        if not self.merge.adapter:
+            raise ConfigError(
+                "format=gguf-lora needs an adapter", fix="give the adapter's folder"
+            )
+        yield from write_gguf_adapter_folder(
+            self.folder, self.merge, overwrite=self.overwrite
+        )
+        yield f"adapter for llama.cpp and Ollama: {self.folder}"
+
+    def dynamic_plan(
+        self, found: FoundModel, calibration_data: str | None, extra_memory: float
+    ) -> DynamicPlan:
+        """Returns which linears stay in 16 bits."""
+        return plan_dynamic(
+            found,
+            self.merge,
+            self.base_precision,
+            self.dtype,
+            calibration_data=calibration_data,
+            extra_memory=extra_memory,
+        )
+
+    def hugging_face(
+        self, output_format: ExportFormat, plan: DynamicPlan | None
+    ) -> Iterator[str]:
+        """Writes a Hugging Face folder; yields what the plan of its formats tells."""
+        self.merge.write_folder(
+            self.folder,
+            base_precision=self.base_precision,
+            dtype=self.dtype,
+            is_4bit=output_format in ("bnb-4bit", "bnb-dynamic"),
+            overwrite=self.overwrite,
+            formats=None if plan is None else plan.formats,
+        )
+        if plan is not None:
+            plan.write(self.folder)
+            yield from plan.lines()
+        yield f"{self._merged_onto()}{output_format}, {self.dtype}: {self.folder}"
+
+    def comparison(self, name: str, output_format: ExportFormat) -> str:
+        """Returns how the logits of the folder differ from those of its source."""
+        held = QuantConfig(load_in_4bit=False)
+        if self.base_precision == "dequantised":
+            held = self.merge.quant_of_training()
+        bound = _BOUNDS[self.dtype] if output_format == "hf" else math.inf
+        return _comparison(name, self.folder, quant=held, dtype=self.dtype, bound=bound)
+
+    def _merged_onto(self) -> str:
+        if self.merge.adapter_folder is None:
+            return ""
+        return f"merged onto {self.base_precision} weights, "
+
+
+def _merge(
+    found: FoundModel, base_precision: BasePrecision, quant: QuantConfig | None
+) -> Merge:
     if quant is not None and base_precision == "original":
         raise ConfigError(
             "load_in_4bit and load_in_8bit say what training saw; this merge is onto "
             "the original weights",
             fix="add --base_precision dequantised, or leave them out",
         )
-    merge = dataclasses.replace(Merge.of(found), quant=quant)
-    told = _told(found, base_precision)
-    if output_format in ("gguf", "gguf-lora"):
-        yield from _gguf(
-            merge,
-            folder,
-            None if output_format == "gguf-lora" else gguf_type,
-            base_precision=base_precision,
-            dtype=dtype,
-            overwrite=overwrite,
-            told=told,
-        )
-        return
-    plan = None
-    if output_format == "bnb-dynamic":
-        plan = plan_dynamic(
-            found,
-            merge,
-            base_precision,
-            dtype,
-            calibration_data=calibration_data,
-            extra_memory=extra_memory,
-        )
-    is_4bit = output_format in ("bnb-4bit", "bnb-dynamic")
-    yield from _hugging_face(
-        merge, folder, plan, base_precision, dtype, is_4bit=is_4bit, overwrite=overwrite
-    )
-    yield f"{told}{output_format}, {dtype}: {folder}"
-    if compare_logits:
-        bound = _BOUNDS[dtype] if output_format == "hf" else math.inf
-        held = QuantConfig(load_in_4bit=False)
-        if base_precision == "dequantised":
-            held = merge.quant_of_training()
-        yield _comparison(name, folder, quant=held, dtype=dtype, bound=bound)
-
-
-def _gguf(
-    merge: Merge,
-    folder: Path,
-    kind: GGUFKind | None,
-    *,
-    base_precision: BasePrecision,
-    dtype: DType,
-    overwrite: bool,
-    told: str,
-) -> Iterator[str]:
-    """Writes a model of a kind, or with None its adapter alone; yields lines on it."""
-    if kind is not None:
-        weights = merge.weights(base_precision, dtype)
-        yield from write_gguf_folder(
-            folder, merge, weights, kind=kind, overwrite=overwrite
-        )
-        yield f"{told}{kind} for llama.cpp: {folder}"
-        return
-    if not merge.adapter:
-        raise ConfigError(
-            "format=gguf-lora needs an adapter", fix="give the adapter's folder"
-        )
-    yield from write_gguf_adapter_folder(folder, merge, overwrite=overwrite)
-    yield f"adapter for llama.cpp and Ollama: {folder}"
-
-
-def _hugging_face(
-    merge: Merge,
-    folder: Path,
-    plan: DynamicPlan | None,
-    base_precision: BasePrecision,
-    dtype: DType,
-    *,
-    is_4bit: bool,
-    overwrite: bool,
-) -> Iterator[str]:
-    """Writes a Hugging Face folder; yields what the plan of its formats tells."""
-    merge.write_folder(
-        folder,
-        base_precision=base_precision,
-        dtype=dtype,
-        is_4bit=is_4bit,
-        overwrite=overwrite,
-        formats=None if plan is None else plan.formats,
-    )
-    if plan is not None:
-        plan.write(folder)
-        yield from plan.lines()
-
-
-def _told(found: FoundModel, base_precision: BasePrecision) -> str:
-    return "" if found.adapter is None else f"merged onto {base_precision} weights, "
+    return dataclasses.replace(Merge.of(found), quant=quant)
 
 
 def _comparison(

@@ -66,13 +66,15 @@ class FastLanguageModel:
         """
         del device_map
         _require_none(token)
-        train_config({"trust_remote_code": trust_remote_code})
+        settings = {
+            "bnb_4bit_quant_type": bnb_4bit_quant_type,
+            "load_in_4bit": load_in_4bit and not (full_finetuning or load_in_8bit),
+            "load_in_8bit": load_in_8bit and not full_finetuning,
+            "rope_scaling": rope_scaling or "none",
+            "trust_remote_code": trust_remote_code,
+        }
+        flat = train_config(settings).config
         runtime.configure(memory_share=nvidia.memory_share(memory_gib))
-        quant = {"bnb_4bit_quant_type": bnb_4bit_quant_type}
-        is_other = full_finetuning or load_in_8bit
-        quant |= {"load_in_4bit": load_in_4bit and not is_other}
-        quant |= {"load_in_8bit": load_in_8bit and not full_finetuning}
-        flat = train_config(quant | {"rope_scaling": rope_scaling or "none"}).config
         model = load_model(
             model_name,
             revision=revision,

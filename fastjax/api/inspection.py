@@ -78,37 +78,36 @@ def inspect_folder(folder: Path, *, reads_values: bool = False) -> Inspection:
     """
     runtime.configure()
     found = _Findings()
+    remarks: tuple[str, ...] = ()
     if folder.suffix == _GGUF and folder.is_file():
         _inspect_gguf(found, folder)
-        return Inspection(facts=found.facts, problems=tuple(found.problems))
-    if not folder.is_dir():
+    elif not folder.is_dir():
         raise ModelError(
             "this is a file" if folder.is_file() else "there is no such folder",
             where=str(folder),
             fix="give the folder of a model or an adapter, which holds its config",
         )
-    if (folder / _ADAPTER_CONFIG).is_file():
+    elif (folder / _ADAPTER_CONFIG).is_file():
         recorded = found.attempt(lambda: read_adapter_config(folder))
         if recorded is not None:
             _inspect_adapter(found, folder, recorded)
-        remarks = () if recorded is None else tuple(serving_notes(recorded.lora))
+            remarks = tuple(serving_notes(recorded.lora))
+        _inspect_tokenizer(found, folder)
     elif (folder / _MODEL_CONFIG).is_file():
         config = found.attempt(lambda: read_config(folder))
         if config is not None:
             found.facts |= dict(_sizes(config))
         _inspect_weights(found, folder, config, reads_values=reads_values)
-        remarks = ()
+        _inspect_tokenizer(found, folder)
     elif files := sorted(folder.glob(f"*{_GGUF}")):
         for file in files:
             _inspect_gguf(found, file, f"{file.name} " if len(files) > 1 else "")
-        return Inspection(facts=found.facts, problems=tuple(found.problems))
     else:
         raise ModelError(
             f"neither {_MODEL_CONFIG} nor {_ADAPTER_CONFIG} nor a GGUF file is here",
             where=str(folder),
             fix="give the folder of a model or of an adapter",
         )
-    _inspect_tokenizer(found, folder)
     return Inspection(
         facts=found.facts, remarks=remarks, problems=tuple(found.problems)
     )

@@ -62,17 +62,12 @@ def load_model(
     runtime.configure()
     found = find_model(name, revision=revision)
     folder, adapter = found.folder, found.adapter
-    config = base = read_config(folder)
-    if adapter is not None:
-        grown = grown_config(adapter, base)
-        config = dataclasses.replace(grown, vocab_size=base.vocab_size)
+    base = read_config(folder)
+    config = base if adapter is None else _config_of_adapter(adapter, base)
     param_dtype = "float32" if full_finetuning else dtype
+    cache = runtime.cache_folder() / "weights"
     weights = load_packed_weights(
-        Checkpoint(folder),
-        config,
-        dtype=param_dtype,
-        quant=quant,
-        folder=runtime.cache_folder() / "weights",
+        Checkpoint(folder), config, dtype=param_dtype, quant=quant, folder=cache
     )
     spec = DecoderSpec(
         config=config.stretched(rope_scaling, max_seq_length),
@@ -154,6 +149,11 @@ def add_adapter(model: LanguageModel, lora: LoRAConfig, *, seed: int) -> None:
     model.spec, model.lora = adapted, lora
     if lora.init_lora_weights == "loftq":
         start_from_loss(model, seed=seed)
+
+
+def _config_of_adapter(adapter: Path, base: TransformerConfig) -> TransformerConfig:
+    """Returns the config of an adapter's training, its tables of the base's size."""
+    return dataclasses.replace(grown_config(adapter, base), vocab_size=base.vocab_size)
 
 
 def _commit(folder: Path) -> str | None:

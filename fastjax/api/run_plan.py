@@ -17,6 +17,7 @@ from fastjax.api.memory import Planner, memory_limit, planned_spec
 from fastjax.api.remat_auto import compiled_memory, planned_remat
 from fastjax.config import TrainConfig
 from fastjax.data import Loader, TrainingData, load_data
+from fastjax.data.report import counted
 from fastjax.files import binary_size
 from fastjax.models.build import DecoderSpec
 from fastjax.models.registry import PRESETS
@@ -116,8 +117,7 @@ def plan_lines(config: TrainConfig) -> Iterator[str]:
     if loader is not None:
         yield (
             f"data: {loader.rows:,} rows of {tokens:,} tokens at most, "
-            f"{loader.steps_per_epoch:,} "
-            f"{'step' if loader.steps_per_epoch == 1 else 'steps'} an epoch"
+            f"{counted(loader.steps_per_epoch, 'steps an epoch')}"
         )
     planner = Planner.of(config, spec, tokens=tokens)
     limit = memory_limit(config)

@@ -1,5 +1,6 @@
 """A budget of broken rows: tolerated and counted, up to a number."""
 
+from fastjax.data.report import counted
 from fastjax.errors import DataError
 
 FIX = "correct the row, or tolerate some with --skip_bad_rows N"
@@ -90,8 +91,7 @@ class BadRows:
         """One note that counts the tolerated rows and names ten, or none."""
         if not self.count:
             return ()
-        rows = "row" if self.count == 1 else "rows"
-        lines = [f"{self.count:,} broken {rows} left out:"]
+        lines = [counted(self.count, "broken rows left out:")]
         lines += [f"{error.where}: {error.what}" for error in self.errors]
         if left := self.count - len(self.errors):
             lines.append(f"and {left:,} more")

@@ -106,11 +106,7 @@ def load_data(
         report = _of_rest(report, documents)
     notes = [*train.notes, *template.notes]
     if shared := shared_documents(documents, evaluation):
-        notes.append(
-            "1 evaluation row is a training row too"
-            if shared == 1
-            else f"{shared} evaluation rows are training rows too"
-        )
+        notes.append(_of_shared(shared))
     if config.dataset_weights:
         documents = weighted(documents, config.dataset_weights, seed=seed)
         notes.append(f"an epoch has {len(documents):,} rows, weighted by source")
@@ -125,6 +121,13 @@ def load_data(
         uses_template=template.is_used,
         notes=tuple(notes),
     )
+
+
+def _of_shared(count: int) -> str:
+    """Returns the note on evaluation rows that are trained."""
+    if count == 1:
+        return "1 evaluation row is a training row too"
+    return f"{count} evaluation rows are training rows too"
 
 
 def _of_rest(report: DataReport, documents: Documents) -> DataReport:

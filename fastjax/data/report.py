@@ -13,6 +13,7 @@ _BINS = 12
 _OF_ONE = {
     "rows": "row",
     "documents": "document",
+    "steps": "step",
     "are": "is",
     "have": "has",
     "equal": "equals",
@@ -20,7 +21,7 @@ _OF_ONE = {
 
 
 def counted(count: int, what: str) -> str:
-    """Returns the count and what is said of so many `rows` or `documents`."""
+    """Returns the count and what is said of so many `rows`, `documents` or `steps`."""
     words = what.split(" ")
     if count == 1:
         words = [_OF_ONE.get(word, word) for word in words]

@@ -12,6 +12,7 @@ from fastjax.data.examples import Example
 from fastjax.data.files import data_files, read_rows
 from fastjax.data.formats import ExampleReader
 from fastjax.data.hub import hub_rows, is_hub_name
+from fastjax.data.report import counted
 from fastjax.data.rows import Row
 from fastjax.errors import DataError
 
@@ -91,9 +92,8 @@ class ExampleStream(Iterable[Example]):
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the rows so far, one sentence each."""
         notes = list(self._reader.notes)
-        if self._reader.empty_rows:
-            rows = "row" if self._reader.empty_rows == 1 else "rows"
-            notes.append(f"{self._reader.empty_rows:,} {rows} left out: null or empty")
+        if count := self._reader.empty_rows:
+            notes.append(counted(count, "rows left out: null or empty"))
         return tuple(notes)
 
 

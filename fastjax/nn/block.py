@@ -15,10 +15,11 @@ from fastjax.nn.feed_forward import (
     hand_back,
     handed_feed_forward,
     remade_feed_forward,
+    scaled,
 )
 from fastjax.nn.kv_cache import LayerCache
 from fastjax.nn.mlp import GatedMLP
-from fastjax.nn.norm import RMSNorm
+from fastjax.nn.norm import RMSNorm, normed_and_input
 
 
 class Block(nnx.Module):
@@ -108,8 +109,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], FeedForward, LayerCache | None]:
         """Returns the hidden states after attention, what follows, and the cache."""
         x = checkpoint_name(x, remat.LAYER_INPUT)
-        before = self.input_layernorm
-        normed, x = (x, x) if before is None else before.and_input(x)
+        normed, x = normed_and_input(self.input_layernorm, x)
         mixed, cache = self.self_attn(
             normed,
             context,
@@ -123,10 +123,8 @@ class Block(nnx.Module):
             before_mlp = self.pre_feedforward_layernorm
         # The name must sit on the array that the norm's VJP keeps, or the backward
         # pass would recompute the attention to get it.
-        x = checkpoint_name(x + self._scaled(mixed), remat.ATTENTION_RESIDUAL)
+        x = x + scaled(mixed, self.residual_scale)
+        x = checkpoint_name(x, remat.ATTENTION_RESIDUAL)
         last = self.post_feedforward_layernorm
         half = FeedForward(before_mlp, self.mlp, last, self.residual_scale)
         return x, half, cache
-
-    def _scaled(self, update: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return update if self.residual_scale == 1.0 else update * self.residual_scale

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from fastjax.nn.mlp import GatedMLP
-from fastjax.nn.norm import RMSNorm
+from fastjax.nn.norm import RMSNorm, normed_and_input
 
 CHUNK_TOKENS = 8192
 """Most tokens whose gate and up projections `remade_feed_forward` holds at once."""
@@ -30,11 +30,16 @@ class FeedForward(NamedTuple):
         self, x: Float[Array, "B T D"], dropout_key: PRNGKeyArray | None
     ) -> Float[Array, "B T D"]:
         """Returns the hidden states after this half."""
-        normed, x = (x, x) if self.before is None else self.before.and_input(x)
+        normed, x = normed_and_input(self.before, x)
         update = self.mlp(normed, dropout_key=dropout_key)
         if self.after is not None:
             update = self.after(update)
-        return x + (update if self.scale == 1.0 else update * self.scale)
+        return x + scaled(update, self.scale)
+
+
+def scaled(update: Float[Array, "B T D"], scale: float) -> Float[Array, "B T D"]:
+    """Returns what a half of a layer adds to the residual stream."""
+    return update if scale == 1.0 else update * scale
 
 
 def remade_feed_forward(

@@ -51,3 +51,10 @@ class RMSNorm(nnx.Module):
             offset=self.offset,
             implementation=self.implementation,
         )
+
+
+def normed_and_input(
+    norm: RMSNorm | None, x: Float[Array, "*B D"]
+) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+    """Returns `norm.and_input(x)`, or `x` twice where there is no norm."""
+    return (x, x) if norm is None else norm.and_input(x)
