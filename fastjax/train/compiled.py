@@ -21,6 +21,8 @@ MEMORY_FIX = (
 )
 """What helps when the training step does not fit."""
 
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepMemory:
@@ -51,6 +53,7 @@ class CompiledSteps:
     Attributes:
       frozen: Weights that every step reads, or their shapes while none runs.
       compile_seconds: Sum over shapes.
+      is_cached: Whether all programs were read from the compilation cache.
       memory: Of the shape that needs most; None where the backend does not tell.
       implementations: Op to the implementations that its calls took.
     """
@@ -64,6 +67,7 @@ class CompiledSteps:
         compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.compile_seconds = 0.0
+        self.is_cached = True
         self.memory: StepMemory | None = None
         self.implementations: dict[str, list[str]] = {}
         self._jitted, self.frozen = jitted, frozen
@@ -87,7 +91,8 @@ class CompiledSteps:
 
     def report(self) -> list[str]:
         """Returns what a user may want to know of the compiled step."""
-        lines = [f"compiled in {self.compile_seconds:.1f} s"]
+        how = "read from the cache" if self.is_cached else "compiled"
+        lines = [f"{how} in {self.compile_seconds:.1f} s"]
         if self.memory is not None:
             lines[0] += f"; the step needs {self.memory.total_bytes / 2**30:.2f} GiB"
         chosen = [
@@ -106,7 +111,9 @@ class CompiledSteps:
         start = time.perf_counter()
         with dispatch.record() as chosen, out_of_memory(None):
             lowered = self._jitted.lower(state, self.frozen, batch.arrays)
-            step = lowered.compile(compiler_options=self._compiler_options)
+            with _cache_hits() as hits:
+                step = lowered.compile(compiler_options=self._compiler_options)
+        self.is_cached = self.is_cached and bool(hits)
         self._steps[batch.shape] = step
         self.compile_seconds += time.perf_counter() - start
         needs = [plan for plan in (self.memory, step_memory(step)) if plan]
@@ -127,6 +134,22 @@ def step_memory(compiled: Any) -> StepMemory | None:
         alias_bytes=plan.alias_size_in_bytes,
         temp_bytes=plan.temp_size_in_bytes,
     )
+
+
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+    """Gathers an event for each program that comes from the compilation cache."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: str | int) -> None:
+        if event == _CACHE_HIT:
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
 
 
 def device_peak_bytes() -> int | None:
