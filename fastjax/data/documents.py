@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import mmap
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ class Documents(Sequence[Document]):
       lengths: Tokens of each document.
       rows: Number of the row that each document comes from, and of its source above
         `SOURCE_SHIFT`.
+      maps: Of the files that `tokens` and `trained` lie in. What a pass over all
+        documents has read is let go, else it would count as this process's memory.
     """
 
     def __init__(
@@ -63,8 +66,9 @@ class Documents(Sequence[Document]):
         starts: Int64[np.ndarray, " D"],
         lengths: Int64[np.ndarray, " D"],
         rows: Int64[np.ndarray, " D"],
+        maps: tuple[mmap.mmap, ...] = (),
     ) -> None:
-        self._tokens, self._trained = tokens, trained
+        self._tokens, self._trained, self._maps = tokens, trained, maps
         self._starts, self.lengths, self.rows = starts, lengths, rows
 
     @classmethod
@@ -102,6 +106,7 @@ class Documents(Sequence[Document]):
             starts=self._starts[indices],
             lengths=self.lengths[indices],
             rows=self.rows[indices],
+            maps=self._maps,
         )
 
     @property
@@ -118,11 +123,14 @@ class Documents(Sequence[Document]):
 
     def content_hashes(self) -> Int64[np.ndarray, " D"]:
         """Returns a hash of the tokens of each document, true in this process alone."""
-        # Not `tolist`: a million Python numbers take more than their documents' places.
-        places = zip(self._starts, self._starts + self.lengths, strict=True)
-        tokens = self._tokens
-        hashes = (hash(tokens[start:end].tobytes()) for start, end in places)
-        return np.fromiter(hashes, np.int64, len(self))
+        hashes, read = np.zeros(len(self), np.int64), 0
+        for index, document in enumerate(self):
+            hashes[index] = hash(document.input_ids.tobytes())
+            read += len(document)
+            if read > _HASHED_TOKENS:
+                self._let_go()
+                read = 0
+        return hashes
 
     def fingerprint(self) -> str:
         """Returns a hash of all lengths, tokens and masks, in order."""
@@ -145,6 +153,11 @@ class Documents(Sequence[Document]):
                 int(self._starts[first]), int(ends[last]), _HASHED_TOKENS
             ):
                 yield start, min(start + _HASHED_TOKENS, int(ends[last]))
+                self._let_go()
+
+    def _let_go(self) -> None:
+        for mapping in self._maps:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class DocumentWriter:
@@ -183,10 +196,9 @@ class DocumentWriter:
 
     def close(self) -> Documents:
         """Returns what was added."""
-        lengths, rows = (
-            np.array(self._lengths, np.int64),
-            np.array(self._rows, np.int64),
-        )
+        # Views: copies would double what is held for each document.
+        lengths = np.asarray(self._lengths).view(np.int64)
+        rows = np.asarray(self._rows).view(np.int64)
         if self.folder is not None:
             self._tokens.close()
             self._trained.close()
@@ -207,9 +219,14 @@ def mapped(
     """Returns the documents whose tokens a `DocumentWriter` left in a folder."""
     if not lengths.sum():
         return Documents.of([])
-    tokens = np.memmap(folder / TOKENS_NAME, np.int32, mode="r")
-    trained = np.memmap(folder / TRAINED_NAME, np.bool_, mode="r")
-    return _placed(tokens, trained, lengths, rows)
+    maps = _map(folder / TOKENS_NAME), _map(folder / TRAINED_NAME)
+    tokens, trained = np.frombuffer(maps[0], np.int32), np.frombuffer(maps[1], np.bool_)
+    return _placed(tokens, trained, lengths, rows, maps)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _placed(
@@ -217,7 +234,10 @@ def _placed(
     trained: Bool[np.ndarray, " N"],
     lengths: Int64[np.ndarray, " D"],
     rows: Int64[np.ndarray, " D"],
+    maps: tuple[mmap.mmap, ...] = (),
 ) -> Documents:
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-    starts = starts[: len(lengths)]
-    return Documents(tokens, trained, starts=starts, lengths=lengths, rows=rows)
+    starts = np.cumsum(lengths)
+    starts -= lengths
+    return Documents(
+        tokens, trained, starts=starts, lengths=lengths, rows=rows, maps=maps
+    )

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from fastjax.data.documents import Document, Documents
-from fastjax.data.packing import documents_per_row, packed_rows
+from fastjax.data.packing import Rows, documents_per_row, packed_rows
 from fastjax.data.row_lengths import padded_lengths
 from fastjax.errors import DataError
 
@@ -64,18 +64,18 @@ class Loader:
         if not documents:
             raise DataError("there are no documents to make batches of")
         self._documents = Documents.of(documents)
-        lengths = self._documents.lengths.tolist()
+        lengths = self._documents.lengths
         self._rows = (
             packed_rows(
                 lengths, max_length, most=documents_per_row(lengths, max_length)
             )
             if packing
-            else [[index] for index in range(len(documents))]
+            else Rows.of_one_each(len(documents))
         )
         self._shape = (accumulation, batch_size)
         shapes = min(_MOST_SHAPES, 1 + self.steps_per_epoch // _STEPS_PER_SHAPE)
-        self._padded: Int64[np.ndarray, " N"] = padded_lengths(
-            np.array([sum(lengths[i] for i in row) for row in self._rows], np.int64),
+        self._padded: Int32[np.ndarray, " N"] = padded_lengths(
+            self._rows.sums(lengths),
             shapes=1 if packing else shapes,
             multiple=pad_to_multiple_of,
             limit=max_length,
@@ -100,7 +100,7 @@ class Loader:
     @property
     def max_segments(self) -> int:
         """Bound of the documents in a row, a power of two."""
-        most = max(len(row) for row in self._rows)
+        most = int(self._rows.counts.max())
         return 1 << (most - 1).bit_length()
 
     @property
@@ -111,10 +111,11 @@ class Loader:
     @property
     def fill(self) -> float:
         """Share of the positions of an epoch that hold a token."""
-        tokens = self._documents.tokens
-        order = self._epoch_order(0)
-        longest = np.where(order == _NO_ROW, 0, self._padded[order]).max(axis=1)
-        return tokens / (int(longest.sum()) * order.shape[1])
+        accumulation, batch_size = self._shape
+        per_step = accumulation * batch_size
+        # Steps are cut from rows in order of length: the first of each is its longest.
+        longest = np.sort(self._padded)[::-1][::per_step]
+        return self._documents.tokens / (int(longest.sum()) * per_step)
 
     @property
     def fingerprint(self) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -331,4 +332,5 @@ def _evaluation(
 
 
 def _report_of(documents: Documents, config: DataConfig) -> DataReport:
-    return data_report(documents, documents.lengths, max_length=config.max_length)
+    lengths = Counter(documents.lengths.tolist())
+    return data_report(documents, lengths, max_length=config.max_length)

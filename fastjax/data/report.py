@@ -100,7 +100,7 @@ class DataReport:
 
 def data_report(
     documents: Documents,
-    lengths: Int64[np.ndarray, " N"],
+    lengths: Counter[int],
     *,
     max_length: int,
     counts: Counter[str] | None = None,
@@ -110,30 +110,47 @@ def data_report(
 
     Args:
       documents: Those that are kept.
-      lengths: Tokens of each row before any cut, also of those left out.
+      lengths: Number of tokens to the rows that had so many before any cut, also of
+        those left out.
       max_length: Most tokens of a document.
       counts: Of rows that were changed or left out, by the names of `DataReport`.
       notes: What a user should know.
     """
-    sizes = lengths if len(lengths) else np.zeros(1, np.int64)
+    sizes, rows = np.array(sorted((lengths or {0: 1}).items())).T
     return DataReport(
         rows=len(documents),
         tokens=documents.tokens,
         trained_tokens=documents.trained_tokens,
-        duplicates=len(documents) - len(np.unique(documents.content_hashes())),
+        duplicates=_duplicates(documents),
         max_length=max_length,
-        length_95=int(np.percentile(sizes, 95)),
-        length_99=int(np.percentile(sizes, 99)),
-        length_max=int(sizes.max()),
-        histogram=_histogram(sizes),
+        length_95=_not_exceeded(sizes, rows, 0.95),
+        length_99=_not_exceeded(sizes, rows, 0.99),
+        length_max=int(sizes[-1]),
+        histogram=_histogram(sizes, rows),
         notes=notes,
         **(counts or {}),
     )
 
 
-def _histogram(lengths: Int64[np.ndarray, " N"]) -> tuple[tuple[int, int], ...]:
+def _duplicates(documents: Documents) -> int:
+    hashes = documents.content_hashes()
+    hashes.sort()
+    return int(np.count_nonzero(hashes[1:] == hashes[:-1]))
+
+
+def _not_exceeded(
+    sizes: Int64[np.ndarray, " N"], rows: Int64[np.ndarray, " N"], share: float
+) -> int:
+    """Returns the least of the rising sizes that a share of the rows do not exceed."""
+    up_to = np.cumsum(rows)
+    return int(sizes[np.searchsorted(up_to, share * up_to[-1])])
+
+
+def _histogram(
+    sizes: Int64[np.ndarray, " N"], rows: Int64[np.ndarray, " N"]
+) -> tuple[tuple[int, int], ...]:
     """Returns rows by length in powers of two; what is far shorter counts as one."""
-    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    exponents = np.ceil(np.log2(np.maximum(sizes, 1))).astype(np.int64)
     first = max(int(exponents.max()) - _BINS + 1, int(exponents.min()))
-    counts = np.bincount(np.maximum(exponents, first) - first)
+    counts = np.bincount(np.maximum(exponents, first) - first, weights=rows)
     return tuple((1 << (first + i), int(count)) for i, count in enumerate(counts))

@@ -1,12 +1,12 @@
 """The few row lengths that a data set is padded to."""
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 
 def padded_lengths(
     tokens: Int64[np.ndarray, " N"], *, shapes: int, multiple: int, limit: int
-) -> Int64[np.ndarray, " N"]:
+) -> Int32[np.ndarray, " N"]:
     """Returns the row length of each row, from the few lengths that pad the least.
 
     The lengths are those, of all choices of `shapes` multiples, with the fewest
@@ -20,8 +20,10 @@ def padded_lengths(
       limit: No row is longer, but for one position that makes it even: cuDNN's
         attention takes even lengths alone.
     """
-    rounded = -(-tokens // multiple) * multiple
-    sizes, rows = np.unique(np.minimum(rounded, limit + limit % 2), return_counts=True)
+    lengths, rows_of_length = np.unique(tokens, return_counts=True)
+    rounded = np.minimum(-(-lengths // multiple) * multiple, limit + limit % 2)
+    sizes, place = np.unique(rounded, return_inverse=True)
+    rows = np.bincount(place, weights=rows_of_length).astype(np.int64)
     rows_before = np.concatenate([[0], np.cumsum(rows)])
     # cost[j, i]: positions when sizes i..j all become size j.
     cost = (rows_before[1:, None] - rows_before[None, :]) * sizes[:, None]
@@ -37,5 +39,5 @@ def padded_lengths(
         if last:
             chosen.append(sizes[last - 1])
             last = int(start[last - 1])
-    chosen = np.array(chosen[::-1], np.int64)
+    chosen = np.array(chosen[::-1], np.int32)
     return chosen[np.searchsorted(chosen, tokens)]

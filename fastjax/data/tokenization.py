@@ -1,6 +1,5 @@
 """Turns examples into token ids and a mask of the tokens that carry loss."""
 
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -111,10 +110,10 @@ class ExampleTokenizer:
         writer = writer or DocumentWriter()
         counts: Counter[str] = Counter()
         notes: Counter[str] = Counter()
-        lengths = array("q")
+        lengths: Counter[int] = Counter()
         for row, example, whole, row_notes in self._numbered(sources, bad_rows):
             notes.update(row_notes)
-            lengths.append(len(whole))
+            lengths[len(whole)] += 1
             for document in self._fitted(whole, example, counts):
                 self._check_ids(document, example)
                 writer.add(document, row)
@@ -124,7 +123,7 @@ class ExampleTokenizer:
             counts["refused"] = refused
         report = data_report(
             documents,
-            np.array(lengths, np.int64),
+            lengths,
             max_length=self._max_length,
             counts=counts,
             notes=tuple(f"{note} ({count} rows)" for note, count in notes.items()),

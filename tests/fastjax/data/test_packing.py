@@ -5,17 +5,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjax.data import packed_rows
+from fastjax.data import packing
 from fastjax.data.packing import documents_per_row
 
 
-def chats(count: int, sigma: float) -> list[int]:
+def chats(count: int, sigma: float) -> np.ndarray:
     random = np.random.default_rng(0)
     lengths = random.lognormal(np.log(127) - sigma**2 / 2, sigma, count)
-    return np.clip(lengths, 2, 2000).astype(int).tolist()
+    return np.clip(lengths, 2, 2000).astype(int)
 
 
-def fill(rows: list[list[int]], lengths: list[int], capacity: int) -> float:
+def packed_rows(lengths, capacity: int, *, most: int | None = None):
+    rows = packing.packed_rows(np.array(lengths), capacity, most=most)
+    listed = list(rows)
+    assert rows.counts.tolist() == [len(row) for row in listed]
+    assert rows.sums(np.array(lengths)).tolist() == [
+        sum(lengths[i] for i in row) for row in listed
+    ]
+    return listed
+
+
+def fill(rows, lengths, capacity: int) -> float:
     return sum(lengths) / (capacity * len(rows))
 
 
@@ -72,10 +82,11 @@ def test_bounded_rows_are_nearly_full(sigma, capacity):
 
 
 def test_few_documents_may_share_a_row():
-    assert documents_per_row([100, 100], 100) == 8
+    assert documents_per_row(np.array([100, 100]), 100) == 8
 
 
 def test_packing_is_fast():
-    lengths = np.random.default_rng(0).integers(1, 4096, 100_000).tolist()
+    lengths = np.random.default_rng(0).integers(1, 4096, 100_000)
     most = documents_per_row(lengths, 4096)
-    assert fill(packed_rows(lengths, 4096, most=most), lengths, 4096) > 0.99
+    rows = packing.packed_rows(lengths, 4096, most=most)
+    assert fill(rows, lengths, 4096) > 0.99
