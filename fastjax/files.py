@@ -182,6 +182,14 @@ def write_atomic(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def user_path(name: str | Path) -> Path:
+    """Returns a path as a user gives it, `~` replaced by the home folder.
+
+    Ask `os.path` whether it exists: `Path` raises where a name is too long.
+    """
+    return Path(os.path.expanduser(name))
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder and its parents, unless it is there.
 

@@ -4,7 +4,12 @@ import functools
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Literal
 
+GPUUse = Literal["share", "as needed", "none"]
+"""Memory of the GPU: a share of it from the start, what is needed, or no GPU."""
+
+_PREALLOCATION = "XLA_PYTHON_CLIENT_PREALLOCATE"
 _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _CACHED_SECONDS = 0.2
 """Of compilation: a start on a GPU has dozens of programs that take about as long."""
@@ -18,7 +23,10 @@ def cache_folder() -> Path:
 
 
 def configure(
-    *, full_determinism: bool = False, memory_share: float | None = None
+    *,
+    full_determinism: bool = False,
+    memory_share: float | None = None,
+    gpu: GPUUse = "share",
 ) -> None:
     """Sets XLA flags and the compilation cache; the first call decides.
 
@@ -29,6 +37,7 @@ def configure(
         cannot ask for it any more: see `is_deterministic`.
       memory_share: Most of each GPU's memory that this process takes, from 0 to 1; None
         leaves it to JAX. What the environment says wins.
+      gpu: Commands that do not train leave to other work what they do not need.
     """
     settled = _settled()
     if settled:
@@ -39,12 +48,16 @@ def configure(
         os.environ["XLA_FLAGS"] = " ".join(flags)
     if memory_share is not None and not any(map(os.environ.get, _MEMORY_VARIABLES)):
         os.environ[_MEMORY_VARIABLES[0]] = f"{memory_share:.4f}"
+    if gpu == "as needed":
+        os.environ.setdefault(_PREALLOCATION, "false")
     settled["full_determinism"] = _DETERMINISM in flags
     settled["capped"] = any(map(os.environ.get, _MEMORY_VARIABLES))
     # Transformers is used for tokenizers alone; it need not say that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
 
+    if gpu == "none":
+        jax.config.update("jax_platforms", "cpu")
     folder = cache_folder() / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)

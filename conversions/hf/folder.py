@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from fastjax.errors import EnvironmentFault, FastJaxError, ModelError, printable
+from fastjax.files import user_path
 
 ALLOWED = (
     "model*.safetensors",
@@ -51,10 +52,10 @@ def resolve(
       ModelError: There is no such folder, model or revision.
       EnvironmentFault: Network, token, licence or cache is in the way.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = user_path(name_or_path)
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise ModelError(
             f"{printable(name_or_path)} is a file; a model is a folder",
             fix=f"give the folder: {printable(path.parent)}",

@@ -93,12 +93,13 @@ class DataCheck:
         if self.evaluation is not None:
             table.add_column("evaluation", justify="right")
             reports.append(self.evaluation)
+        uncut = max(r.uncut for r in reports)
         rows = {
             "documents": [f"{r.rows:,}" for r in reports],
             "tokens": [f"{r.tokens:,}" for r in reports],
             "trained": [f"{r.trained_share:.1%}" for r in reports],
-            "longest row": [f"{r.length_max:,}" for r in reports],
-            "95 % of rows up to": [f"{r.length_95:,}" for r in reports],
+            f"longest row{uncut}": [f"{r.length_max:,}" for r in reports],
+            f"95 % of rows{uncut} up to": [f"{r.length_95:,}" for r in reports],
         }
         left_out = [{what: count for count, what in r.left_out} for r in reports]
         for what in dict.fromkeys(what for counts in left_out for what in counts):
@@ -185,7 +186,8 @@ def _end(document: Document, tokenizer: Any) -> str:
 
 
 def _lengths(report: DataReport) -> Table:
-    table = Table(title="rows by length in tokens", title_justify="left", box=None)
+    title = f"rows by length in tokens{report.uncut}"
+    table = Table(title=title, title_justify="left", box=None)
     table.add_column("up to", justify="right")
     table.add_column("rows", justify="right")
     table.add_column("")

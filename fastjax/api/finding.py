@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from conversions.hf import resolve
 from conversions.peft import read_adapter_config
 from fastjax.api.random_checkpoint import random_checkpoint_of
 from fastjax.errors import ModelError, printable
+from fastjax.files import user_path
 from fastjax.models.registry import PRESETS
 
 if TYPE_CHECKING:
@@ -86,9 +88,11 @@ def _require_no_mistyped_folder(name: str) -> None:
 
     Such a path may look like a hub name; those of the presets are taken for that.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     is_hub_id = any(preset.hub_id == name for preset in PRESETS.values())
-    if "/" not in name or is_hub_id or path.exists() or not path.parent.is_dir():
+    if "/" not in name or is_hub_id or os.path.exists(path):
+        return
+    if not os.path.isdir(path.parent):
         return
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
@@ -106,7 +110,7 @@ def _require_no_mistyped_folder(name: str) -> None:
 def _folder(name: str, revision: str, *, with_weights: bool) -> tuple[Path, str]:
     """Returns the local folder of a name, and the name that adapters record."""
     found = PRESETS.get(name.lower())
-    if found is None and "/" not in name and not Path(name).exists():
+    if found is None and "/" not in name and not os.path.exists(name):
         near = difflib.get_close_matches(name.lower(), PRESETS, n=3)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         raise ModelError(
@@ -114,11 +118,11 @@ def _folder(name: str, revision: str, *, with_weights: bool) -> tuple[Path, str]
             fix=f"{hint}`fastjax models` lists the presets; a name of the hub has an "
             "owner, as in Qwen/Qwen2.5-0.5B",
         )
-    if found is None or Path(name).is_dir():
+    if found is None or os.path.isdir(name):
         folder = resolve(
             name, revision=revision, known_names=PRESETS, with_weights=with_weights
         )
-        return folder, str(folder.resolve()) if Path(name).is_dir() else name
+        return folder, str(folder.resolve()) if os.path.isdir(name) else name
     if found.hub_id is None:
         folder = random_checkpoint_of(name.lower())
         return folder, str(folder)

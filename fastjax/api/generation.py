@@ -20,12 +20,12 @@ def run_generation(
     max_new_tokens: int,
     seed: int = 0,
     uses_chat_template: bool = True,
-    load_in_4bit: bool = True,
+    quant: QuantConfig | None = None,
     dtype: DType = "bfloat16",
     stream: Callable[[str], Any] | None = None,
 ) -> list[str]:
-    """Returns the answers of the model of that name; see `answer`."""
-    model = load_model(name, dtype=dtype, quant=QuantConfig(load_in_4bit=load_in_4bit))
+    """Returns the answers of the model of that name; see `load_model`, `answer`."""
+    model = load_model(name, dtype=dtype, quant=quant)
     return answer(
         model,
         prompts,

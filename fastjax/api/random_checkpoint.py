@@ -13,6 +13,7 @@ from conversions.hf import save_model, write_config
 from fastjax import runtime
 from fastjax.config import DType
 from fastjax.data import embedded_text, save_tiny_tokenizer
+from fastjax.files import require_free_name
 from fastjax.models.build import DecoderSpec, abstract_decoder, weight_places
 from fastjax.models.registry import preset
 from fastjax.models.transformer_config import TransformerConfig
@@ -26,6 +27,7 @@ def make_random_checkpoint(
     *,
     dtype: DType = "bfloat16",
     seed: int = 0,
+    overwrite: bool = False,
 ) -> Path:
     """Writes a checkpoint of a preset's shapes, with a small tokenizer.
 
@@ -34,22 +36,26 @@ def make_random_checkpoint(
 
     Args:
       sizes: Preset name, or any sizes.
-      folder: Made; must not exist.
+      folder: Made.
       dtype: Of the weights.
       seed: Of the weights.
+      overwrite: Replaces an existing folder.
 
     Raises:
       ConfigError: There is no such preset.
       StorageError: The folder exists, or the disk is full.
     """
     runtime.configure()
+    require_free_name(folder, overwrite=overwrite)
     config = preset(sizes).config if isinstance(sizes, str) else sizes
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch)
         write_config(source, config, dtype=dtype)
         save_tiny_tokenizer(source, texts=embedded_text())
         weights = random_weights(config, dtype=dtype, key=jax.random.key(seed))
-        save_model(folder, weights, config, source=source, dtype=dtype)
+        save_model(
+            folder, weights, config, source=source, dtype=dtype, overwrite=overwrite
+        )
     return folder
 
 

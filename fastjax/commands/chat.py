@@ -4,8 +4,9 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
+from fastjax import runtime
 from fastjax.cli_flags import Call, parsed, write_now
-from fastjax.config import DType
+from fastjax.config import DType, QuantConfig
 
 if TYPE_CHECKING:
     from fastjax.api.chat import Conversation
@@ -30,6 +31,7 @@ class ChatArgs:
       top_p: Draw from the likeliest tokens up to this probability.
       seed: Of the tokens that are drawn.
       load_in_4bit: Hold the base weights in 4 bits.
+      load_in_8bit: Hold them in 8 bits instead.
       dtype: Of activations and matrix products.
     """
 
@@ -41,17 +43,24 @@ class ChatArgs:
     top_p: float = 1.0
     seed: int = 0
     load_in_4bit: bool = True
+    load_in_8bit: bool = False
     dtype: DType = "bfloat16"
 
 
 def run(call: Call) -> None:
     """Answers turns until there are no more."""
     args = parsed(ChatArgs, call)
+    runtime.configure(gpu="as needed")
+    from fastjax.terminal import open_console, say
+
+    say(open_console(), f"loading {args.model}")
     from fastjax.api import Conversation, load_model
-    from fastjax.config import QuantConfig
     from fastjax.inference.sampling import Sampling
 
-    quant = QuantConfig(load_in_4bit=args.load_in_4bit)
+    quant = QuantConfig(
+        load_in_4bit=args.load_in_4bit and not args.load_in_8bit,
+        load_in_8bit=args.load_in_8bit,
+    )
     conversation = Conversation(
         load_model(args.model, dtype=args.dtype, quant=quant),
         system=args.system,

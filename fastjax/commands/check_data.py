@@ -3,6 +3,7 @@
 import json
 import sys
 
+from fastjax import runtime
 from fastjax.cli_flags import Call, read_settings, shows_settings_help
 
 _JSON = "--json"
@@ -21,6 +22,7 @@ def run(call: Call) -> None:
         return
     words = [word for word in call.words if word != _JSON]
     settings = read_settings(words, program=call.program)
+    runtime.configure(gpu="none")
     if _JSON not in call.words:
         from fastjax.terminal import open_console, say
 

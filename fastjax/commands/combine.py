@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from fastjax import runtime
 from fastjax.cli_flags import Call, parsed
 from fastjax.config import CombineMethod
 
@@ -33,6 +34,7 @@ class CombineArgs:
 def run(call: Call) -> None:
     """Writes the folder and says what it holds."""
     args = parsed(CombineArgs, call)
+    runtime.configure(gpu="none")
     from fastjax.api import combine_adapters
 
     told = combine_adapters(

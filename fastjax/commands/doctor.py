@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 
+from fastjax import runtime
 from fastjax.cli_flags import Call, parsed
 from fastjax.errors import EnvironmentFault
 
@@ -26,6 +27,7 @@ def run(call: Call) -> None:
       EnvironmentFault: Something is wrong; tells all of it.
     """
     args = parsed(DoctorArgs, call)
+    runtime.configure(gpu="as needed")
     from fastjax.terminal import open_console, say
 
     if not args.json:

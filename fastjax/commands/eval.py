@@ -2,6 +2,7 @@
 
 import sys
 
+from fastjax import runtime
 from fastjax.cli_flags import Call, read_settings, shows_settings_help, write_yaml
 
 
@@ -16,6 +17,7 @@ def run(call: Call) -> None:
     settings = read_settings(call.words, program=call.program)
     for note in settings.notes:
         sys.stderr.write(f"{note}\n")
+    runtime.configure(gpu="as needed")
     from fastjax.terminal import open_console, say
 
     say(open_console(), f"loading {settings.config.model}")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from fastjax import runtime
 from fastjax.cli_flags import Call, parsed
 from fastjax.config import BasePrecision, DType, ExportFormat, GGUFKind, QuantConfig
 from fastjax.errors import ConfigError
@@ -57,6 +58,7 @@ class ExportArgs:
 def run(call: Call) -> None:
     """Writes the folder, checks it, and prints what it found."""
     args = parsed(ExportArgs, call)
+    runtime.configure(gpu="as needed")
     from fastjax.terminal import open_console, say
 
     say(open_console(), f"loading {args.model}")

@@ -3,8 +3,9 @@
 import dataclasses
 import sys
 
+from fastjax import runtime
 from fastjax.cli_flags import Call, parsed, write_now
-from fastjax.config import DType
+from fastjax.config import DType, QuantConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +23,7 @@ class GenerateArgs:
       seed: Of the tokens that are drawn.
       chat: Put the prompt into the model's chat template, when it has one.
       load_in_4bit: Hold the base weights in 4 bits.
+      load_in_8bit: Hold them in 8 bits instead.
       dtype: Of activations and matrix products.
     """
 
@@ -34,12 +36,14 @@ class GenerateArgs:
     seed: int = 0
     chat: bool = True
     load_in_4bit: bool = True
+    load_in_8bit: bool = False
     dtype: DType = "bfloat16"
 
 
 def run(call: Call) -> None:
     """Prints the answers; a single one as it comes."""
     args = parsed(GenerateArgs, call)
+    runtime.configure(gpu="as needed")
     from fastjax.terminal import open_console, say
 
     say(open_console(), f"loading {args.model}")
@@ -56,7 +60,10 @@ def run(call: Call) -> None:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         uses_chat_template=args.chat,
-        load_in_4bit=args.load_in_4bit,
+        quant=QuantConfig(
+            load_in_4bit=args.load_in_4bit and not args.load_in_8bit,
+            load_in_8bit=args.load_in_8bit,
+        ),
         dtype=args.dtype,
         stream=write_now if streams else None,
     )

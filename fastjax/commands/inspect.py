@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from fastjax import runtime
 from fastjax.cli_flags import Call, parsed
 
 
@@ -23,6 +24,7 @@ class InspectArgs:
 def run(call: Call) -> None:
     """Prints facts and remarks; problems are the error."""
     args = parsed(InspectArgs, call)
+    runtime.configure(gpu="none")
     from fastjax.api import inspect_folder
 
     found = inspect_folder(Path(args.model), reads_values=args.check)

@@ -2,6 +2,7 @@
 
 import sys
 
+from fastjax import runtime
 from fastjax.cli_flags import Call, read_settings, shows_settings_help
 
 
@@ -15,6 +16,7 @@ def run(call: Call) -> None:
     if shows_settings_help(call, about):
         return
     settings = read_settings(call.words, program=call.program)
+    runtime.configure(gpu="as needed")
     from fastjax.terminal import open_console, say
 
     config = settings.config

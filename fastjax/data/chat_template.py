@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from fastjax.data.template_check import (
     check_template,
 )
 from fastjax.errors import ConfigError, DataError, ModelError, printable
+from fastjax.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -215,8 +217,8 @@ def template_source(path: str) -> str:
     """
     if path in BUILTIN_TEMPLATES:
         return BUILTIN_TEMPLATES[path].source
-    file = Path(path).expanduser()
-    if file.is_dir():
+    file = user_path(path)
+    if os.path.isdir(file):
         if not (file / "chat_template.jinja").is_file():
             return _inline_source(file)
         file /= "chat_template.jinja"

@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastjax.data.opened_file import DECOMPRESSORS
 from fastjax.data.rows import START, Place, Row
 from fastjax.data.text_rows import read_text_rows
 from fastjax.errors import DataError, printable
+from fastjax.files import user_path
 
 Reader = Callable[[Path, BadRows, Place], Iterator[Row]]
 READERS: dict[str, Reader] = {
@@ -44,10 +46,10 @@ def data_files(source: str | Path, *, split: str = "train") -> list[Path]:
     Raises:
       DataError: Nothing is there, or nothing of a kind that is read.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = user_path(source)
+    if os.path.isdir(path):
         return _folder_files(path, split)
-    if path.is_file():
+    if os.path.isfile(path):
         return [_readable(path)]
     if _GLOB_CHARACTERS.search(str(path)):
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
@@ -74,8 +76,8 @@ def is_data_file_name(name: str | Path) -> bool:
 
 def eval_files(folder: str | Path, *, split: str = "test") -> list[Path]:
     """Returns the evaluation files of a folder: those of `split`, else of its kin."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
+    path = user_path(folder)
+    if not os.path.isdir(path):
         return []
     for name in (split, *EVAL_SPLITS):
         files = [file for file in _listed(path) if _is_of_split(file, name)]
@@ -138,7 +140,7 @@ def _readable(path: Path) -> Path:
 
 def _missing(path: Path, what: str) -> DataError:
     parent = path.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         near = "; its folder does not exist either"
     else:
         names = sorted(entry.name for entry in parent.iterdir())

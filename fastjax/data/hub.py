@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ def is_hub_name(source: str) -> bool:
     found = _NAME.fullmatch(source)
     if found is None or source.startswith("."):
         return False
-    return not Path(source).parent.exists() and not is_data_file_name(source)
+    return not os.path.exists(Path(source).parent) and not is_data_file_name(source)
 
 
 def hub_rows(name: str, *, split: str, streaming: bool = False) -> Iterable[object]:

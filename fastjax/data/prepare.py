@@ -23,6 +23,7 @@ from fastjax.data.selection import held_out, shared_documents, weighted
 from fastjax.data.sources import ExampleStream, ReadOptions, Source, source_files
 from fastjax.data.tokenization import ExampleTokenizer
 from fastjax.errors import ConfigError
+from fastjax.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -301,7 +302,7 @@ def _sources(config: DataConfig, given: Source | None) -> list[Source] | None:
 
 def named_sources(name: str) -> list[str]:
     """Returns the names between commas; a file may have commas in its own."""
-    if os.path.exists(Path(name).expanduser()):
+    if os.path.exists(user_path(name)):
         return [name]
     return [part.strip() for part in name.split(",") if part.strip()]
 

@@ -72,6 +72,12 @@ class DataReport:
         return self.trained_tokens / max(self.tokens, 1)
 
     @property
+    def uncut(self) -> str:
+        """Words behind the lengths where documents are shorter than rows were."""
+        cut = self.truncated or self.split or self.dropped_overlong
+        return " before any cut" if cut else ""
+
+    @property
     def left_out(self) -> tuple[tuple[int, str], ...]:
         """Counts above zero of rows that were changed or left out, and why."""
         counts = (
@@ -88,7 +94,7 @@ class DataReport:
         lines = [
             f"{counted(self.rows, 'rows')}, {self.tokens:,} tokens, "
             f"{self.trained_share:.1%} trained; length 95 % {self.length_95:,}, "
-            f"99 % {self.length_99:,}, max {self.length_max:,}"
+            f"99 % {self.length_99:,}, max {self.length_max:,}{self.uncut}"
         ]
         lines += [counted(count, what) for count, what in self.left_out]
         return "\n".join([*lines, *self.notes])

@@ -111,7 +111,7 @@ class CompiledSteps:
         start = time.perf_counter()
         with dispatch.record() as chosen, out_of_memory(None):
             lowered = self._jitted.lower(state, self.frozen, batch.arrays)
-            with _cache_hits() as hits:
+            with cache_hits() as hits:
                 step = lowered.compile(compiler_options=self._compiler_options)
         self.is_cached = self.is_cached and bool(hits)
         self._steps[batch.shape] = step
@@ -137,7 +137,7 @@ def step_memory(compiled: Any) -> StepMemory | None:
 
 
 @contextlib.contextmanager
-def _cache_hits() -> Iterator[list[str]]:
+def cache_hits() -> Iterator[list[str]]:
     """Gathers an event for each program that comes from the compilation cache."""
     hits: list[str] = []
 

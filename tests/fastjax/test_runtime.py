@@ -55,6 +55,17 @@ print(os.environ["XLA_CLIENT_MEM_FRACTION"])
     assert shown[3] == "0.2500"
 
 
+def test_commands_that_need_no_gpu_leave_it_alone() -> None:
+    code = """
+import os
+from fastjax import runtime
+runtime.configure(gpu="none")
+import jax
+print(jax.config.jax_platforms, "XLA_PYTHON_CLIENT_PREALLOCATE" in os.environ)
+"""
+    assert python(code, JAX_PLATFORMS="cuda") == "cpu False"
+
+
 def test_a_home_that_cannot_be_written_turns_the_cache_off(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")

@@ -46,6 +46,8 @@ def test_seeds_and_folders(tiny: Path, tmp_path: Path) -> None:
     assert weights[0] == weights[1] != weights[2]
     with pytest.raises(StorageError, match="exists already"):
         make_random_checkpoint("tiny", tmp_path / "same")
+    make_random_checkpoint("tiny", tmp_path / "other", dtype="float32", overwrite=True)
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == weights[0]
     with pytest.raises(ConfigError, match=r"llama3-9b.*llama3-8b|llama3-8b"):
         make_random_checkpoint("llama3-9b", tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -130,6 +130,12 @@ def test_a_bomb_is_refused(tmp_path):
     assert caught.value.code == "FJ-DATA-BOMB"
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "*", "a/" * 3000, "~" + "x" * 300])
+def test_names_that_no_file_can_have_are_data_errors(name):
+    with pytest.raises(DataError, match="no such file|no file matches"):
+        load_examples(name)
+
+
 def test_folders_prefer_rows_and_know_split_folders(tmp_path):
     (tmp_path / "README.txt").write_text("words")
     assert data_files(tmp_path)[0].name == "README.txt"

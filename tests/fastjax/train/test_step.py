@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from fastjax.config import OptimizerConfig
+from fastjax.train import compiled
 from fastjax.train.optimizer import make_optimizer
 from fastjax.train.state import FIRST_SCALE, LossScale, init_state
 from fastjax.train.step import make_train_step, summed_gradients
@@ -173,6 +174,16 @@ def test_loss_scale_halves_on_overflow_and_doubles_after_good_steps() -> None:
     assert (float(scale.scale), int(scale.good_steps)) == (16.0, 0)
     scale = LossScale(scale=jnp.float32(1.0), good_steps=jnp.int32(5))
     assert float(scale.after(jnp.array(False)).scale) == 1.0
+
+
+def test_programs_of_the_cache_are_counted_while_one_compiles() -> None:
+    event = "/jax/compilation_cache/cache_hits"
+    with compiled.cache_hits() as hits:
+        assert not hits
+        jax.monitoring.record_event("/jax/other")
+        jax.monitoring.record_event(event)
+    jax.monitoring.record_event(event)
+    assert hits == [event]
 
 
 def test_state_is_donated(tiny) -> None:
