@@ -75,7 +75,7 @@ class Loader:
         self._shape = (accumulation, batch_size)
         shapes = min(_MOST_SHAPES, 1 + self.steps_per_epoch // _STEPS_PER_SHAPE)
         self._padded: Int32[np.ndarray, " N"] = padded_lengths(
-            self._rows.sums(lengths),
+            self._rows.sums(lengths) if packing else lengths,
             shapes=1 if packing else shapes,
             multiple=pad_to_multiple_of,
             limit=max_length,

@@ -130,7 +130,9 @@ def test_a_bomb_is_refused(tmp_path):
     assert caught.value.code == "FJ-DATA-BOMB"
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "*", "a/" * 3000, "~" + "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "x" * 300 + "*", "a/" * 3000, "~" + "x" * 300]
+)
 def test_names_that_no_file_can_have_are_data_errors(name):
     with pytest.raises(DataError, match="no such file|no file matches"):
         load_examples(name)
