@@ -134,7 +134,7 @@ def test_a_bomb_is_refused(tmp_path):
     "name", ["x" * 300, "x" * 300 + "*", "a/" * 3000, "~" + "x" * 300]
 )
 def test_names_that_no_file_can_have_are_data_errors(name):
-    with pytest.raises(DataError, match="no such file|no file matches"):
+    with pytest.raises(DataError, match=r"no such file|no file matches"):
         load_examples(name)
 
 
