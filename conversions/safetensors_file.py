@@ -119,7 +119,9 @@ def _refuse_other_formats(start: bytes, where: str) -> None:
             where=where,
             fix="download the file itself, for example with: hf download NAME",
         )
-    if start.startswith((b"\x80\x02", b"\x80\x04", b"PK\x03\x04")):
+    # The bytes may also be the length of a header, which is an object of JSON then.
+    is_header = start[LENGTH_BYTES:].startswith(b"{")
+    if not is_header and start.startswith((b"\x80\x02", b"\x80\x04", b"PK\x03\x04")):
         raise ModelError(
             "this is a pickle of PyTorch; loading one could run code",
             where=where,

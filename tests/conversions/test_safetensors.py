@@ -57,6 +57,13 @@ def test_hostile_files_are_refused(fixtures: Path, name: str):
     assert peak_bytes < 1_000_000
 
 
+@pytest.mark.parametrize("length", [0x280, 0x480, 0x10280])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, length: int):
+    raw = json.dumps({"x": entry("U8", [1], 0, 1)}).encode().ljust(length)
+    path = write_raw(tmp_path / "x.safetensors", raw, b"\7")
+    assert SafetensorsFile(path).read("x").tolist() == [7]
+
+
 def test_every_hostile_file_is_covered(fixtures: Path):
     listed = json.loads((fixtures / "bad_safetensors" / "expected.json").read_text())
     assert set(listed) == {*REASONS, "nan_weights"}
