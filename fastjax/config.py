@@ -203,6 +203,8 @@ class TrainConfig:
       rope_scaling: How RoPE is stretched where `max_length` is beyond the model's
         context: "linear" divides positions, "dynamic" raises the base for documents
         that are longer, "yarn" divides low frequencies; "none" refuses these.
+      context_length: Tokens that `rope_scaling` makes room for, where rows are shorter;
+        None makes room for `max_length`.
       full_finetuning: Train every weight instead of adapters.
       dtype: Of activations and matrix products; sums are always float32.
       remat: What the backward pass recomputes: "none" only norms and activations,
@@ -245,6 +247,7 @@ class TrainConfig:
     model_revision: str = "main"
     output_dir: str | None = None
     rope_scaling: RopeScaling = "none"
+    context_length: int | None = None
     full_finetuning: bool = False
     dtype: DType = "bfloat16"
     remat: RematChoice = "attention"
@@ -307,6 +310,12 @@ class TrainConfig:
                 f"memory_gib={self.memory_gib} must be 0 or more",
             ),
             (
+                self.context_length is not None
+                and (self.rope_scaling == "none" or self.reach < self.data.max_length),
+                f"context_length={self.context_length} needs rope_scaling and at least "
+                f"max_length={self.data.max_length}",
+            ),
+            (
                 self.full_determinism and self.remat == "auto",
                 "remat=auto chooses by times, which differ from run to run; for "
                 "full_determinism set remat to none, attention, layer or offload",
@@ -322,6 +331,11 @@ class TrainConfig:
                 "has nothing to choose",
             ),
         ]
+
+    @property
+    def reach(self) -> int:
+        """Tokens that `rope_scaling` makes room for."""
+        return self.context_length or self.data.max_length
 
     @property
     def has_dropout(self) -> bool:

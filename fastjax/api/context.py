@@ -1,13 +1,13 @@
 """Whether documents stay within the positions that a model can tell apart."""
 
 from collections.abc import Callable
+from typing import Any
 
-from conversions.peft import Stretch
-from fastjax.config import RopeScaling, TrainConfig
+from fastjax.api.language_model import LanguageModel
+from fastjax.config import TrainConfig
 from fastjax.data import TrainingData
 from fastjax.errors import ConfigError
 from fastjax.models.transformer_config import TransformerConfig
-from fastjax.rope_config import RopeKind
 
 
 def note_context(
@@ -27,7 +27,7 @@ def note_context(
         return
     reached, rope = sizes.context_tokens, sizes.rope
     # A stretch reaches as far as rows may; what reaches further was so before.
-    if (rope.kind, reached) == (config.rope_scaling, config.data.max_length):
+    if (rope.kind, reached) == (config.rope_scaling, config.reach):
         text = (
             f"context of {reached:,} tokens by {rope.kind} RoPE, stretched "
             f"{rope.factor:g} times; whole models say it in their config.json"
@@ -68,41 +68,42 @@ def context_fault(sizes: TransformerConfig, data: TrainingData) -> ConfigError |
 
 
 def settled_scaling(
-    stretch: Stretch | None,
-    context: int,
-    *,
-    asked: RopeScaling | None,
-    max_length: int,
-) -> RopeKind:
-    """Returns the `rope_scaling` that gives a loaded model's context once more.
+    model: LanguageModel, config: TrainConfig, *, given: frozenset[str], max_length: int
+) -> dict[str, Any]:
+    """Returns the fields of a run that give a loaded model's context once more.
 
     Args:
-      stretch: How the model was stretched.
-      context: Of the model, in tokens.
-      asked: What the settings say; None if nothing.
+      model: May be stretched.
+      config: What the settings say.
+      given: Names of the settings that the user gave.
       max_length: Longest row in tokens.
 
     Raises:
       ConfigError: The settings ask for another context than the model has.
     """
+    stretch, context = model.stretch, model.config.context_tokens
+    scaling = config.rope_scaling if "rope_scaling" in given else None
+    length = config.context_length
     if stretch is None:
-        is_met = asked in (None, "none") or max_length <= context
+        is_met = scaling in (None, "none") or (length or max_length) <= context
     else:
-        is_met = asked in (None, stretch.scaling)
+        is_met = scaling in (None, stretch.scaling) and length in (None, context)
     if not is_met:
+        asked = f"rope_scaling={scaling}" if length is None else f"{length:,} tokens"
         raise ConfigError(
-            f"rope_scaling={asked} has no effect here: the model is loaded already, "
-            f"with a context of {context:,} tokens",
+            f"{asked} has no effect here: the model is loaded already, with a context "
+            f"of {context:,} tokens",
             fix="give rope_scaling and max_seq_length to "
             "FastLanguageModel.from_pretrained",
         )
     if stretch is None:
-        return asked or "none"
-    if max_length != context:
+        return {"rope_scaling": scaling or "none", "context_length": length}
+    if max_length > context:
         raise ConfigError(
-            f"max_length={max_length} is not the context of {context:,} tokens to "
-            "which the model was stretched: the run's record would tell another model",
+            f"max_length={max_length} is beyond the context of {context:,} tokens to "
+            "which the model was stretched",
             fix=f"set max_length to {context}, or load the base with "
             f"max_seq_length={max_length}",
         )
-    return stretch.scaling
+    longer = None if max_length == context else context
+    return {"rope_scaling": stretch.scaling, "context_length": longer}

@@ -127,7 +127,7 @@ def load_text_side(
     elif config.data.new_tokens:
         rows = max(sizes.vocab_size, len(tokenizer))
         sizes = dataclasses.replace(sizes, vocab_size=rows)
-    return tokenizer, sizes.stretched(config.rope_scaling, config.data.max_length)
+    return tokenizer, sizes.stretched(config.rope_scaling, config.reach)
 
 
 def add_adapter(model: LanguageModel, lora: LoRAConfig, *, seed: int) -> None:

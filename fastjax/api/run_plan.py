@@ -154,4 +154,4 @@ def _sizes(config: TrainConfig) -> TransformerConfig:
         sizes = read_config(
             find_model(name, revision=revision, with_weights=False).folder
         )
-    return sizes.stretched(config.rope_scaling, config.data.max_length)
+    return sizes.stretched(config.rope_scaling, config.reach)

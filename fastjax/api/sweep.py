@@ -140,7 +140,7 @@ def _base_model(config: TrainConfig) -> LanguageModel:
         dtype=config.dtype,
         quant=config.quant,
         implementations=_by_xla(config).implementations,
-        max_seq_length=config.data.max_length,
+        max_seq_length=config.reach,
         rope_scaling=config.rope_scaling,
     )
     if model.lora is not None:

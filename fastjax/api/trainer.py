@@ -327,16 +327,12 @@ def _resolved(
             fix="call add_new_tokens(model, tokenizer, [...]) before get_peft_model",
         )
     given = {name: value for name, value in data_fields.items() if value is not None}
-    stretch, context = model.stretch, model.config.context_tokens
     if "max_length" not in given and "max_length" not in args.given:
-        reach = model.max_seq_length
-        given["max_length"] = reach if stretch is None else min(reach, context)
+        reach, context = model.max_seq_length, model.config.context_tokens
+        given["max_length"] = reach if model.stretch is None else min(reach, context)
     data = dataclasses.replace(config.data, **given)
-    scaling = settled_scaling(
-        stretch,
-        context,
-        asked=config.rope_scaling if "rope_scaling" in args.given else None,
-        max_length=data.max_length,
+    context_fields = settled_scaling(
+        model, config, given=args.given, max_length=data.max_length
     )
     wants_remat = "remat" in args.given or model.remat is None
     if "dtype" in args.given and config.dtype != model.spec.compute_dtype:
@@ -346,7 +342,7 @@ def _resolved(
         model=model.source.name,
         model_revision=model.source.revision or config.model_revision,
         dtype=model.spec.compute_dtype,
-        rope_scaling=scaling,
+        **context_fields,
         full_finetuning=model.spec.trains_weights,
         quant=dataclasses.replace(
             config.quant,

@@ -129,7 +129,7 @@ def _load(config: TrainConfig, *, full_finetuning: bool) -> LanguageModel:
         quant=config.quant,
         full_finetuning=full_finetuning,
         implementations=config.implementations,
-        max_seq_length=config.data.max_length,
+        max_seq_length=config.reach,
         rope_scaling=config.rope_scaling,
     )
 

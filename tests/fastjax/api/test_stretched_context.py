@@ -186,8 +186,13 @@ def test_a_trainer_records_the_context_of_its_model(base: Path, tmp_path: Path) 
     config = stretched.config
     again = read_config(base).stretched(config.rope_scaling, config.data.max_length)
     assert again == stretched.model.config
-    with pytest.raises(ConfigError, match="max_length=512 is not the context of 640"):
-        trainer(640, "linear", max_length=512)
+    shorter = trainer(640, "linear", max_length=512).config
+    assert (shorter.data.max_length, shorter.context_length) == (512, 640)
+    assert read_config(base).stretched("linear", shorter.reach) == again
+    with pytest.raises(
+        ConfigError, match="max_length=700 is beyond the context of 640"
+    ):
+        trainer(640, "linear", max_length=700)
     for scaling in ("none", "yarn"):
         with pytest.raises(ConfigError, match=f"rope_scaling={scaling} has no effect"):
             trainer(640, "linear", rope_scaling=scaling)
