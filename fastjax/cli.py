@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType, TracebackType
 
+from fastjax import runtime
 from fastjax.cli_flags import Call
 from fastjax.errors import (
     ConfigError,
@@ -60,6 +61,7 @@ def main() -> int:
         return 0
     if "--debug" not in words:
         sys.excepthook = _report_fault
+    runtime.own_process()
     return run(words[0], words[1:])
 
 
@@ -80,6 +82,8 @@ def run(command: str, words: Sequence[str] | None = None) -> int:
       command: A name of the usage text.
       words: Its flags; None takes those of this process, a script of `scripts/`.
     """
+    if words is None:
+        runtime.own_process()
     program = ["fastjax", command] if words is not None else ["python", sys.argv[0]]
     words = list(sys.argv[1:] if words is None else words)
     is_debugging = "--debug" in words

@@ -1,8 +1,10 @@
 """Process-wide settings, made once before the first use of a device."""
 
+import contextlib
 import functools
 import os
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +13,10 @@ GPUUse = Literal["share", "as needed", "none"]
 
 _PREALLOCATION = "XLA_PYTHON_CLIENT_PREALLOCATE"
 _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_HOST_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+_HOST_GIB = 64
+"""Of pinned host memory that XLA takes at most unless the variable says otherwise."""
+_HOST_SHARE = 0.8
 _CACHED_SECONDS = 0.2
 """Of compilation: a start on a GPU has dozens of programs that take about as long."""
 _DETERMINISM = "--xla_gpu_exclude_nondeterministic_ops=true"
@@ -40,7 +46,7 @@ def configure(
       gpu: Commands that do not train leave to other work what they do not need.
     """
     settled = _settled()
-    if settled:
+    if "capped" in settled:
         return
     flags = os.environ.get("XLA_FLAGS", "").split()
     if full_determinism and _DETERMINISM not in flags:
@@ -52,6 +58,7 @@ def configure(
         os.environ.setdefault(_PREALLOCATION, "false")
     settled["full_determinism"] = _DETERMINISM in flags
     settled["capped"] = any(map(os.environ.get, _MEMORY_VARIABLES))
+    os.environ.setdefault(_HOST_VARIABLE, str(_pinnable_gib()))
     # Transformers is used for tokenizers alone; it need not say that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
@@ -67,18 +74,49 @@ def configure(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_SECONDS)
 
 
-def step_compiler_options(remat: Collection[str]) -> dict[str, str]:
+def step_compiler_options(remat: Collection[str]) -> dict[str, str | bool]:
     """Returns the options that XLA compiles the training step with.
 
-    Measured on an H200 with Llama-3-8B: CUDA graphs save 1 to 2 % of a step, but copies
-    to the host do not run beside the kernels of a graph, which costs 8 %. The latency
-    hiding scheduler, double-buffered loops, dynamic slice fusion, and matrix products
-    without Triton gain nothing or lose, so XLA's defaults stay.
+    Measured on an H200 with Llama-3-8B. Matrix products by Triton make the step no
+    faster, and choosing their tiles takes 14 of the 15 seconds that XLA compiles. CUDA
+    graphs save 1 to 2 % of a step, but copies to the host do not run beside the kernels
+    of a graph, which costs 8 %. The latency hiding scheduler, double-buffered loops and
+    dynamic slice fusion gain nothing or lose, so XLA's defaults stay.
 
     Args:
       remat: Policies of the layers.
     """
-    return {"xla_gpu_enable_command_buffer": ""} if "offload" in remat else {}
+    options: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+    if any("offload" in policy for policy in remat):
+        options["xla_gpu_enable_command_buffer"] = ""
+    return options
+
+
+def own_process() -> None:
+    """Says that nobody but fastjax runs in this process, as on the command line."""
+    _settled()["own"] = True
+
+
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+    """Keeps what is imported inside from importing PyTorch.
+
+    Transformers would, for tokenizers too, and that takes ten seconds. It then takes
+    PyTorch for missing as long as the process lives, so that one must be our own.
+    """
+    if not _settled().get("own") or "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+def host_limit_bytes() -> int:
+    """Returns how much pinned host memory XLA may take for what layers offload."""
+    return int(os.environ.get(_HOST_VARIABLE, _HOST_GIB)) * 2**30
 
 
 def is_deterministic() -> bool:
@@ -93,7 +131,13 @@ def is_capped() -> bool:
     return _settled().get("capped", False)
 
 
+def _pinnable_gib() -> int:
+    """Returns most of the machine's memory, and never less than XLA takes by itself."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(_HOST_GIB, int(_HOST_SHARE * physical / 2**30))
+
+
 @functools.cache
 def _settled() -> dict[str, bool]:
-    """Returns what the first call of `configure` has set; empty before it."""
+    """Returns what `configure` and `own_process` have set; empty before them."""
     return {}

@@ -11,6 +11,7 @@ from .load import check_tensors as check_tensors
 from .load import load_weights as load_weights
 from .load import stored_formats as stored_formats
 from .load import stream_weights as stream_weights
+from .packed_cache import files_to_load as files_to_load
 from .packed_cache import load_packed_weights as load_packed_weights
 from .save import copy_companions as copy_companions
 from .save import save_model as save_model

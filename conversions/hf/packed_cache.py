@@ -15,7 +15,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,14 +67,11 @@ def load_packed_weights(
       CheckpointMismatch: Tensors are missing, unexpected or misshapen.
       ModelError: A tensor holds NaN or infinite values, or broken 4-bit data.
     """
-    total = sum(spec.nbytes for spec in checkpoint.tensors.values())
-    is_packed = bool(quantised_names(checkpoint.tensors))
-    if quant is None or not quant.is_packed or is_packed or total < least_bytes:
+    copy = _copy(checkpoint, config, dtype, quant, folder, least_bytes)
+    if copy is None:
         return load_weights(checkpoint, config, dtype=dtype, quant=quant)
-    structures = _structures(config, dtype, quant)
+    path, owner, structures = copy
     specs = _specs(structures)
-    owner = _hash((_VERSION, str(checkpoint.folder.resolve()), dtype, quant, specs))
-    path = folder / f"{owner}-{_content(checkpoint)}.safetensors"
     if path.is_file():
         with contextlib.suppress(OSError):  # a shared folder may be read-only
             os.utime(path)
@@ -85,6 +82,57 @@ def load_packed_weights(
     if not _has_room(path, owner, specs):
         return dict(weights)
     return dict(_kept(weights, _Writer(path, specs)))
+
+
+def files_to_load(
+    checkpoint: Checkpoint,
+    config: TransformerConfig,
+    *,
+    dtype: DType,
+    quant: QuantConfig | None,
+    folder: Path,
+) -> tuple[Path, ...]:
+    """Returns what `load_packed_weights` will read: the checkpoint's files or a copy.
+
+    Args:
+      checkpoint: The files.
+      config: Of the model.
+      dtype: Of weights that are not quantised.
+      quant: How the others are.
+      folder: Of the copies.
+    """
+    copy = _copy(checkpoint, config, dtype, quant, folder, _LEAST_BYTES)
+    if copy is not None and copy.path.is_file():
+        return (copy.path,)
+    return checkpoint.weight_files
+
+
+class _Copy(NamedTuple):
+    """Where a copy is or would be, what its kind is called, and what it holds."""
+
+    path: Path
+    owner: str
+    structures: Mapping[str, Any]
+
+
+def _copy(
+    checkpoint: Checkpoint,
+    config: TransformerConfig,
+    dtype: DType,
+    quant: QuantConfig | None,
+    folder: Path,
+    least_bytes: int,
+) -> _Copy | None:
+    """Returns what a copy of the checkpoint would be, None where it has none."""
+    total = sum(spec.nbytes for spec in checkpoint.tensors.values())
+    is_packed = bool(quantised_names(checkpoint.tensors))
+    if quant is None or not quant.is_packed or is_packed or total < least_bytes:
+        return None
+    structures = _structures(config, dtype, quant)
+    kind = (_VERSION, str(checkpoint.folder.resolve()), dtype, quant)
+    owner = _hash((*kind, _specs(structures)))
+    path = folder / f"{owner}-{_content(checkpoint)}.safetensors"
+    return _Copy(path, owner, structures)
 
 
 def _has_room(path: Path, owner: str, specs: Mapping[str, TensorSpec]) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from conversions.hf import resolve
 from conversions.peft import read_adapter_config
+from fastjax import runtime
 from fastjax.api.random_checkpoint import random_checkpoint_of
 from fastjax.errors import ModelError, printable
 from fastjax.files import user_path
@@ -66,7 +67,8 @@ def load_tokenizer(*folders: Path) -> "PreTrainedTokenizerBase | None":
       ModelError: Its files cannot be read.
     """
     # Late, so that `runtime.configure` comes first: transformers reads its settings.
-    from transformers import AutoTokenizer
+    with runtime.without_torch():
+        from transformers import AutoTokenizer
 
     for folder in folders:
         if not (folder / "tokenizer_config.json").is_file():

@@ -1,5 +1,7 @@
 """Batches of a run: shuffled for training, in order for evaluation."""
 
+import dataclasses
+
 from fastjax.config import TrainConfig
 from fastjax.data import Documents, Loader, TrainingData
 
@@ -43,3 +45,14 @@ def data_loader(
 def data_seed(config: TrainConfig) -> int:
     """Returns the seed of the order of the data."""
     return config.seed if config.data_seed is None else config.data_seed
+
+
+def in_steps(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
+    """Returns the settings with steps in the place of epochs."""
+    changes: dict[str, int] = {}
+    if config.eval_strategy == "epoch":
+        changes["eval_steps"] = steps_per_epoch
+    if config.save_strategy != "steps":
+        is_epoch = config.save_strategy == "epoch"
+        changes["save_steps"] = steps_per_epoch if is_epoch else 0
+    return dataclasses.replace(config, **changes) if changes else config

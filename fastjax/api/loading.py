@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from conversions.hf import Checkpoint, load_packed_weights, read_config
+from conversions.hf import (
+    Checkpoint,
+    files_to_load,
+    load_packed_weights,
+    read_config,
+)
 from conversions.peft import grown_config, read_adapter
 from fastjax import lora as adapters
 from fastjax import runtime
@@ -65,9 +70,12 @@ def load_model(
     base = read_config(folder)
     config = base if adapter is None else _config_of_adapter(adapter, base)
     param_dtype = "float32" if full_finetuning else dtype
-    cache = runtime.cache_folder() / "weights"
     weights = load_packed_weights(
-        Checkpoint(folder), config, dtype=param_dtype, quant=quant, folder=cache
+        Checkpoint(folder),
+        config,
+        dtype=param_dtype,
+        quant=quant,
+        folder=_packed_folder(),
     )
     spec = DecoderSpec(
         config=config.stretched(rope_scaling, max_seq_length),
@@ -89,6 +97,28 @@ def load_model(
     if adapter is not None:
         _put_adapter(model, adapter)
     return model
+
+
+def files_of(config: TrainConfig) -> tuple[Path, ...]:
+    """Returns the files that hold the weights of a run's model.
+
+    Raises:
+      FastJaxError: The model cannot be found or read, or is not downloaded yet.
+    """
+    name, revision = config.model, config.model_revision
+    found = find_model(name, revision=revision, with_weights=False)
+    base, adapter = read_config(found.folder), found.adapter
+    return files_to_load(
+        Checkpoint(found.folder),
+        base if adapter is None else _config_of_adapter(adapter, base),
+        dtype="float32" if config.full_finetuning else config.dtype,
+        quant=config.quant,
+        folder=_packed_folder(),
+    )
+
+
+def _packed_folder() -> Path:
+    return runtime.cache_folder() / "weights"
 
 
 def load_text_side(

@@ -5,25 +5,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from flax import nnx
 from rich.text import Text
 
 from conversions.hf import read_config
 from fastjax import runtime
 from fastjax.api.context import note_context, require_context
 from fastjax.api.finding import find_model
-from fastjax.api.loaders import data_seed, train_loader
+from fastjax.api.loaders import data_seed, in_steps, train_loader
 from fastjax.api.loading import load_text_side
 from fastjax.api.memory import Planner, memory_limit, planned_spec
 from fastjax.api.remat_auto import compiled_memory, planned_remat
+from fastjax.api.step_cache import StepCache
 from fastjax.config import TrainConfig
 from fastjax.data import Loader, TrainingData, load_data
 from fastjax.data.report import counted
 from fastjax.files import binary_size
-from fastjax.models.build import DecoderSpec
+from fastjax.models.build import DecoderSpec, abstract_decoder
 from fastjax.models.registry import PRESETS
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.remat import RematPlan
 from fastjax.terminal import as_html
+from fastjax.train import Job
+from fastjax.train.ahead import StepsAhead
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,10 +37,12 @@ class PlannedRun:
     Attributes:
       loader: Of the training batches.
       remat: What the backward pass recomputes, layer by layer.
+      steps_ahead: Compiles the first step meanwhile; None where nothing does.
     """
 
     loader: Loader
     remat: RematPlan
+    steps_ahead: StepsAhead | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,6 +102,41 @@ def planned_run(
     planner.require_fit(memory_limit(config))
     remat, _ = planned_remat(planner, documents=loader.max_segments, note=note)
     return PlannedRun(loader=loader, remat=remat)
+
+
+def compiling_ahead(
+    planned: PlannedRun,
+    config: TrainConfig,
+    sizes: TransformerConfig,
+    note: Callable[[str], None],
+) -> PlannedRun:
+    """Returns the plan with its step being compiled, to read the weights meanwhile.
+
+    On a GPU alone: elsewhere the compiler would take the processor from the reader.
+    """
+    if jax.default_backend() != "gpu":
+        return planned
+    spec = planned_spec(config, sizes)
+    graphdef, trainable, frozen = nnx.split(abstract_decoder(spec), nnx.Param, ...)
+    job = Job(
+        config=in_steps(config, planned.loader.steps_per_epoch),
+        graphdef=graphdef,
+        trainable=trainable,
+        frozen=frozen,
+        train_loader=planned.loader,
+        output_dir=Path(),
+        remat=planned.remat,
+        head_is_trainable=spec.trains_head,
+    )
+    described = {
+        "settings": dataclasses.replace(job.config, output_dir=None),
+        "structure": spec,
+        "steps": job.total_steps,
+        "documents": planned.loader.max_segments,
+        "remat": planned.remat,
+    }
+    kept = StepCache(runtime.cache_folder() / "steps", described)
+    return dataclasses.replace(planned, steps_ahead=StepsAhead(job, note, kept=kept))
 
 
 def plan_lines(config: TrainConfig) -> Iterator[str]:

@@ -16,10 +16,10 @@ from rich.console import Console
 from conversions.hf import folder_fingerprint
 from fastjax import runtime
 from fastjax.api.language_model import LanguageModel
+from fastjax.api.loaders import in_steps
 from fastjax.api.loading import add_adapter
 from fastjax.api.sweep_member import SweepMember
 from fastjax.api.sweep_plan import SweepRun
-from fastjax.api.training import in_steps
 from fastjax.data import Loader
 from fastjax.remat import RematPlan
 from fastjax.terminal import say

@@ -16,7 +16,12 @@ from fastjax.api.context import require_context
 from fastjax.api.device_faults import device_faults
 from fastjax.api.hub import push_folder
 from fastjax.api.language_model import LanguageModel
-from fastjax.api.loaders import data_seed, eval_loader, evaluation_loader
+from fastjax.api.loaders import (
+    data_seed,
+    eval_loader,
+    evaluation_loader,
+    in_steps,
+)
 from fastjax.api.loading import add_adapter, load_model, load_text_side
 from fastjax.api.model_card import write_model_card
 from fastjax.api.ranks import set_ranks
@@ -25,10 +30,11 @@ from fastjax.api.run_folder import (
     require_writable,
     write_settings,
 )
-from fastjax.api.run_plan import PlannedRun, planned_run
+from fastjax.api.run_plan import PlannedRun, compiling_ahead, planned_run
 from fastjax.api.samples import make_sampler, read_prompts
 from fastjax.api.serving import serving_notes
 from fastjax.api.vocabulary import add_new_tokens, require_trained_rows
+from fastjax.api.warm_up import warm_up
 from fastjax.config import LoRAConfig, TrainConfig
 from fastjax.data import ResponseMarkers, Source, TrainingData, load_data
 from fastjax.errors import ConfigError, ModelError
@@ -62,7 +68,7 @@ def run_training(
         full_determinism=config.full_determinism,
         memory_share=nvidia.memory_share(config.memory_gib),
     )
-    nvidia.require_gpu_in_use()
+    warm_up(config)
     console = open_console()
     for note in (*notes, *(fault.what for fault in requirements.faults())):
         say(console, note)
@@ -71,12 +77,14 @@ def run_training(
     _require_all_it_needs(config, folder, console)
     # Before any weight is read, so that a broken file shows in seconds.
     tokenizer, sizes = load_text_side(config)
+    nvidia.require_gpu_in_use()
     say(console, "reading the data")
     vocab_size, note = sizes.vocab_size, functools.partial(say, console)
     data = load_data(
         config.data, tokenizer, seed=data_seed(config), vocab_size=vocab_size
     )
     planned = planned_run(config, data, sizes=sizes, note=note)
+    planned = compiling_ahead(planned, config, sizes, note)
     say(console, f"loading {config.model}")
     model = load_for_training(config)
     model.tokenizer = tokenizer
@@ -216,6 +224,7 @@ def train(
         sampler=make_sampler(model, config.report),
         head_is_trainable=model.spec.trains_head,
         flops_per_token=_flops_per_token(model),
+        steps_ahead=planned.steps_ahead and planned.steps_ahead.steps,
     )
     with device_faults("train", memory_fix=MEMORY_FIX):
         result = run(job, console)
@@ -342,17 +351,6 @@ def require_possible(config: TrainConfig, data: TrainingData) -> None:
             "full_determinism was asked for after the device was first used",
             fix="set XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true before",
         )
-
-
-def in_steps(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
-    """Returns the settings with steps in the place of epochs."""
-    changes: dict[str, int] = {}
-    if config.eval_strategy == "epoch":
-        changes["eval_steps"] = steps_per_epoch
-    if config.save_strategy != "steps":
-        is_epoch = config.save_strategy == "epoch"
-        changes["save_steps"] = steps_per_epoch if is_epoch else 0
-    return dataclasses.replace(config, **changes) if changes else config
 
 
 def _flops_per_token(model: LanguageModel) -> float:

@@ -1,6 +1,7 @@
 """A linear layer: frozen 4-bit or 16-bit weight, optional adapter, optional bias."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -44,7 +45,13 @@ class PackedFormat:
 
     def abstract(self, shape: tuple[int, int]) -> PackedArray:
         """Returns the shapes of a packed weight."""
-        return jax.eval_shape(self.pack, abstract(shape, jnp.dtype(self.dtype)))
+        return _abstract_packed(self, shape)
+
+
+@functools.cache
+def _abstract_packed(packed: PackedFormat, shape: tuple[int, int]) -> PackedArray:
+    # A model has hundreds of weights and a handful of shapes.
+    return jax.eval_shape(packed.pack, abstract(shape, jnp.dtype(packed.dtype)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

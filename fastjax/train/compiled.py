@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import PyTree
@@ -47,6 +47,30 @@ class StepMemory:
         return self.argument_bytes + fresh + self.temp_bytes
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CompiledStep:
+    """A step for one shape of batch.
+
+    Attributes:
+      run: The compiled program.
+      memory: What it needs; None where the backend does not tell.
+      implementations: Op to the implementations that its calls took.
+    """
+
+    run: Any
+    memory: StepMemory | None
+    implementations: dict[str, list[str]]
+
+
+@runtime_checkable
+class KeptSteps(Protocol):
+    """Steps of earlier processes."""
+
+    def load(self, arguments: tuple[Any, ...]) -> CompiledStep | None: ...
+
+    def store(self, arguments: tuple[Any, ...], step: CompiledStep) -> None: ...
+
+
 class CompiledSteps:
     """Keeps a compiled step for each shape of batch.
 
@@ -65,6 +89,7 @@ class CompiledSteps:
         before_compile: Callable[[], None],
         *,
         compiler_options: Mapping[str, Any] | None = None,
+        kept: KeptSteps | None = None,
     ) -> None:
         self.compile_seconds = 0.0
         self.is_cached = True
@@ -73,6 +98,7 @@ class CompiledSteps:
         self._jitted, self.frozen = jitted, frozen
         self._before_compile = before_compile
         self._compiler_options = dict(compiler_options or {})
+        self._kept = kept
         self._steps: dict[tuple[int, ...], Any] = {}
 
     def __call__(
@@ -109,18 +135,30 @@ class CompiledSteps:
         """
         self._before_compile()
         start = time.perf_counter()
-        with dispatch.record() as chosen, out_of_memory(None):
-            lowered = self._jitted.lower(state, self.frozen, batch.arrays)
-            with cache_hits() as hits:
-                step = lowered.compile(compiler_options=self._compiler_options)
-        self.is_cached = self.is_cached and bool(hits)
-        self._steps[batch.shape] = step
+        arguments = (state, self.frozen, batch.arrays)
+        made = None if self._kept is None else self._kept.load(arguments)
+        if made is None:
+            made = self._made(arguments)
+            if self._kept is not None:
+                self._kept.store(arguments, made)
+        self._steps[batch.shape] = made.run
         self.compile_seconds += time.perf_counter() - start
-        needs = [plan for plan in (self.memory, step_memory(step)) if plan]
+        needs = [plan for plan in (self.memory, made.memory) if plan]
         self.memory = max(needs, key=lambda plan: plan.total_bytes, default=None)
-        for op, names in chosen.items():
+        for op, names in made.implementations.items():
             known = set(self.implementations.get(op, ()))
-            self.implementations[op] = sorted(known | names)
+            self.implementations[op] = sorted(known | set(names))
+
+    def _made(self, arguments: tuple[Any, ...]) -> CompiledStep:
+        with dispatch.record() as chosen, out_of_memory(None):
+            lowered = self._jitted.lower(*arguments)
+            with cache_hits() as hits:
+                run = lowered.compile(compiler_options=self._compiler_options)
+        self.is_cached = self.is_cached and bool(hits)
+        implementations = {op: sorted(names) for op, names in chosen.items()}
+        return CompiledStep(
+            run=run, memory=step_memory(run), implementations=implementations
+        )
 
 
 def step_memory(compiled: Any) -> StepMemory | None:

@@ -15,6 +15,7 @@ from fastjax.losses import cross_entropy
 from fastjax.remat import Remat, RematPlan
 from fastjax.train.batches import Loader
 from fastjax.train.checkpoint import WriteAdapter
+from fastjax.train.compiled import CompiledSteps
 from fastjax.train.step import LossFunction
 
 
@@ -43,6 +44,8 @@ class Job:
       head_is_trainable: The table that gives the logits trains.
       flops_per_token: Of forward and backward pass; 0 when not known.
       resume_command: Continues the run; shown when it is interrupted.
+      steps_ahead: Returns the compiled steps for this job, where a thread has made
+        them beforehand; None where they are of other shapes.
     """
 
     config: TrainConfig
@@ -61,6 +64,7 @@ class Job:
     head_is_trainable: bool = False
     flops_per_token: float = 0.0
     resume_command: str = "the same command"
+    steps_ahead: Callable[["Job"], CompiledSteps | None] | None = None
 
     @property
     def total_steps(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from fastjax import files, runtime
+from fastjax import files
 from fastjax.errors import Interrupted, StorageError
 from fastjax.terminal import open_console
 from fastjax.train import (
@@ -26,19 +26,19 @@ from fastjax.train import (
     resume,
     start,
 )
+from fastjax.train.ahead import steps_of
 from fastjax.train.batches import DeviceBatch, put_batch
-from fastjax.train.compiled import CompiledSteps, device_peak_bytes
+from fastjax.train.compiled import device_peak_bytes
 from fastjax.train.evaluate import evaluate, make_eval_step
 from fastjax.train.job import Job
 from fastjax.train.lock import output_lock
 from fastjax.train.metrics import finite
-from fastjax.train.optimizer import make_optimizer
-from fastjax.train.progress import COMPILING, Progress
+from fastjax.train.progress import Progress
 from fastjax.train.reporter import Reporter
 from fastjax.train.result import TrainResult
 from fastjax.train.selection import Selection
 from fastjax.train.signals import StopRequest
-from fastjax.train.step import Metrics, make_train_step
+from fastjax.train.step import Metrics
 
 
 def run(job: Job, console: Console | None = None) -> TrainResult:
@@ -97,21 +97,9 @@ class _Loop:
         config, total = job.config, job.total_steps
         self.job, self.config, self.total = job, config, total
         self.progress, self.stop = progress, stop
-        optimizer = make_optimizer(config.optimizer, total)
-        self.steps = CompiledSteps(
-            make_train_step(
-                job.loss_function(job.train_loader, job.remat),
-                optimizer,
-                seed=config.seed,
-                has_dropout=job.config.has_dropout,
-                dtype=config.dtype,
-            ),
-            job.frozen,
-            before_compile=lambda: progress.note(COMPILING),
-            compiler_options=runtime.step_compiler_options(
-                job.remat.policies if job.remat else ()
-            ),
-        )
+        ahead = job.steps_ahead and job.steps_ahead(job)
+        self.steps = ahead or steps_of(job, progress.note)
+        self._is_told = False
         if job.eval_loader is not None:
             self.eval_step = make_eval_step(job.loss_function(job.eval_loader, None))
         self.selection = Selection(config=config.report)
@@ -241,7 +229,8 @@ class _Loop:
         self.state, metrics = self.steps(self.state, batch)
         self.step += 1
         self._in_flight.append((self.step, metrics, batch))
-        if not compiled_before:
+        if not self._is_told:
+            self._is_told = True
             self._report_compilation()
         self._mark += self.steps.compile_seconds - compiled_before
         faults.hit("step", self.step)
