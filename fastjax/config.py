@@ -22,8 +22,8 @@ from fastjax.optimizer_config import Schedule as Schedule
 from fastjax.report_config import ReportConfig as ReportConfig
 
 DType = Literal["bfloat16", "float16", "float32"]
-RematPolicy = Literal["none", "attention", "layer", "offload"]
-RematChoice = Literal["none", "attention", "layer", "offload", "auto"]
+RematPolicy = Literal["none", "attention", "layer", "offload", "layer_offload"]
+RematChoice = Literal[RematPolicy, "auto"]
 DataFormat = Literal[
     "auto",
     "text",
@@ -209,8 +209,9 @@ class TrainConfig:
       dtype: Of activations and matrix products; sums are always float32.
       remat: What the backward pass recomputes: "none" only norms and activations,
         "attention" the attention blocks too, "layer" everything but layer inputs,
-        "offload" as much, and keeps these in host memory; "auto" measures them and
-        picks for each layer what is fastest within the memory.
+        "offload" as much, and keeps these and attention's output in host memory,
+        "layer_offload" the layer inputs alone; "auto" measures them and picks for each
+        layer what is fastest within the memory.
       unroll_layers: Write layers that keep much out in the program, for a faster step,
         a longer compilation; else they are scanned.
       per_device_train_batch_size: Rows of a micro-batch; memory grows with them.

@@ -9,6 +9,7 @@ and 8 key heads of 128):
 | attention | residual, gate, up | 73 K |
 | layer | nothing | 8 K |
 | offload | nothing, and the input is in host memory | 0 K |
+| layer_offload | the same | 0 K |
 
 `x @ lora_a`, 2 R bytes a token and linear, is kept by the first two as well. No
 policy ever keeps a dequantised weight: the matmul's own VJP keeps the packed one.
@@ -16,7 +17,8 @@ policy ever keeps a dequantised weight: the matmul's own VJP keeps the packed on
 "offload" also holds the residual after the attention in host memory, kept by the layer
 after (`fastjax.nn.feed_forward.hand_back`), and, where the implementation names them
 (all but "cudnn"), the attention's output and statistics: 25 KB a token and layer.
-cuDNN's attention has no names for what it saves and is computed again.
+cuDNN's attention has no names for what it saves and is computed again. "layer_offload"
+holds the input alone there, 8 KB, for rows so long that the host's memory is what ends.
 """
 
 import collections
@@ -42,7 +44,10 @@ GATE, UP = "gate", "up"
 _MLP_NAMES = (ATTENTION_RESIDUAL, GATE, UP, *LORA_RESIDUALS)
 _PROJECTION_NAMES = (QUERY, KEY, VALUE, QUERY_RAW, KEY_RAW)
 _ATTENTION_NAMES = (*_PROJECTION_NAMES, *ATTENTION_RESIDUALS)
-_OFFLOADED_NAMES = (LAYER_INPUT, HANDED, *ATTENTION_RESIDUALS)
+_OFFLOADED_NAMES: dict[RematPolicy, tuple[str, ...]] = {
+    "offload": (LAYER_INPUT, HANDED, *ATTENTION_RESIDUALS),
+    "layer_offload": (LAYER_INPUT,),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,10 +127,10 @@ def _saveable(policy: RematPolicy) -> Callable[..., Any]:
         return policies.nothing_saveable
     if policy == "attention":
         return policies.save_only_these_names(*_MLP_NAMES)
-    if policy == "offload":
+    if policy in _OFFLOADED_NAMES:
         return policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
-            names_which_can_be_offloaded=list(_OFFLOADED_NAMES),
+            names_which_can_be_offloaded=list(_OFFLOADED_NAMES[policy]),
             offload_src="device",
             offload_dst="pinned_host",
         )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from fastjax import lora as adapters
+from fastjax import runtime
 from fastjax.api.benchmark_report import device_bytes
 from fastjax.config import DType, QuantConfig, RematPolicy, TrainConfig
 from fastjax.errors import OutOfMemory
@@ -24,7 +25,13 @@ from fastjax.train.memory_plan import (
 
 _GIB = 2**30
 _FORMULA_ERROR = 0.1
-_LEANER: tuple[RematPolicy, ...] = ("none", "attention", "layer", "offload")
+_LEANER: tuple[RematPolicy, ...] = (
+    "none",
+    "attention",
+    "layer",
+    "offload",
+    "layer_offload",
+)
 _MOST_ROWS, _TOKEN_UNIT, _MOST_TOKENS = 4096, 256, 2**22
 _ADVICES = 4
 
@@ -139,13 +146,13 @@ class Planner:
 
     def most_rows(self, limit: int, policy: RematPolicy | None = None) -> int:
         """Returns the most rows of a micro-batch that fit, 0 when not even one does."""
-        return _most(lambda n: self.plan(policy, rows=n).peak <= limit, _MOST_ROWS)
+        return _most(lambda n: _fits(self.plan(policy, rows=n), limit), _MOST_ROWS)
 
     def most_tokens(self, limit: int, policy: RematPolicy | None = None) -> int:
         """Returns the longest row that fits at this batch, in steps of 256 tokens."""
         most = _MOST_TOKENS // _TOKEN_UNIT
         return _TOKEN_UNIT * _most(
-            lambda n: self.plan(policy, tokens=n * _TOKEN_UNIT).peak <= limit, most
+            lambda n: _fits(self.plan(policy, tokens=n * _TOKEN_UNIT), limit), most
         )
 
     def lines(self, limit: int | None) -> Iterator[str]:
@@ -182,11 +189,24 @@ class Planner:
         """Stops a run that cannot fit, with what would.
 
         Raises:
-          OutOfMemory: The formula's error aside, the step needs more than the limit.
+          OutOfMemory: The formula's error aside, the step needs more than the limit, or
+            more pinned host memory than XLA may take.
         """
-        need = self.plan().peak
-        if limit is not None and need * (1 - _FORMULA_ERROR) > limit:
-            self.refuse(limit, need=need)
+        if limit is None:
+            return
+        plan = self.plan()
+        if plan.peak * (1 - _FORMULA_ERROR) > limit:
+            self.refuse(limit, need=plan.peak)
+        # "auto" offloads no more layers than there is room for.
+        most = runtime.host_limit_bytes()
+        if self.config.remat != "auto" and plan.host > most:
+            raise OutOfMemory(
+                f"the run needs {binary_size(plan.host)} of pinned host memory, and "
+                f"{binary_size(most)} may be taken",
+                where=self._place,
+                fix="--remat auto offloads what fits there; where the machine has "
+                "more, set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB",
+            )
 
     def refuse(self, limit: int, *, need: int) -> NoReturn:
         """Says that the run does not fit, and what would.
@@ -203,9 +223,15 @@ class Planner:
         raise OutOfMemory(
             f"the run needs about {binary_size(need)}, "
             f"and {binary_size(limit)} are there",
-            where=f"{self.shape.rows} rows of {self.shape.tokens:,} tokens, "
-            f"remat {self.config.remat}",
+            where=self._place,
             fix="\n         or ".join(advice) if advice else none,
+        )
+
+    @property
+    def _place(self) -> str:
+        shape = self.shape
+        return (
+            f"{shape.rows} rows of {shape.tokens:,} tokens, remat {self.config.remat}"
         )
 
     def advice(self, limit: int) -> Iterator[str]:
@@ -220,8 +246,8 @@ class Planner:
                 f"{binary_size(self.plan(rows=fitting).peak)}, the same steps"
             )
         for policy in _LEANER[_LEANER.index(self.policy) + 1 :]:
-            if (need := self.plan(policy).peak) <= limit:
-                yield f"--remat {policy}: {binary_size(need)}"
+            if _fits(plan := self.plan(policy), limit):
+                yield f"--remat {policy}: {binary_size(plan.peak)}"
         if not self.config.full_finetuning and not self.spec.packed:
             packed = dataclasses.replace(self.config, quant=QuantConfig())
             spec = planned_spec(packed, self.spec.config)
@@ -267,6 +293,10 @@ def _packed(
 ) -> dict[str, PackedFormat]:
     packed = wanted_format(quant, dtype)
     return {} if packed is None else dict.fromkeys(linear_names(sizes), packed)
+
+
+def _fits(plan: MemoryPlan, limit: int) -> bool:
+    return plan.peak <= limit and plan.host <= runtime.host_limit_bytes()
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:

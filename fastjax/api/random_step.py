@@ -17,6 +17,9 @@ from fastjax.api.memory import Planner, planned_spec
 from fastjax.config import (
     DType,
     Implementations,
+    LoRAConfig,
+    OptimizerConfig,
+    QuantConfig,
     RematChoice,
     TrainConfig,
 )
@@ -41,13 +44,14 @@ _SCHEDULE_STEPS = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepArgs:
-    """The QLoRA step: NF4 base, rank 16 on all linears, AdamW, full rows.
+    """The QLoRA step: NF4 base, adapters on all linears, AdamW, full rows.
 
     Attributes:
       model: Preset name.
       layers: Of the model, the first ones, which compile sooner; 0 takes all.
       batch: Rows of a step.
       seq: Tokens of a row.
+      lora_r: Rank of the adapters.
       remat: What the backward pass recomputes.
       unroll_layers: The layers are written out in the program: a faster step, a longer
         compilation.
@@ -55,18 +59,23 @@ class StepArgs:
       documents: Documents packed into each row, of equal length.
       attention: Implementation of attention; None takes the first able one.
       dtype: Of activations and products; the weights are the same in each.
+      full_finetuning: All weights train, in float32, and there are no adapters.
+      offload_optimizer: Its states wait in host memory.
     """
 
     model: str = "llama3-8b"
     layers: int = 0
     batch: int = 2
     seq: int = 4096
+    lora_r: int = 16
     remat: RematChoice = "attention"
     unroll_layers: bool = False
     memory_gib: float = 0.0
     documents: int = 1
     attention: str | None = None
     dtype: DType = "bfloat16"
+    full_finetuning: bool = False
+    offload_optimizer: bool = False
 
 
 class RandomStep:
@@ -174,9 +183,10 @@ class RandomStep:
 
 
 def planner_of(args: StepArgs) -> Planner:
-    """Returns the planner of the preset with NF4 weights and adapters."""
+    """Returns the planner of the preset, with NF4 weights unless all train."""
     settings = TrainConfig(
         model=args.model,
+        lora=LoRAConfig(lora_r=args.lora_r),
         remat=args.remat,
         dtype=args.dtype,
         unroll_layers=args.unroll_layers,
@@ -184,10 +194,14 @@ def planner_of(args: StepArgs) -> Planner:
         per_device_train_batch_size=args.batch,
         gradient_accumulation_steps=1,
         implementations=Implementations(attention=args.attention),
+        full_finetuning=args.full_finetuning,
+        optimizer=OptimizerConfig(offload_optimizer=args.offload_optimizer),
+        quant=QuantConfig(load_in_4bit=not args.full_finetuning),
     )
     spec = planned_spec(settings, preset(args.model).config)
-    packed = dict.fromkeys(spec.packed, PackedFormat())
-    spec = dataclasses.replace(spec, param_dtype="bfloat16", packed=packed)
+    if not args.full_finetuning:
+        packed = dict.fromkeys(spec.packed, PackedFormat())
+        spec = dataclasses.replace(spec, param_dtype="bfloat16", packed=packed)
     spec = shortened(spec, args.layers) if args.layers else spec
     return Planner.of(settings, spec, tokens=args.seq)
 

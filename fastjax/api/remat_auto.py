@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fastjax import runtime
 from fastjax.api.benchmark_report import device_bytes
 from fastjax.api.memory import Planner, memory_limit
 from fastjax.api.random_step import Parts, RandomStep, random_parts, shortened
+from fastjax.api.roofline import FRUGAL_PASSES, MATMUL_FLOPS_PER_SECOND, layer_flops
 from fastjax.config import RematPolicy
 from fastjax.errors import ConfigError, OutOfMemory
 from fastjax.models.build import DecoderSpec, abstract_decoder
@@ -26,10 +28,17 @@ from fastjax.train.remat_choice import Choice, PolicyCost, fastest
 
 # "attention" frees less memory for its time than the others do, so none is left to it.
 _POLICIES: tuple[RematPolicy, ...] = ("offload", "layer", "none")
-_PRODUCTS: dict[RematPolicy, float] = {"none": 2.0, "layer": 3.0, "offload": 3.1}
-"""Forward passes that a layer's time amounts to."""
+_PASSES: dict[RematPolicy, tuple[float, float]] = {
+    "none": FRUGAL_PASSES,
+    "layer": (3.0, 4.5),
+    "offload": (3.1, 3.5),
+    "layer_offload": (3.1, 4.5),
+}
+"""Forward passes of products and of attention that a layer's time amounts to."""
 _FEW, _MORE = 2, 4
 _WARM_UP_SECONDS, _TIMED = 1.0, 7
+_MOST_SECONDS = 2.0
+"""Of a step of a few layers at full rate; longer ones are counted, not timed."""
 _MARGIN = 0.995
 """Share of the limit that the compiler may plan with; the allocator needs the rest."""
 _SURELY = 0.85
@@ -83,20 +92,26 @@ def _automatic(
     costs = _measured(planner, policies, limit_bytes, documents)
     is_timed = bool(costs)
     if not is_timed:
-        note("remat auto: layers cannot be timed here, the plan goes by their products")
+        note("remat auto: layers are not timed here, the plan goes by their products")
         costs = _counted(planner)
     resident = model.weights + model.trained + model.optimizer
     resident += model.gradients if shape.accumulation > 1 else 0
     most = room = _MARGIN * limit_bytes - resident
     find = functools.partial(
-        fastest, num_layers=spec.config.num_hidden_layers, is_unrolled=is_unrolled
+        fastest,
+        num_layers=spec.config.num_hidden_layers,
+        host_limit_bytes=runtime.host_limit_bytes(),
+        is_unrolled=is_unrolled,
     )
-    leanest: RematPolicy = next(policy for policy in _POLICIES if policy in costs)
+    leanest: RematPolicy = next(
+        policy for policy in ("layer_offload", *_POLICIES) if policy in costs
+    )
     for is_last in (False, False, True):
         choice = None if is_last else find(costs, limit_bytes=room)
         # A step of several policies may take more than their sum, one of one does not.
         choice = choice or find({leanest: costs[leanest]}, limit_bytes=math.inf)
-        assert choice is not None
+        if choice is None:
+            break
         memory = compiled_memory(planner, choice.remat, documents=documents)
         need = memory.total_bytes - resident if memory else choice.bytes
         if need <= most:
@@ -131,17 +146,32 @@ def described(choice: Choice, shape: BatchShape) -> str:
 
 
 def _counted(planner: Planner) -> dict[RematPolicy, PolicyCost]:
-    """Returns the costs by the closed formula, in units of a layer's products."""
-    tokens = planner.shape.micro_batch_tokens
+    """Returns the costs by the closed formula: operations in the place of seconds."""
     return {
         policy: PolicyCost(
             base_seconds=0.0,
             base_bytes=planner.plan(policy).workspace,
-            layer_seconds=_PRODUCTS[policy],
-            layer_bytes=saved_bytes(planner.spec, 0, policy)[0] * tokens,
+            layer_seconds=_flops(planner, _PASSES[policy]),
+            layer_bytes=kept,
+            layer_host_bytes=host,
         )
-        for policy in _POLICIES
+        for policy in _PASSES
+        for kept, host in [_kept_bytes(planner, policy)]
     }
+
+
+def _flops(planner: Planner, passes: tuple[float, float]) -> float:
+    """Returns the operations of a layer for a micro-batch."""
+    shape = planner.shape
+    a_token = layer_flops(planner.spec.config, shape.tokens, passes)
+    return shape.micro_batch_tokens * a_token
+
+
+def _kept_bytes(planner: Planner, policy: RematPolicy) -> tuple[int, int]:
+    """Returns what a layer keeps of a micro-batch: on the device, on the host."""
+    kept, host = saved_bytes(planner.spec, 0, policy)
+    tokens = planner.shape.micro_batch_tokens
+    return kept * tokens, host * tokens
 
 
 def _measured(
@@ -154,13 +184,15 @@ def _measured(
 
     The step without layers takes the same time under each, so that it is measured for
     the leanest of them alone. The bytes that a layer keeps, with the gradients of its
-    adapters, are counted, not measured. Nothing is returned where none fits, or where
-    the model has one layer, of which no line can be drawn.
+    adapters, are counted, not measured. Nothing is returned where none fits, where a
+    step would take long, or where the model has one layer, of which no line can be
+    drawn.
     """
     num_layers = planner.spec.config.num_hidden_layers
     more_layers = min(_MORE, num_layers)
     few_layers = min(_FEW, more_layers - 1)
-    if not few_layers:
+    flops = more_layers * _flops(planner, FRUGAL_PASSES)
+    if not few_layers or flops > _MOST_SECONDS * MATMUL_FLOPS_PER_SECOND:
         return {}
     # A model that is loaded already leaves less room for these layers.
     room = limit_bytes - (device_bytes("bytes_in_use") or 0)
@@ -179,14 +211,14 @@ def _measured(
     base = few_seconds - few_layers * layer_seconds
     costs: dict[RematPolicy, PolicyCost] = {}
     for short, seconds in zip(fitting, more_seconds, strict=True):
-        kept = saved_bytes(planner.spec, 0, short.policy)[0]
-        kept *= planner.shape.micro_batch_tokens
+        kept, host = _kept_bytes(planner, short.policy)
         kept += planner.model.gradients // num_layers
         costs[short.policy] = PolicyCost(
             base_seconds=base,
             base_bytes=short.temp_bytes - more_layers * kept,
             layer_seconds=(seconds - base) / more_layers,
             layer_bytes=kept,
+            layer_host_bytes=host,
         )
     return costs
 

@@ -5,25 +5,41 @@ from fastjax.models.transformer_config import TransformerConfig
 MATMUL_FLOPS_PER_SECOND = 790e12
 """Dense bfloat16 products by cuBLAS, as measured on an H200."""
 
-_FORWARD_AND_INPUT_GRADIENT = 4
-_ATTENTION_PASSES = 3.5
+FRUGAL_PASSES = (2.0, 3.5)
+"""Forward passes of products and of attention in a step with nothing recomputed.
+
+The gradient of a frozen weight's input costs what its product does; the backward pass
+of attention 2.5 times its forward pass (2205.14135 section 3.1).
+"""
 
 
 def step_flops(config: TransformerConfig, *, batch: int, seq: int) -> float:
     """Returns the operations of one step with frozen weights and nothing recomputed.
 
-    A weight costs two operations a token forward and two for the gradient of its
-    input; its own gradient is not needed. Causal attention computes half of each
-    matrix, and its backward pass 2.5 times its forward pass (2205.14135 section 3.1).
     The adapters, less than 1 %, are left out.
+    """
+    layers = config.num_hidden_layers * layer_flops(config, seq, FRUGAL_PASSES)
+    head = 2 * config.vocab_size * config.hidden_size * FRUGAL_PASSES[0]
+    return batch * seq * (layers + head)
+
+
+def layer_flops(
+    config: TransformerConfig, seq: int, passes: tuple[float, float]
+) -> float:
+    """Returns the operations of a layer for one token of a row.
+
+    A weight costs two operations a pass. Causal attention computes half of each matrix.
+
+    Args:
+      config: Sizes.
+      seq: Tokens of the row.
+      passes: Forward passes of products, and of attention, that are done.
     """
     wide, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    layer = wide * (2 * queries + 2 * keys + 3 * inner)
-    weights = config.num_hidden_layers * layer + config.vocab_size * wide
-    attention = config.num_hidden_layers * 2 * seq * queries * _ATTENTION_PASSES
-    return batch * seq * (_FORWARD_AND_INPUT_GRADIENT * weights + attention)
+    products = 2 * wide * (2 * queries + 2 * keys + 3 * inner)
+    return passes[0] * products + passes[1] * 2 * seq * queries
 
 
 def roofline_share(

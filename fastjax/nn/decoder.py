@@ -91,7 +91,8 @@ class Segment(nnx.Module):
         ) -> Any:
             trained, key = own
             # Picked here, since a stack that is cut before the scan would be copied.
-            pick = _summed_layer_of if policy == "offload" else _layer_of
+            is_offloading = policy in ("offload", "layer_offload")
+            pick = _summed_layer_of if is_offloading else _layer_of
             held, window, rope = jax.tree.map(functools.partial(pick, index), stacks)
             block = nnx.merge(graphdef, trained, held)
             own_context = context.with_rope(self.rope if rope is None else rope)
@@ -106,7 +107,7 @@ class Segment(nnx.Module):
                 own_context,
                 window=window,
                 dropout_key=key,
-                remakes_mlp=policy == "layer",
+                remakes_mlp=policy in ("layer", "layer_offload"),
             )[0]
 
         if remat is None:

@@ -8,7 +8,13 @@ from collections.abc import Iterator, Mapping
 from fastjax.config import RematPolicy
 from fastjax.remat import RematPlan
 
-_EARLIEST_FIRST: tuple[RematPolicy, ...] = ("offload", "layer", "attention", "none")
+_EARLIEST_FIRST: tuple[RematPolicy, ...] = (
+    "offload",
+    "layer_offload",
+    "layer",
+    "attention",
+    "none",
+)
 """Order of the layers of a plan.
 
 The last layers are the first of the backward pass: what they keep is gone when the
@@ -25,12 +31,14 @@ class PolicyCost:
       base_bytes: The workspace of a step.
       layer_seconds: Of one layer, forward and backward.
       layer_bytes: That one layer keeps on the device.
+      layer_host_bytes: That one layer keeps in host memory.
     """
 
     base_seconds: float
     base_bytes: float
     layer_seconds: float
     layer_bytes: float
+    layer_host_bytes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +61,7 @@ def fastest(
     *,
     num_layers: int,
     limit_bytes: float,
+    host_limit_bytes: float = math.inf,
     is_unrolled: bool = False,
 ) -> Choice | None:
     """Returns the fastest plan within the limit, None when no plan is.
@@ -64,6 +73,7 @@ def fastest(
       costs: Of the policies that may be used.
       num_layers: Of the decoder.
       limit_bytes: Of activations and workspace.
+      host_limit_bytes: Of activations in host memory.
       is_unrolled: The plan writes layers out.
     """
     names: list[RematPolicy] = [name for name in _EARLIEST_FIRST if name in costs]
@@ -76,7 +86,8 @@ def fastest(
         size += sum(n * cost.layer_bytes for cost, n in used)
         seconds = max(cost.base_seconds for cost, _ in used)
         seconds += sum(n * cost.layer_seconds for cost, n in used)
-        if size > limit_bytes or seconds >= least:
+        host = sum(n * cost.layer_host_bytes for cost, n in used)
+        if size > limit_bytes or host > host_limit_bytes or seconds >= least:
             continue
         least = seconds
         policies: list[RematPolicy] = []

@@ -34,6 +34,7 @@ SUFFIXES = {
 PREFIX = "base_model.model.model."
 
 MIXED = RematPlan(policies=("layer", "offload"))
+INPUTS_ON_HOST = RematPlan(policies=("offload", "layer_offload"))
 UNROLLED = RematPlan(policies=("attention", "none"), is_unrolled=True)
 
 
@@ -70,7 +71,7 @@ def _batch(numbers: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("remat", ["none", MIXED, UNROLLED])
+@pytest.mark.parametrize("remat", ["none", MIXED, INPUTS_ON_HOST, UNROLLED])
 def test_first_gradients_and_three_losses_match_peft(
     name: str, remat: Any, fixtures: Path
 ) -> None:

@@ -1,5 +1,7 @@
 """The fastest plan that fits."""
 
+import dataclasses
+
 from fastjax.config import RematPolicy
 from fastjax.train.remat_choice import Choice, PolicyCost, fastest
 
@@ -32,6 +34,15 @@ def test_a_layer_gives_way_before_its_neighbours_do() -> None:
     # One layer of the other policies frees 7 bytes, or 8 and costs the graphs too.
     assert _choice(41.0).remat.policies == ("layer", "none", "none", "none")
     assert str(_choice(41.0).remat) == "1 x layer, 3 x none"
+
+
+def test_the_host_has_its_limit_too() -> None:
+    costs = dict(COSTS)
+    costs["offload"] = dataclasses.replace(costs["offload"], layer_host_bytes=3.0)
+    choice = fastest(costs, num_layers=4, limit_bytes=14.0, host_limit_bytes=7.0)
+    assert choice is not None
+    assert str(choice.remat) == "2 x offload, 2 x layer"
+    assert fastest(costs, num_layers=4, limit_bytes=13.0, host_limit_bytes=7.0) is None
 
 
 def test_the_leanest_plan_is_the_last_to_fit() -> None:
