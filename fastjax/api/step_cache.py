@@ -6,6 +6,7 @@ model, shapes, device and the versions of the code. It is a program that the mac
 compiled itself; the folder may be deleted at any time.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,6 +31,7 @@ from fastjax.train.compiled import CompiledStep, StepMemory
 
 _KEPT_STEPS = 16
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
+_OPTIONS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_debug_nans")
 
 
 class StepCache:
@@ -57,11 +59,12 @@ class StepCache:
             file = SafetensorsFile(path)
             payload = file.read("step").tobytes()
             about = json.loads(file.metadata["about"])
-            os.utime(path)
         except (OSError, ModelError, KeyError, ValueError):
             return None
         if hashlib.sha256(payload).hexdigest() != about["digest"]:
             return None
+        with contextlib.suppress(OSError):  # a shared folder may be read-only
+            os.utime(path)
         metrics = dict.fromkeys(about["metrics"], 0)
         try:
             run = serialize_executable.deserialize_and_load(
@@ -84,7 +87,10 @@ class StepCache:
         threading.Thread(target=self._write, args=(arguments, step)).start()
 
     def _write(self, arguments: tuple[Any, ...], step: CompiledStep) -> None:
-        payload, _, out_tree = serialize_executable.serialize(step.run)
+        try:
+            payload, _, out_tree = serialize_executable.serialize(step.run)
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+            return  # not every backend can write a program down
         leaves = list(range(out_tree.num_leaves))
         memory = step.memory
         about = {
@@ -121,6 +127,7 @@ class StepCache:
             "device": (device.device_kind, device.client.platform_version),
             "versions": [version(name) for name in _PACKAGES],
             "flags": os.environ.get("XLA_FLAGS", ""),
+            "options": {name: jax.config.values[name] for name in _OPTIONS},
             "code": _code_digest(),
         }
         text = json.dumps(key, sort_keys=True, default=_plain)
