@@ -138,8 +138,10 @@ class CompiledSteps:
         arguments = (state, self.frozen, batch.arrays)
         made = None if self._kept is None else self._kept.load(arguments)
         if made is None:
-            made = self._made(arguments)
-            if self._kept is not None:
+            made, is_fresh = self._made(arguments)
+            self.is_cached = self.is_cached and not is_fresh
+            # What XLA has read from its own cache cannot be written on every backend.
+            if self._kept is not None and is_fresh:
                 self._kept.store(arguments, made)
         self._steps[batch.shape] = made.run
         self.compile_seconds += time.perf_counter() - start
@@ -149,16 +151,16 @@ class CompiledSteps:
             known = set(self.implementations.get(op, ()))
             self.implementations[op] = sorted(known | set(names))
 
-    def _made(self, arguments: tuple[Any, ...]) -> CompiledStep:
+    def _made(self, arguments: tuple[Any, ...]) -> tuple[CompiledStep, bool]:
+        """Returns the step, and whether XLA has compiled it now."""
         with dispatch.record() as chosen, out_of_memory(None):
             lowered = self._jitted.lower(*arguments)
             with cache_hits() as hits:
                 run = lowered.compile(compiler_options=self._compiler_options)
-        self.is_cached = self.is_cached and bool(hits)
         implementations = {op: sorted(names) for op, names in chosen.items()}
-        return CompiledStep(
-            run=run, memory=step_memory(run), implementations=implementations
-        )
+        memory = step_memory(run)
+        made = CompiledStep(run=run, memory=memory, implementations=implementations)
+        return made, not hits
 
 
 def step_memory(compiled: Any) -> StepMemory | None:
