@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from fastjax.config import DataFormat
 from fastjax.data.bad_rows import BadRows
@@ -26,6 +26,9 @@ _ALPACA = (
     "Below is an instruction that describes a task. Write a response that "
     "appropriately completes the request."
 )
+# Columns that are prompts and completions under other names.
+_PROMPTS = ("question", "query", "input", "instruction", "problem")
+_ANSWERS = ("answer", "response", "output", "target", "solution")
 # Columns of formats that other tools read and this one does not.
 _FOREIGN = {
     "chosen": "preference pairs, which supervised fine-tuning does not use",
@@ -334,6 +337,15 @@ def _optional_string(columns: Mapping[str, object], field: str) -> str:
     return "" if value is None else string(value, field)
 
 
+def _renaming(columns: Collection[str]) -> str:
+    """Returns the flag that renames columns, whole where two speak for themselves."""
+    prompt = next((name for name in _PROMPTS if name in columns), "old")
+    answer = next((name for name in _ANSWERS if name in columns), None)
+    if prompt == "old" or answer is None:
+        return "rename columns with --column_map old=new"
+    return f"rename columns with --column_map {prompt}=prompt,{answer}=completion"
+
+
 def _unknown_format(row: Row, known: Iterable[Format]) -> DataError:
     columns = list(row.columns)
 
@@ -354,7 +366,7 @@ def _unknown_format(row: Row, known: Iterable[Format]) -> DataError:
     return DataError(
         f"no known format has the columns {_listed(columns)}{looks}",
         where=row.where,
-        fix=f"nearest formats: {needs}; rename columns with --column_map old=new",
+        fix=f"nearest formats: {needs}; {_renaming(columns)}",
         code="FJ-DATA-FORMAT",
     )
 

@@ -74,8 +74,8 @@ class DataReport:
     @property
     def uncut(self) -> str:
         """Words behind the lengths where documents are shorter than rows were."""
-        cut = self.truncated or self.split or self.dropped_overlong
-        return " before any cut" if cut else ""
+        cut = self.truncated, self.split, self.dropped_overlong, self.cut_to_nothing
+        return " before any cut" if any(cut) else ""
 
     @property
     def left_out(self) -> tuple[tuple[int, str], ...]:
@@ -84,7 +84,14 @@ class DataReport:
             (self.truncated, f"rows cut at {self.max_length:,} tokens"),
             (self.split, f"rows split at {self.max_length:,} tokens"),
             (self.dropped_overlong, f"rows dropped: over {self.max_length:,} tokens"),
-            (self.dropped_untrained, "rows dropped: nothing to train"),
+            (
+                self.cut_to_nothing,
+                f"rows dropped: trained only after {self.max_length:,} tokens",
+            ),
+            (
+                self.dropped_untrained - self.cut_to_nothing,
+                "rows dropped: nothing to train",
+            ),
             (self.refused, "broken rows left out"),
             (self.duplicates, "documents equal an earlier one"),
         )

@@ -131,6 +131,9 @@ def test_unknown_columns_show_the_nearest_formats():
     with pytest.raises(DataError, match="promt, completion") as caught:
         load_examples([{"promt": "a", "completion": "b"}])
     assert caught.value.fix.startswith("nearest formats: prompt_completion")
+    with pytest.raises(DataError, match="question, answer") as caught:
+        load_examples([{"question": "a", "answer": "b"}])
+    assert "question=prompt,answer=completion" in caught.value.fix
 
 
 def test_first_odd_row_is_named():
