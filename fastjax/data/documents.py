@@ -18,7 +18,7 @@ TOKENS_NAME, TRAINED_NAME = "tokens.bin", "trained.bin"
 SOURCE_SHIFT = 40
 """Bits of a row's number; those above tell which of several sources it is of."""
 
-_HASHED_TOKENS = 1 << 22
+_MAPPED_TOKENS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -117,20 +117,12 @@ class Documents(Sequence[Document]):
     @property
     def trained_tokens(self) -> int:
         """Targets of all documents that carry loss."""
-        runs = (self._trained[start:end] for start, end in self._runs())
-        firsts = np.count_nonzero(self._trained[self._starts])
-        return sum(int(np.count_nonzero(run)) for run in runs) - int(firsts)
+        return sum(document.trained_tokens for document in self._read())
 
     def content_hashes(self) -> Int64[np.ndarray, " D"]:
         """Returns a hash of the tokens of each document, true in this process alone."""
-        hashes, read = np.zeros(len(self), np.int64), 0
-        for index, document in enumerate(self):
-            hashes[index] = hash(document.input_ids.tobytes())
-            read += len(document)
-            if read > _HASHED_TOKENS:
-                self._let_go()
-                read = 0
-        return hashes
+        hashes = (hash(document.input_ids.tobytes()) for document in self._read())
+        return np.fromiter(hashes, np.int64, len(self))
 
     def fingerprint(self) -> str:
         """Returns a hash of all lengths, tokens and masks, in order."""
@@ -139,6 +131,16 @@ class Documents(Sequence[Document]):
             digest.update(self._tokens[start:end].tobytes())
             digest.update(self._trained[start:end].tobytes())
         return digest.hexdigest()
+
+    def _read(self) -> Iterator[Document]:
+        """Yields each document; those of a few million tokens are mapped at a time."""
+        read = 0
+        for document in self:
+            yield document
+            read += len(document)
+            if read > _MAPPED_TOKENS:
+                self._let_go()
+                read = 0
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """Yields the borders of tokens that lie end to end, a few million at most."""
@@ -150,9 +152,9 @@ class Documents(Sequence[Document]):
         lasts = np.concatenate([breaks, [len(self)]]) - 1
         for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
             for start in range(
-                int(self._starts[first]), int(ends[last]), _HASHED_TOKENS
+                int(self._starts[first]), int(ends[last]), _MAPPED_TOKENS
             ):
-                yield start, min(start + _HASHED_TOKENS, int(ends[last]))
+                yield start, min(start + _MAPPED_TOKENS, int(ends[last]))
                 self._let_go()
 
     def _let_go(self) -> None:

@@ -28,7 +28,7 @@ from fastjax.errors import DataError, ModelError, printable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROWS_A_CALL, _CHARACTERS_A_CALL = 1000, 1 << 20
+_ROWS_A_CALL, _CHARACTERS_A_CALL = 1000, 1 << 18
 _HAS_CONTROL_TOKENS = "the text holds control tokens, which are read as such"
 
 
