@@ -8,15 +8,19 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
+from fastjax.errors import ConfigError, printable
+
 GPUUse = Literal["share", "as needed", "none"]
 """Memory of the GPU: a share of it from the start, what is needed, or no GPU."""
 
 _PREALLOCATION = "XLA_PYTHON_CLIENT_PREALLOCATE"
 _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _HOST_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
-_HOST_GIB = 64
-"""Of pinned host memory that XLA takes at most unless the variable says otherwise."""
 _HOST_SHARE = 0.8
+_CONTAINER_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 _CACHED_SECONDS = 0.2
 """Of compilation: a start on a GPU has dozens of programs that take about as long."""
 _DETERMINISM = "--xla_gpu_exclude_nondeterministic_ops=true"
@@ -58,7 +62,9 @@ def configure(
         os.environ.setdefault(_PREALLOCATION, "false")
     settled["full_determinism"] = _DETERMINISM in flags
     settled["capped"] = any(map(os.environ.get, _MEMORY_VARIABLES))
-    os.environ.setdefault(_HOST_VARIABLE, str(_pinnable_gib()))
+    if not os.environ.get(_HOST_VARIABLE):
+        pinnable = int(_HOST_SHARE * host_memory_bytes() / 2**30)
+        os.environ[_HOST_VARIABLE] = str(max(1, pinnable))
     # Transformers is used for tokenizers alone; it need not say that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
@@ -115,8 +121,30 @@ def without_torch() -> Iterator[None]:
 
 
 def host_limit_bytes() -> int:
-    """Returns how much pinned host memory XLA may take for what layers offload."""
-    return int(os.environ.get(_HOST_VARIABLE, _HOST_GIB)) * 2**30
+    """Returns how much pinned host memory XLA may take.
+
+    Raises:
+      ConfigError: The variable that says so holds no number.
+    """
+    given = os.environ.get(_HOST_VARIABLE)
+    if not given:
+        return int(_HOST_SHARE * host_memory_bytes())
+    if not given.isdecimal():
+        raise ConfigError(
+            f"{_HOST_VARIABLE}={printable(given)} is no whole number of GiB",
+            fix="correct it, or leave it out",
+        )
+    return min(int(given) * 2**30, host_memory_bytes())
+
+
+@functools.cache
+def host_memory_bytes() -> int:
+    """Returns the memory of the machine, or of the container where that has less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # none there, or "max"
+            found.append(int(Path(path).read_text(encoding="ascii")))
+    return min(found)
 
 
 def is_deterministic() -> bool:
@@ -129,12 +157,6 @@ def is_deterministic() -> bool:
 def is_capped() -> bool:
     """Whether JAX started with a share of the memory, ours or the environment's."""
     return _settled().get("capped", False)
-
-
-def _pinnable_gib() -> int:
-    """Returns most of the machine's memory, and never less than XLA takes by itself."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(_HOST_GIB, int(_HOST_SHARE * physical / 2**30))
 
 
 @functools.cache

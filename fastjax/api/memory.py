@@ -198,10 +198,10 @@ class Planner:
         if plan.peak * (1 - _FORMULA_ERROR) > limit:
             self.refuse(limit, need=plan.peak)
         # "auto" offloads no more layers than there is room for.
-        most = runtime.host_limit_bytes()
-        if self.config.remat != "auto" and plan.host > most:
+        host = self.model.host if self.config.remat == "auto" else plan.host
+        if host > (most := runtime.host_limit_bytes()):
             raise OutOfMemory(
-                f"the run needs {binary_size(plan.host)} of pinned host memory, and "
+                f"the run needs {binary_size(host)} of pinned host memory, and "
                 f"{binary_size(most)} may be taken",
                 where=self._place,
                 fix="--remat auto offloads what fits there; where the machine has "

@@ -13,6 +13,7 @@ from conversions.hf import save_model, write_config
 from fastjax import runtime
 from fastjax.config import DType
 from fastjax.data import embedded_text, save_tiny_tokenizer
+from fastjax.errors import StorageError
 from fastjax.files import require_free_name
 from fastjax.models.build import DecoderSpec, abstract_decoder, weight_places
 from fastjax.models.registry import preset
@@ -64,7 +65,11 @@ def random_checkpoint_of(name: str) -> Path:
     folder = runtime.cache_folder() / "random" / name
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        make_random_checkpoint(name, folder)
+        try:
+            make_random_checkpoint(name, folder)
+        except StorageError:  # or another process has made it meanwhile
+            if not folder.is_dir():
+                raise
     return folder
 
 

@@ -25,6 +25,7 @@ from fastjax.api.loaders import (
 from fastjax.api.loading import add_adapter, load_model, load_text_side
 from fastjax.api.model_card import write_model_card
 from fastjax.api.ranks import set_ranks
+from fastjax.api.reading_ahead import reading_ahead
 from fastjax.api.run_folder import (
     default_output_dir,
     require_writable,
@@ -34,7 +35,6 @@ from fastjax.api.run_plan import PlannedRun, compiling_ahead, planned_run
 from fastjax.api.samples import make_sampler, read_prompts
 from fastjax.api.serving import serving_notes
 from fastjax.api.vocabulary import add_new_tokens, require_trained_rows
-from fastjax.api.warm_up import warm_up
 from fastjax.config import LoRAConfig, TrainConfig
 from fastjax.data import ResponseMarkers, Source, TrainingData, load_data
 from fastjax.errors import ConfigError, ModelError
@@ -68,7 +68,7 @@ def run_training(
         full_determinism=config.full_determinism,
         memory_share=nvidia.memory_share(config.memory_gib),
     )
-    warm_up(config)
+    nvidia.require_gpu_in_use()
     console = open_console()
     for note in (*notes, *(fault.what for fault in requirements.faults())):
         say(console, note)
@@ -77,16 +77,16 @@ def run_training(
     _require_all_it_needs(config, folder, console)
     # Before any weight is read, so that a broken file shows in seconds.
     tokenizer, sizes = load_text_side(config)
-    nvidia.require_gpu_in_use()
     say(console, "reading the data")
     vocab_size, note = sizes.vocab_size, functools.partial(say, console)
-    data = load_data(
-        config.data, tokenizer, seed=data_seed(config), vocab_size=vocab_size
-    )
-    planned = planned_run(config, data, sizes=sizes, note=note)
-    planned = compiling_ahead(planned, config, sizes, note)
-    say(console, f"loading {config.model}")
-    model = load_for_training(config)
+    with reading_ahead(config):
+        data = load_data(
+            config.data, tokenizer, seed=data_seed(config), vocab_size=vocab_size
+        )
+        planned = planned_run(config, data, sizes=sizes, note=note)
+        planned = compiling_ahead(planned, config, sizes, note)
+        say(console, f"loading {config.model}")
+        model = load_for_training(config)
     model.tokenizer = tokenizer
     config = _with_adapter_of(model, config, console)
     for note in () if config.full_finetuning else serving_notes(config.lora):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -178,11 +179,12 @@ def step_memory(compiled: Any) -> StepMemory | None:
 
 @contextlib.contextmanager
 def cache_hits() -> Iterator[list[str]]:
-    """Gathers an event for each program that comes from the compilation cache."""
+    """Gathers an event for each program that this thread has from XLA's cache."""
     hits: list[str] = []
+    thread = threading.get_ident()
 
     def listen(event: str, **_: str | int) -> None:
-        if event == _CACHE_HIT:
+        if event == _CACHE_HIT and threading.get_ident() == thread:
             hits.append(event)
 
     jax.monitoring.register_event_listener(listen)
