@@ -23,6 +23,9 @@ _CONTAINER_LIMITS = (
 )
 _CACHED_SECONDS = 0.2
 """Of compilation: a start on a GPU has dozens of programs that take about as long."""
+_SWITCH_SECONDS = 2e-4
+"""After which a thread that traces a step lets another one run. Python's 5 ms would be
+paid several times for each of the hundreds of weights that are read meanwhile."""
 _DETERMINISM = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
@@ -100,6 +103,7 @@ def step_compiler_options(remat: Collection[str]) -> dict[str, str | bool]:
 
 def own_process() -> None:
     """Says that nobody but fastjax runs in this process, as on the command line."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
     _settled()["own"] = True
 
 

@@ -112,9 +112,13 @@ def compiling_ahead(
 ) -> PlannedRun:
     """Returns the plan with its step being compiled, to read the weights meanwhile.
 
-    On a GPU alone: elsewhere the compiler would take the processor from the reader.
+    On a GPU alone: elsewhere the compiler would take the processor from the reader. Not
+    where an adapter's own settings, or measured ranks, will decide about the step.
     """
-    if jax.default_backend() != "gpu":
+    name, revision = config.model, config.model_revision
+    if jax.default_backend() != "gpu" or config.lora.auto_rank:
+        return planned
+    if find_model(name, revision=revision, with_weights=False).adapter is not None:
         return planned
     spec = planned_spec(config, sizes)
     graphdef, trainable, frozen = nnx.split(abstract_decoder(spec), nnx.Param, ...)

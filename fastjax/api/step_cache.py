@@ -3,7 +3,8 @@
 XLA's compilation cache is found by the program, which takes ten seconds to write down.
 A step here is found by all that decides about the program: settings, structure of the
 model, shapes, device and the versions of the code. It is a program that the machine has
-compiled itself; the folder may be deleted at any time.
+compiled itself, and loading it runs its code: files that others may have written are
+not read. The folder may be deleted at any time.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import os
 import pickle
 import threading
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ from fastjax.train.compiled import CompiledStep, StepMemory
 
 _KEPT_STEPS = 16
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
+_PLUGINS = (
+    "jax-cuda12-plugin",
+    "jax-cuda12-pjrt",
+    "jax-cuda13-plugin",
+    "jax-cuda13-pjrt",
+)
+# What another build of the same versions may raise, or a damaged file.
+_UNREADABLE = (
+    *(OSError, ModelError, ValueError, LookupError, TypeError, AttributeError),
+    *(ImportError, EOFError, pickle.UnpicklingError, jax.errors.JaxRuntimeError),
+)
 _OPTIONS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_debug_nans")
 
 
@@ -46,7 +58,14 @@ class StepCache:
             dataclasses and what JSON holds.
         """
         self._folder = folder
-        self._described = described
+        # Now, since files may change while the step is compiled.
+        self._key = {
+            "described": described,
+            "versions": list(_versions()),
+            "flags": os.environ.get("XLA_FLAGS", ""),
+            "options": {name: jax.config.values[name] for name in _OPTIONS},
+            "code": _code_digest(),
+        }
 
     def load(self, arguments: tuple[Any, ...]) -> CompiledStep | None:
         """Returns the step for arguments of these shapes, None where there is none.
@@ -55,32 +74,27 @@ class StepCache:
           arguments: State, frozen weights and batch, or their shapes.
         """
         path = self._path(arguments)
+        if not (_is_ours(self._folder) and _is_ours(path)):
+            return None
         try:
             file = SafetensorsFile(path)
             payload = file.read("step").tobytes()
             about = json.loads(file.metadata["about"])
-        except (OSError, ModelError, KeyError, ValueError):
-            return None
-        if hashlib.sha256(payload).hexdigest() != about["digest"]:
-            return None
-        with contextlib.suppress(OSError):  # a shared folder may be read-only
-            os.utime(path)
-        metrics = dict.fromkeys(about["metrics"], 0)
-        try:
+            if hashlib.sha256(payload).hexdigest() != about["digest"]:
+                return None
             run = serialize_executable.deserialize_and_load(
                 payload,
                 jax.tree.structure((arguments, {})),
-                jax.tree.structure((arguments[0], metrics)),
+                jax.tree.structure((arguments[0], dict.fromkeys(about["metrics"], 0))),
                 execution_devices=jax.devices()[:1],
             )
-        except (jax.errors.JaxRuntimeError, pickle.UnpicklingError, ValueError):
+            memory = about["memory"] and StepMemory(**about["memory"])
+            implementations = about["implementations"]
+        except _UNREADABLE:
             return None
-        memory = about["memory"]
-        return CompiledStep(
-            run=run,
-            memory=None if memory is None else StepMemory(**memory),
-            implementations=about["implementations"],
-        )
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return CompiledStep(run=run, memory=memory, implementations=implementations)
 
     def store(self, arguments: tuple[Any, ...], step: CompiledStep) -> None:
         """Writes a step while the run goes on; the process waits for its end."""
@@ -100,18 +114,20 @@ class StepCache:
             "implementations": step.implementations,
         }
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path = self._path(arguments)
             write_safetensors(
-                self._path(arguments),
+                path,
                 {"step": np.frombuffer(payload, np.uint8)},
                 {"about": json.dumps(about)},
             )
+            path.chmod(0o600)
             self._forget_old()
         except (OSError, StorageError):  # a full or read-only disk keeps no step
             return
 
     def _forget_old(self) -> None:
-        steps = self._folder.glob("*.safetensors")
+        steps = self._folder.glob("*.step")
         for path in sorted(steps, key=lambda p: p.stat().st_mtime)[:-_KEPT_STEPS]:
             path.unlink(missing_ok=True)
 
@@ -122,17 +138,29 @@ class StepCache:
         ]
         device = jax.devices()[0]
         key = {
-            "described": self._described,
+            **self._key,
             "shapes": shapes,
             "device": (device.device_kind, device.client.platform_version),
-            "versions": [version(name) for name in _PACKAGES],
-            "flags": os.environ.get("XLA_FLAGS", ""),
-            "options": {name: jax.config.values[name] for name in _OPTIONS},
-            "code": _code_digest(),
         }
         text = json.dumps(key, sort_keys=True, default=_plain)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
-        return self._folder / f"{name}.safetensors"
+        return self._folder / f"{name}.step"
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this user wrote what is there, and nobody else can."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _versions() -> Iterator[str]:
+    yield from map(version, _PACKAGES)
+    for name in _PLUGINS:
+        with contextlib.suppress(PackageNotFoundError):
+            yield version(name)
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import contextvars
 import dataclasses
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,10 +16,6 @@ from fastjax.train.optimizer import make_optimizer
 from fastjax.train.progress import COMPILING
 from fastjax.train.start import shapes
 from fastjax.train.step import make_train_step
-
-_SWITCH_SECONDS = 2e-4
-"""After which a thread that traces lets another one run. Python's 5 ms would be paid
-several times for each of the hundreds of weights that are read meanwhile."""
 
 
 def steps_of(
@@ -68,9 +63,7 @@ class StepsAhead:
           kept: Of earlier processes.
         """
         self._job = job
-        self._kept = kept
-        self._switch_seconds = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_SECONDS)
+        self._kept, self._note = kept, note
         pool = ThreadPoolExecutor(1, thread_name_prefix="compile-ahead")
         run = contextvars.copy_context().run
         self._compiled = pool.submit(run, self._compile, note)
@@ -83,6 +76,7 @@ class StepsAhead:
           OutOfMemory: The compiler says that the step does not fit.
         """
         if _described(job) != _described(self._job):
+            self._note("the model is not as its files said: its step is compiled anew")
             return None
         steps: CompiledSteps = self._compiled.result()
         steps.frozen = job.frozen
@@ -90,11 +84,8 @@ class StepsAhead:
 
     def _compile(self, note: Callable[[str], None]) -> CompiledSteps:
         job = self._job
-        try:
-            steps = steps_of(job, note, kept=self._kept)
-            steps.compile(shapes(job), put_batch(job.train_loader, 0))
-        finally:
-            sys.setswitchinterval(self._switch_seconds)
+        steps = steps_of(job, note, kept=self._kept)
+        steps.compile(shapes(job), put_batch(job.train_loader, 0))
         return steps
 
 

@@ -134,7 +134,6 @@ class CompiledSteps:
           state: Its arrays, or their shapes.
           batch: Of that shape.
         """
-        self._before_compile()
         start = time.perf_counter()
         arguments = (state, self.frozen, batch.arrays)
         made = None if self._kept is None else self._kept.load(arguments)
@@ -154,6 +153,7 @@ class CompiledSteps:
 
     def _made(self, arguments: tuple[Any, ...]) -> tuple[CompiledStep, bool]:
         """Returns the step, and whether XLA has compiled it now."""
+        self._before_compile()
         with dispatch.record() as chosen, out_of_memory(None):
             lowered = self._jitted.lower(*arguments)
             with cache_hits() as hits:

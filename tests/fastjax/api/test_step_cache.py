@@ -38,6 +38,10 @@ def test_a_step_is_found_by_all_that_decides_about_it(
     _cache(tmp_path)._write(arguments, made)
     found = _cache(tmp_path).load(jax.eval_shape(lambda: arguments))
     assert found is not None
+    (path,) = tmp_path.iterdir()
+    path.chmod(0o664)  # anybody of the group may have written it
+    assert _cache(tmp_path).load(arguments) is None
+    path.chmod(0o600)
     assert (found.memory, found.implementations) == (MEMORY, {"rope": ["xla"]})
     actual, expected = found.run(*arguments), run(*arguments)
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
