@@ -319,7 +319,7 @@ class TrainConfig:
             (
                 self.full_determinism and self.remat == "auto",
                 "remat=auto chooses by times, which differ from run to run; for "
-                "full_determinism set remat to none, attention, layer or offload",
+                "full_determinism set remat to one of the policies",
             ),
             (
                 self.full_finetuning and self.quant.is_packed,

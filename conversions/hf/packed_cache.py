@@ -100,6 +100,9 @@ def files_to_load(
       dtype: Of weights that are not quantised.
       quant: How the others are.
       folder: Of the copies.
+
+    Raises:
+      OSError: A file of the checkpoint is gone.
     """
     copy = _copy(checkpoint, config, dtype, quant, folder, _LEAST_BYTES)
     if copy is not None and copy.path.is_file():

@@ -69,7 +69,7 @@ def planned_remat(
     if limit_bytes is None:
         raise ConfigError(
             "remat auto does not know how much memory there is",
-            fix="set memory_gib, or remat to none, attention, layer or offload",
+            fix="set memory_gib, or remat to one of the policies",
         )
     choice = _automatic(planner, limit_bytes, documents or 1, note or (lambda _: None))
     return choice.remat, choice
@@ -123,7 +123,8 @@ def _automatic(
             break
         room -= need - most
     raise OutOfMemory(
-        f"no remat plan fits within {limit_bytes / _GIB:.2f} GiB",
+        f"no remat plan fits within {limit_bytes / _GIB:.2f} GiB of the device and "
+        f"{runtime.host_limit_bytes() / _GIB:.0f} GiB of pinned host memory",
         where=f"{shape.rows} rows of {shape.tokens:,} tokens",
         fix=MEMORY_FIX,
     )
@@ -219,6 +220,12 @@ def _measured(
             layer_seconds=(seconds - base) / more_layers,
             layer_bytes=kept,
             layer_host_bytes=host,
+        )
+    if "layer" in costs:  # takes as long: its copies run beside the kernels
+        kept, host = _kept_bytes(planner, "layer_offload")
+        kept += planner.model.gradients // num_layers
+        costs["layer_offload"] = dataclasses.replace(
+            costs["layer"], layer_bytes=kept, layer_host_bytes=host
         )
     return costs
 

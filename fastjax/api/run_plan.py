@@ -116,7 +116,7 @@ def compiling_ahead(
     where an adapter's own settings, or measured ranks, will decide about the step.
     """
     name, revision = config.model, config.model_revision
-    if jax.default_backend() != "gpu" or config.lora.auto_rank:
+    if not _compiles_beside() or config.lora.auto_rank:
         return planned
     if find_model(name, revision=revision, with_weights=False).adapter is not None:
         return planned
@@ -141,6 +141,10 @@ def compiling_ahead(
     }
     kept = StepCache(runtime.cache_folder() / "steps", described)
     return dataclasses.replace(planned, steps_ahead=StepsAhead(job, note, kept=kept))
+
+
+def _compiles_beside() -> bool:
+    return jax.default_backend() == "gpu"
 
 
 def plan_lines(config: TrainConfig) -> Iterator[str]:

@@ -28,9 +28,10 @@ import kernels
 from conversions.safetensors_file import SafetensorsFile
 from conversions.safetensors_writer import write_safetensors
 from fastjax.errors import ModelError, StorageError
+from fastjax.files import remove_abandoned
 from fastjax.train.compiled import CompiledStep, StepMemory
 
-_KEPT_STEPS = 16
+_KEPT_STEPS = 64
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 _PLUGINS = (
     "jax-cuda12-plugin",
@@ -127,6 +128,7 @@ class StepCache:
             return
 
     def _forget_old(self) -> None:
+        remove_abandoned(self._folder)
         steps = self._folder.glob("*.step")
         for path in sorted(steps, key=lambda p: p.stat().st_mtime)[:-_KEPT_STEPS]:
             path.unlink(missing_ok=True)

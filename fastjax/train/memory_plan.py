@@ -55,7 +55,7 @@ class MemoryPlan:
       optimizer: Its state.
       saved: Activations kept for the backward pass.
       workspace: The most that the step holds beside all this.
-      host: Activations kept in pinned host memory.
+      host: Activations and states of the optimiser in pinned host memory.
     """
 
     weights: int
