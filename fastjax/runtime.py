@@ -23,9 +23,6 @@ _CONTAINER_LIMITS = (
 )
 _CACHED_SECONDS = 0.2
 """Of compilation: a start on a GPU has dozens of programs that take about as long."""
-_SWITCH_SECONDS = 2e-4
-"""After which a thread that traces a step lets another one run. Python's 5 ms would be
-paid several times for each of the hundreds of weights that are read meanwhile."""
 _DETERMINISM = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
@@ -83,27 +80,23 @@ def configure(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_SECONDS)
 
 
-def step_compiler_options(remat: Collection[str]) -> dict[str, str | bool]:
+def step_compiler_options(remat: Collection[str]) -> dict[str, str]:
     """Returns the options that XLA compiles the training step with.
 
-    Measured on an H200 with Llama-3-8B. Matrix products by Triton make the step no
-    faster, and choosing their tiles takes 14 of the 15 seconds that XLA compiles. CUDA
-    graphs save 1 to 2 % of a step, but copies to the host do not run beside the kernels
-    of a graph, which costs 8 %. The latency hiding scheduler, double-buffered loops and
-    dynamic slice fusion gain nothing or lose, so XLA's defaults stay.
+    Measured on an H200 with Llama-3-8B: CUDA graphs save 1 to 2 % of a step, but copies
+    to the host do not run beside the kernels of a graph, which costs 8 %. The latency
+    hiding scheduler, double-buffered loops, dynamic slice fusion, and matrix products
+    without Triton gain nothing or lose, so XLA's defaults stay.
 
     Args:
       remat: Policies of the layers.
     """
-    options: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
-    if any("offload" in policy for policy in remat):
-        options["xla_gpu_enable_command_buffer"] = ""
-    return options
+    is_offloading = any("offload" in policy for policy in remat)
+    return {"xla_gpu_enable_command_buffer": ""} if is_offloading else {}
 
 
 def own_process() -> None:
     """Says that nobody but fastjax runs in this process, as on the command line."""
-    sys.setswitchinterval(_SWITCH_SECONDS)
     _settled()["own"] = True
 
 

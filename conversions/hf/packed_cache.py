@@ -67,7 +67,14 @@ def load_packed_weights(
       CheckpointMismatch: Tensors are missing, unexpected or misshapen.
       ModelError: A tensor holds NaN or infinite values, or broken 4-bit data.
     """
-    copy = _copy(checkpoint, config, dtype, quant, folder, least_bytes)
+    copy = _copy(
+        checkpoint,
+        config,
+        dtype=dtype,
+        quant=quant,
+        folder=folder,
+        least_bytes=least_bytes,
+    )
     if copy is None:
         return load_weights(checkpoint, config, dtype=dtype, quant=quant)
     path, owner, structures = copy
@@ -104,7 +111,14 @@ def files_to_load(
     Raises:
       OSError: A file of the checkpoint is gone.
     """
-    copy = _copy(checkpoint, config, dtype, quant, folder, _LEAST_BYTES)
+    copy = _copy(
+        checkpoint,
+        config,
+        dtype=dtype,
+        quant=quant,
+        folder=folder,
+        least_bytes=_LEAST_BYTES,
+    )
     if copy is not None and copy.path.is_file():
         return (copy.path,)
     return checkpoint.weight_files
@@ -121,6 +135,7 @@ class _Copy(NamedTuple):
 def _copy(
     checkpoint: Checkpoint,
     config: TransformerConfig,
+    *,
     dtype: DType,
     quant: QuantConfig | None,
     folder: Path,

@@ -198,14 +198,14 @@ class Planner:
         if plan.peak * (1 - _FORMULA_ERROR) > limit:
             self.refuse(limit, need=plan.peak)
         # "auto" offloads no more layers than there is room for.
-        host = self.model.host if self.config.remat == "auto" else plan.host
-        if host > (most := runtime.host_limit_bytes()):
+        most = runtime.host_limit_bytes()
+        if self.config.remat != "auto" and plan.host > most:
             raise OutOfMemory(
-                f"the run needs {binary_size(host)} of pinned host memory, and "
+                f"the run needs {binary_size(plan.host)} of pinned host memory, and "
                 f"{binary_size(most)} may be taken",
                 where=self._place,
-                fix="--remat auto offloads what fits there; where the machine has "
-                "more, set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB",
+                fix="--remat layer_offload keeps a third of it there, --remat auto "
+                "what fits; more is taken by XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB",
             )
 
     def refuse(self, limit: int, *, need: int) -> NoReturn:

@@ -100,7 +100,7 @@ def _automatic(
     find = functools.partial(
         fastest,
         num_layers=spec.config.num_hidden_layers,
-        host_limit_bytes=runtime.host_limit_bytes() - model.host,
+        host_limit_bytes=runtime.host_limit_bytes(),
         is_unrolled=is_unrolled,
     )
     leanest: RematPolicy = next(
