@@ -35,7 +35,7 @@ class ChatArgs:
       dtype: Of activations and matrix products.
     """
 
-    model: str
+    model: str = dataclasses.field(metadata={"positional": True})
     system: str = ""
     max_new_tokens: int = 512
     temperature: float = 0.0

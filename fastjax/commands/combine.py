@@ -23,7 +23,7 @@ class CombineArgs:
       overwrite: Replace the folder if it exists.
     """
 
-    adapters: tuple[str, ...]
+    adapters: tuple[str, ...] = dataclasses.field(metadata={"positional": True})
     output_dir: str
     weights: tuple[float, ...] = ()
     method: CombineMethod = "concat"

@@ -39,7 +39,7 @@ class ExportArgs:
       overwrite: Replace the folder if it exists.
     """
 
-    model: str
+    model: str = dataclasses.field(metadata={"positional": True})
     output_dir: str
     format: ExportFormat = "hf"
     base_precision: BasePrecision = "original"

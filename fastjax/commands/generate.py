@@ -27,7 +27,7 @@ class GenerateArgs:
       dtype: Of activations and matrix products.
     """
 
-    model: str
+    model: str = dataclasses.field(metadata={"positional": True})
     prompt: tuple[str, ...]
     max_new_tokens: int = 128
     temperature: float = 0.0

@@ -21,7 +21,7 @@ class RandomCheckpointArgs:
       overwrite: Replace the folder if it exists.
     """
 
-    model: str
+    model: str = dataclasses.field(metadata={"positional": True})
     out: str
     dtype: DType = "bfloat16"
     seed: int = 0

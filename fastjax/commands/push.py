@@ -17,7 +17,7 @@ class PushArgs:
       hub_private_repo: Make a new one private.
     """
 
-    folder: str
+    folder: str = dataclasses.field(metadata={"positional": True})
     hub_model_id: str
     hub_private_repo: bool = False
 
