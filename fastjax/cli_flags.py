@@ -177,7 +177,8 @@ def _grouped(
             continue
         is_switch = hints.get(name) is bool and word.lower() not in ("true", "false")
         owner = bare if not name or is_switch else name
-        if not owner:
+        is_setting = owner == bare and "=" in word and not os.path.exists(word)
+        if not owner or is_setting:
             raise _no_flag(word, fields, help_hint)
         found.setdefault(owner, []).append(word)
     return found
