@@ -31,7 +31,7 @@ def check(error: float) -> OpCheck:
 @pytest.fixture(autouse=True)
 def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU, whose ops are right."""
-    monkeypatch.setattr(runtime, "configure", lambda: None)
+    monkeypatch.setattr(runtime, "configure", lambda **_: None)
     monkeypatch.setattr(nvidia, "installed_gpus", lambda: ())
     monkeypatch.setattr(doctor.self_check, "check_ops", lambda: iter([check(0.0)]))
     chosen = {"nf4": "xla"}
