@@ -15,7 +15,7 @@ from fastjax.config import Implementations
 from fastjax.nn.kv_cache import LayerCache
 from fastjax.nn.linear import Linear, project
 from fastjax.nn.norm import RMSNorm
-from kernels.attention import attention
+from kernels.attention import Visits, attention, attention_visits
 from kernels.rope import rope
 
 
@@ -32,6 +32,7 @@ class TokenContext:
       segment_ids: Document of each token, 0 for padding; None: one document a row.
       max_segments: Upper bound of the documents in a row, when known.
       is_prefill: No token sees a cache, though one may be written.
+      visits: What layers with one window make of the documents, if made before them.
     """
 
     positions: Int[Array, "B T"]
@@ -40,6 +41,7 @@ class TokenContext:
     segment_ids: Int[Array, "B T"] | None
     max_segments: int | None = dataclasses.field(metadata={"static": True})
     is_prefill: bool = dataclasses.field(metadata={"static": True})
+    visits: Visits | None = None
 
     def with_rope(self, index: int | Int[Array, ""]) -> "TokenContext":
         """Returns what a layer with that kind of RoPE knows."""
@@ -124,6 +126,7 @@ class Attention(nnx.Module):
             segment_ids=context.segment_ids,
             window=window,
             max_segments=context.max_segments,
+            visits=context.visits,
             scale=self.scale,
             softcap=self.softcap,
             implementation=self.implementations.attention,
@@ -131,6 +134,19 @@ class Attention(nnx.Module):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, 1)
         flat = mixed.reshape(*x.shape[:2], -1)
         return self.o_proj(flat, dropout_key=key), cache
+
+    def prepared(self, context: TokenContext, window: int | None) -> TokenContext:
+        """Returns the context with what layers like this one share besides it.
+
+        Made before the layers it is made once a step, not in each of their passes.
+        """
+        rows = jax.ShapeDtypeStruct(
+            (*context.positions.shape, 1, self.head_dim), jnp.bfloat16
+        )
+        visits = attention_visits(
+            rows, segment_ids=context.segment_ids, window=window, softcap=self.softcap
+        )
+        return dataclasses.replace(context, visits=visits)
 
     def _projections(
         self,

@@ -78,6 +78,8 @@ class Segment(nnx.Module):
             if dropout_key is None
             else jax.random.split(dropout_key, self.num_layers)
         )
+        if self.windows is None:
+            context = self.block.self_attn.prepared(context, self.window)
         graphdef, trained, frozen = nnx.split(self.block, nnx.Param, ...)
         frozen = (frozen, *self._places())
         inputs = (trained, keys)

@@ -1,5 +1,7 @@
 """Causal grouped-query attention."""
 
 from .api import attention as attention
+from .api import attention_visits as attention_visits
+from .visits import Visits as Visits
 from .vjp import RESIDUAL_NAMES as RESIDUAL_NAMES
 from .vjp import SAVED_PRIMITIVES as SAVED_PRIMITIVES

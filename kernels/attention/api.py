@@ -1,5 +1,6 @@
 """Causal grouped-query attention over packed, windowed or cached rows."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -7,8 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
 from kernels.choice import Case, fastest_first
+from kernels.dispatch import UnsupportedOp
 
 from . import cudnn, flash, mixed, reference, vjp
+from .visits import Visits
 
 
 def attention(
@@ -23,6 +26,7 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
     max_segments: int | None = None,
+    visits: Visits | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns `softmax(scale * q kᵀ) v` over the keys that each query may see.
@@ -48,6 +52,8 @@ def attention(
       max_segments: No row has more documents than this; only "cudnn" needs it, for
         packed rows, for which it keeps `4 * max_segments` bytes a query and head.
         Queries of a document above it become NaN there.
+      visits: What the Hopper kernels know of these documents and this window, from
+        `attention_visits`; None makes it here.
       implementation: "mosaic_gpu", "cudnn", "mosaic_gpu_cudnn" (forward by the one,
         backward by the other), "xla" or "reference"; None takes the fastest able, as
         measured.
@@ -68,7 +74,7 @@ def attention(
     )
     return dispatch.run(
         "attention",
-        _implementations(case),
+        _implementations(case, visits),
         implementation,
         q,
         k,
@@ -81,6 +87,27 @@ def attention(
         scale=q.shape[3] ** -0.5 if scale is None else scale,
         max_segments=max_segments,
     )
+
+
+def attention_visits(
+    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Visits | None:
+    """Returns what calls of `attention` with such queries and these options share.
+
+    Made once, outside of the layers, it spares each of them the small programs that
+    find which blocks of keys to visit. None where no Hopper kernel would take it.
+    """
+    has_softcap = softcap is not None
+    try:
+        return flash.row_visits(
+            q, segment_ids=segment_ids, window=window, has_softcap=has_softcap
+        )
+    except UnsupportedOp:
+        return None
 
 
 def choice_case(
@@ -112,14 +139,19 @@ _SEEN_ON_GPU = {
 """Head sizes that the Hopper kernels were timed and checked with on a GPU, by case."""
 
 
-def _implementations(case: Case) -> dict[str, Callable[..., Array]]:
+def _implementations(
+    case: Case, visits: Visits | None
+) -> dict[str, Callable[..., Array]]:
     """Returns name to function, the default first.
 
     The kernels must be asked for by name where they were not timed.
     """
     library = {"cudnn": cudnn.attention}
     plain = {"xla": vjp.attention}
-    kernels = {"mosaic_gpu": flash.attention, "mosaic_gpu_cudnn": mixed.attention}
+    kernels = {
+        "mosaic_gpu": functools.partial(flash.attention, visits=visits),
+        "mosaic_gpu_cudnn": functools.partial(mixed.attention, visits=visits),
+    }
     slow = {"reference": reference.attention}
     if int(case["head_size"]) not in _SEEN_ON_GPU[str(case["rows"])]:
         return library | plain | kernels | slow

@@ -1,8 +1,9 @@
 """Attention by the kernels for Hopper: what they refuse, and their gradient.
 
 Saved: q, k, v, the output and the log-sum-exp, 4 bytes a query and head, under the
-names of `vjp.RESIDUAL_NAMES`, and the span of keys of each query, 8 bytes. Recomputed:
-the weights, by both kernels of the backward. Rows are padded to whole blocks.
+names of `vjp.RESIDUAL_NAMES`, and which keys each query sees, 8 bytes, unless all
+layers share them. Recomputed: the weights, by both kernels of the backward. Rows are
+padded to whole blocks.
 """
 
 import functools
@@ -20,6 +21,7 @@ from .mosaic_gpu import attention_forward
 from .mosaic_gpu_vjp import attention_backward
 from .mosaic_tiles import TileConfig, tile_config
 from .spans import Spans, causal_spans
+from .visits import Visits, visits_of
 from .vjp import RESIDUAL_NAMES
 
 _MAX_ELEMENTS = 2**31
@@ -52,6 +54,7 @@ def attention(
     softcap: float | None,
     scale: float,
     max_segments: int | None,
+    visits: Visits | None,
 ) -> Float[Array, "B T N H"]:
     """Returns attention by the Hopper kernels; see `api.attention`.
 
@@ -63,10 +66,30 @@ def attention(
         raise UnsupportedOp("queries must be those of the whole row, in order")
     if q_segment_ids is not segment_ids:
         raise UnsupportedOp("documents of queries and keys must be the same array")
-    spans = causal_spans(
-        q.shape[0], q.shape[1], k.shape[1], segment_ids=segment_ids, window=window
-    )
-    return chunk_attention(q, k, v, spans, scale=scale, softcap=softcap)[0]
+    if visits is None:
+        visits = row_visits(
+            q, segment_ids=segment_ids, window=window, has_softcap=softcap is not None
+        )
+    return visited_attention(q, k, v, visits, scale=scale, softcap=softcap)[0]
+
+
+def row_visits(
+    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct,
+    *,
+    segment_ids: Int[Array, "B T"] | None,
+    window: int | Int[Array, ""] | None,
+    has_softcap: bool,
+) -> Visits:
+    """Returns the visits of rows that attend to themselves.
+
+    Raises:
+      UnsupportedOp: The kernels lack the head size, or there is no such device.
+    """
+    require_hopper()
+    batch, tokens, _, head_size = q.shape
+    tiles = tile_config(head_size, has_softcap=has_softcap)
+    spans = causal_spans(batch, tokens, tokens, segment_ids=segment_ids, window=window)
+    return visits_of(spans, tokens, tiles)
 
 
 def chunk_attention(
@@ -87,10 +110,25 @@ def chunk_attention(
     Raises:
       UnsupportedOp: The kernels lack this case, or there is no such device.
     """
+    tiles = tile_config(q.shape[3], has_softcap=softcap is not None)
+    visits = visits_of(spans, k.shape[1], tiles)
+    return visited_attention(q, k, v, visits, scale=scale, softcap=softcap)
+
+
+def visited_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    visits: Visits,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
+    """Does as `chunk_attention`, with visits made before."""
     _check(q, k, scale)
     tiles = tile_config(q.shape[3], has_softcap=softcap is not None)
     options = FlashOptions(scale=scale, softcap=softcap, tiles=tiles)
-    return _attention(q, k, v, spans, options)
+    return _attention(q, k, v, visits, options)
 
 
 def _check(q: Array, k: Array, scale: float) -> None:
@@ -105,21 +143,21 @@ def _check(q: Array, k: Array, scale: float) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attention(
-    q: Array, k: Array, v: Array, spans: Spans, options: FlashOptions
+    q: Array, k: Array, v: Array, visits: Visits, options: FlashOptions
 ) -> tuple[Array, Array]:
-    return _padded_forward(q, k, v, spans, options)
+    return _padded_forward(q, k, v, visits, options)
 
 
 def _padded_forward(
-    q: Array, k: Array, v: Array, spans: Spans, options: FlashOptions
+    q: Array, k: Array, v: Array, visits: Visits, options: FlashOptions
 ) -> tuple[Array, Array]:
     tokens = q.shape[1]
-    q, k, v, *ends = _whole_blocks((q, k, v, *spans), options.tiles)
+    q, k, v = _whole_blocks((q, k, v), options.tiles)
     out, lse = attention_forward(
         q,
         k,
         v,
-        Spans(*ends),
+        visits,
         scale=options.scale,
         softcap=options.softcap,
         tiles=options.tiles,
@@ -128,27 +166,27 @@ def _padded_forward(
 
 
 def _forward(
-    q: Array, k: Array, v: Array, spans: Spans, options: FlashOptions
+    q: Array, k: Array, v: Array, visits: Visits, options: FlashOptions
 ) -> tuple[tuple[Array, Array], tuple]:
-    results = _padded_forward(q, k, v, spans, options)
+    results = _padded_forward(q, k, v, visits, options)
     out, lse = map(checkpoint_name, results, RESIDUAL_NAMES)
-    return (out, lse), (q, k, v, out, lse, spans)
+    return (out, lse), (q, k, v, out, lse, visits)
 
 
 def _backward(
     options: FlashOptions, residuals: tuple, cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None]:
-    q, k, v, out, lse, spans = residuals
+    q, k, v, out, lse, visits = residuals
     dout, dlse = cotangents
     products = out.astype(jnp.float32) * dout.astype(jnp.float32)
     delta = jnp.swapaxes(jnp.sum(products, axis=3), 1, 2) - dlse
     q_tokens, k_tokens = q.shape[1], k.shape[1]
-    q, k, v, dout, *ends = _whole_blocks((q, k, v, dout, *spans), options.tiles)
+    q, k, v, dout = _whole_blocks((q, k, v, dout), options.tiles)
     lse, delta = _whole_blocks((lse, delta), options.tiles, axis=2)
     dq, dk, dv = attention_backward(
         (q, k, v, dout),
         (lse, delta),
-        Spans(*ends),
+        visits,
         scale=options.scale,
         softcap=options.softcap,
         tiles=options.tiles,
@@ -161,11 +199,11 @@ _attention.defvjp(_forward, _backward)
 
 def _whole_blocks(
     arrays: tuple[Array, ...], tiles: TileConfig, axis: int = 1
-) -> list[Array]:
+) -> tuple[Array, ...]:
     """Returns the arrays with zeros up to a multiple of the blocks along an axis."""
     padded = []
     for x in arrays:
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, -x.shape[axis] % tiles.tokens)
         padded.append(jnp.pad(x, widths) if widths[axis][1] else x)
-    return padded
+    return tuple(padded)

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 from kernels.dispatch import UnsupportedOp
 
 from . import cudnn
-from .flash import chunk_attention
-from .spans import causal_spans
+from .flash import row_visits, visited_attention
+from .visits import Visits
 from .vjp import RESIDUAL_NAMES
 
 
@@ -26,6 +26,7 @@ def attention(
     *,
     segment_ids: Int[Array, "B S"] | None,
     max_segments: int | None,
+    visits: Visits | None,
     **options: Any,
 ) -> Float[Array, "B T N H"]:
     """Returns attention by the kernel with cuDNN's gradient; see `api.attention`.
@@ -36,39 +37,48 @@ def attention(
     if segment_ids is not None and max_segments != 1:
         raise UnsupportedOp("no packed rows")
     cudnn.require_cudnn()
+    if visits is None or segment_ids is not None:
+        # Padding has its lse from causality alone here: cuDNN's backward reads it.
+        visits = row_visits(
+            q, segment_ids=None, window=options["window"], has_softcap=False
+        )
     return cudnn.attention(
         q,
         k,
         v,
         segment_ids=segment_ids,
         max_segments=max_segments,
-        causal=_causal,
+        causal=functools.partial(_causal, visits),
         **options,
     )
 
 
-def _causal(q: Array, k: Array, v: Array, scale: float, window: int | None) -> Array:
-    return _attention(q, k, v, scale, window)
+def _causal(
+    visits: Visits, q: Array, k: Array, v: Array, scale: float, window: int | None
+) -> Array:
+    return _attention(q, k, v, visits, scale, window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(q: Array, k: Array, v: Array, scale: float, window: int | None) -> Array:
-    return _forward(q, k, v, scale, window)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(
+    q: Array, k: Array, v: Array, visits: Visits, scale: float, window: int | None
+) -> Array:
+    return _forward(q, k, v, visits, scale, window)[0]
 
 
 def _forward(
-    q: Array, k: Array, v: Array, scale: float, window: int | None
+    q: Array, k: Array, v: Array, visits: Visits, scale: float, window: int | None
 ) -> tuple[Array, tuple[Array, ...]]:
-    spans = causal_spans(q.shape[0], q.shape[1], k.shape[1], window=window)
-    results = chunk_attention(q, k, v, spans, scale=scale)
+    del window  # the visits know it
+    results = visited_attention(q, k, v, visits, scale=scale)
     out, lse = map(checkpoint_name, results, RESIDUAL_NAMES)
     return out, (q, k, v, out, lse)
 
 
 def _backward(
     scale: float, window: int | None, residuals: tuple[Array, ...], dout: Array
-) -> tuple[Array, Array, Array]:
-    return cudnn.causal_gradient(residuals, dout, scale, window)
+) -> tuple[Array, Array, Array, None]:
+    return *cudnn.causal_gradient(residuals, dout, scale, window), None
 
 
 _attention.defvjp(_forward, _backward)

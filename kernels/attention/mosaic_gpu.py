@@ -34,7 +34,7 @@ from .mosaic_tiles import (
     operand,
     stream_keys,
 )
-from .spans import Spans, key_blocks
+from .visits import Visits
 
 KERNEL_NAME = "attention_forward"
 
@@ -47,7 +47,7 @@ def attention_forward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    spans: Spans,
+    visits: Visits,
     *,
     scale: float,
     softcap: float | None,
@@ -55,7 +55,7 @@ def attention_forward(
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
     """Returns the output and the log-sum-exp of the scores, 0 where no key is seen.
 
-    T and S are whole blocks; a chunk of a longer row differs in its spans only.
+    T and S are whole blocks; a chunk of a longer row differs in its visits only.
     """
     batch, q_tokens, heads, head_size = q.shape
     blocks = (q_tokens // tiles.block_q, batch, heads)
@@ -95,7 +95,7 @@ def attention_forward(
         thread_name="group",
         kernel_name=KERNEL_NAME,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, *spans, key_blocks(spans, tiles.block_q, tiles.forward_k))
+    )(q, k, v, *visits.spans, visits.forward)
 
 
 def _body(

@@ -33,7 +33,7 @@ from .mosaic_tiles import (
     operand,
     stream_keys,
 )
-from .spans import Spans, key_blocks, query_blocks
+from .visits import Visits, paired
 
 DQ_KERNEL_NAME = "attention_dq"
 DKV_KERNEL_NAME = "attention_dkv"
@@ -47,7 +47,7 @@ _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 def attention_backward(
     arrays: tuple[Array, Array, Array, Array],
     statistics: tuple[Float32[Array, "B N T"], Float32[Array, "B N T"]],
-    spans: Spans,
+    visits: Visits,
     *,
     scale: float,
     softcap: float | None,
@@ -60,8 +60,8 @@ def attention_backward(
     lse, delta = statistics
     statistics = (lse * LOG2_E, delta)
     options = {"scale": scale, "softcap": softcap, "tiles": tiles}
-    dq = _dq(*arrays, statistics, spans, **options)
-    dk, dv = _dkv(*arrays, statistics, spans, **options)
+    dq = _dq(*arrays, statistics, visits, **options)
+    dk, dv = _dkv(*arrays, statistics, visits, **options)
     return dq, dk, dv
 
 
@@ -71,7 +71,7 @@ def _dq(
     v: Array,
     dout: Array,
     statistics: tuple[Float32[Array, "B N T"], Float32[Array, "B N T"]],
-    spans: Spans,
+    visits: Visits,
     *,
     scale: float,
     softcap: float | None,
@@ -104,7 +104,7 @@ def _dq(
         thread_name="group",
         kernel_name=DQ_KERNEL_NAME,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, dout, *statistics, *spans, key_blocks(spans, tiles.block_q, tiles.dq_k))
+    )(q, k, v, dout, *statistics, *visits.spans, visits.dq)
 
 
 def _dq_body(
@@ -220,7 +220,7 @@ def _dkv(
     v: Array,
     dout: Array,
     statistics: tuple[Float32[Array, "B N T"], Float32[Array, "B N T"]],
-    spans: Spans,
+    visits: Visits,
     *,
     scale: float,
     softcap: float | None,
@@ -262,16 +262,10 @@ def _dkv(
         k,
         v,
         dout,
-        _paired(*statistics, tiles.dkv_q),
-        _paired(*spans, tiles.dkv_q),
-        query_blocks(spans, k_tokens, tiles.dkv_q, tiles.dkv_k),
+        paired(*statistics, tiles.dkv_q),
+        visits.pairs,
+        visits.dkv,
     )
-
-
-def _paired(x: Array, y: Array, block: int) -> Array:
-    """Returns both in one array of (.., blocks, 2, block): one copy brings both."""
-    shape = (*x.shape[:-1], -1, block)
-    return jnp.stack([x.reshape(shape), y.reshape(shape)], axis=-2)
 
 
 def _dkv_body(

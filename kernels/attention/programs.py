@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kernels.program import Program, nbytes
 
 from . import mosaic_gpu, mosaic_gpu_vjp
-from .api import attention, choice_case
+from .api import attention, attention_visits, choice_case
 from .cases import LARGE_CASES, AttentionCase
 
 _BACKWARD_KERNELS = (mosaic_gpu_vjp.DQ_KERNEL_NAME, mosaic_gpu_vjp.DKV_KERNEL_NAME)
@@ -39,7 +39,7 @@ def _program(
     arguments = functools.partial(_arguments, case, has_dout=what == "both")
     run = functools.partial(run, case)
     shapes = jax.eval_shape(arguments)
-    results = shapes[1:] if what == "both" else shapes[1]
+    results = shapes[2:] if what == "both" else shapes[2]
     decided = choice_case(
         case.head_size,
         case.tokens,
@@ -61,31 +61,45 @@ def _program(
 
 
 def _arguments(case: AttentionCase, *, has_dout: bool) -> tuple[Any, ...]:
-    """Returns the documents, q, k, v and, for the backward, the output's gradient."""
+    """Returns what layers share, q, k, v and, for the backward, the output's gradient.
+
+    The documents and the visits are made once a step, outside of the layers.
+    """
     shapes = [case.q_shape, case.k_shape, case.k_shape, case.q_shape]
     keys = jax.random.split(jax.random.key(0), len(shapes))
     arrays = [
         jax.random.normal(key, shape, jnp.bfloat16)
         for key, shape in zip(keys, shapes, strict=True)
     ]
-    return (case.segment_ids(), *arrays[: 4 if has_dout else 3])
+    segment_ids = case.segment_ids()
+    visits = attention_visits(
+        arrays[0], segment_ids=segment_ids, window=case.window, softcap=case.softcap
+    )
+    return (segment_ids, visits, *arrays[: 4 if has_dout else 3])
 
 
 def _forward(
-    case: AttentionCase, segment_ids: Any, *arrays: Any, implementation: str
+    case: AttentionCase,
+    segment_ids: Any,
+    visits: Any,
+    *arrays: Any,
+    implementation: str,
 ) -> Any:
-    options = case.options() | {"segment_ids": segment_ids}
+    options = case.options() | {"segment_ids": segment_ids, "visits": visits}
     return attention(*arrays, **options, implementation=implementation)
 
 
 def _both(
     case: AttentionCase,
     segment_ids: Any,
+    visits: Any,
     *arrays_and_dout: Any,
     implementation: str,
 ) -> Any:
     """Returns the output and the three gradients."""
     *arrays, dout = arrays_and_dout
-    run = functools.partial(_forward, case, segment_ids, implementation=implementation)
+    run = functools.partial(
+        _forward, case, segment_ids, visits, implementation=implementation
+    )
     out, pullback = jax.vjp(run, *arrays)
     return out, *pullback(dout)

@@ -1,5 +1,6 @@
 """What a layer scan keeps for its backward pass, policy by policy."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -10,13 +11,14 @@ import pytest
 from flax import nnx
 
 from fastjax import lora as adapters
-from fastjax.config import LoRAConfig
+from fastjax.config import Implementations, LoRAConfig
 from fastjax.losses import cross_entropy
 from fastjax.models.build import DecoderSpec, abstract_decoder, linear_names
 from fastjax.models.registry import preset
 from fastjax.nn.linear import PackedFormat
 from fastjax.remat import RematPlan
 from fastjax.train.memory_plan import saved_bytes
+from kernels.device import HOPPER, assume_compute_capability
 from kernels.nf4 import NF4Array
 
 ROWS, LENGTH, RANK = 2, 96, 8
@@ -44,21 +46,25 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                     yield from _equations(inner)
 
 
-@functools.cache
-def _layer_scans(remat: str) -> tuple[Any, Any]:
-    """Returns the forward and the backward scan over layers of the training loss."""
-    graphdef, trainable, frozen = _abstract_parts()
+def _gradient(spec: DecoderSpec, remat: str) -> Any:
+    """Returns the program of the training loss's gradient."""
+    graphdef, trainable, frozen = nnx.split(abstract_decoder(spec), nnx.Param, ...)
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     batch = dict.fromkeys(("input_ids", "targets", "positions", "segment_ids"), ids)
 
     def loss(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
         return cross_entropy(graphdef, trainable, frozen, batch, remat=remat)[0]
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable, frozen, batch)
+    return jax.make_jaxpr(jax.grad(loss))(trainable, frozen, batch).jaxpr
+
+
+@functools.cache
+def _layer_scans(remat: str) -> tuple[Any, Any]:
+    """Returns the forward and the backward scan over layers of the training loss."""
     layers = preset("tiny").config.num_hidden_layers
     scans = [
         equation
-        for equation in _equations(jaxpr.jaxpr)
+        for equation in _equations(_gradient(_spec(), remat))
         if equation.primitive.name == "scan" and equation.params["length"] == layers
     ]
     assert [scan.params["reverse"] for scan in scans] == [False, True]
@@ -118,3 +124,24 @@ def test_each_policy_recomputes_only_what_it_must() -> None:
     assert backward["none"] < backward["attention"] < backward["layer"]
     # Recomputing a whole layer repeats its products once, save the last one's result.
     assert backward["layer"] - backward["none"] <= forward
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_which_blocks_attention_visits_is_found_once(remat: str) -> None:
+    """The ranges of blocks, for which `argmax` looks, are inputs of the layers."""
+    xla = dict.fromkeys(("lora_matmul", "rms_norm", "cross_entropy"), "xla")
+    spec = dataclasses.replace(
+        _spec(),
+        config=dataclasses.replace(preset("tiny").config, head_dim=64),
+        implementations=Implementations(attention="mosaic_gpu", **xla),
+    )
+    with assume_compute_capability(HOPPER):
+        equations = list(_equations(_gradient(spec, remat)))
+    assert sum(e.primitive.name == "argmax" for e in equations) == 3
+    scans = [e for e in equations if e.primitive.name == "scan"]
+    inner = [e for s in scans for e in _equations(s.params["jaxpr"].jaxpr)]
+    assert not [e for e in inner if e.primitive.name == "argmax"]
+    names = [e.params.get("name") for e in inner]
+    assert "attention_dq" in str(names), set(names)
+    stacked = [v.aval for s in scans for v in s.outvars if v.aval.dtype == jnp.int32]
+    assert not [aval for aval in stacked if aval.ndim > 2]
