@@ -111,14 +111,7 @@ def files_to_load(
     Raises:
       OSError: A file of the checkpoint is gone.
     """
-    copy = _copy(
-        checkpoint,
-        config,
-        dtype=dtype,
-        quant=quant,
-        folder=folder,
-        least_bytes=_LEAST_BYTES,
-    )
+    copy = _copy(checkpoint, config, dtype=dtype, quant=quant, folder=folder)
     if copy is not None and copy.path.is_file():
         return (copy.path,)
     return checkpoint.weight_files
@@ -139,7 +132,7 @@ def _copy(
     dtype: DType,
     quant: QuantConfig | None,
     folder: Path,
-    least_bytes: int,
+    least_bytes: int = _LEAST_BYTES,
 ) -> _Copy | None:
     """Returns what a copy of the checkpoint would be, None where it has none."""
     total = sum(spec.nbytes for spec in checkpoint.tensors.values())
