@@ -102,6 +102,13 @@ class QuantConfig:
                 fix="add --no-load_in_4bit or drop --load_in_8bit",
             )
 
+    @classmethod
+    def asked(cls, *, load_in_4bit: bool, load_in_8bit: bool) -> "QuantConfig":
+        """Returns what two flags ask for; 8 bits take the place of 4, the default."""
+        return cls(
+            load_in_4bit=load_in_4bit and not load_in_8bit, load_in_8bit=load_in_8bit
+        )
+
     @property
     def is_packed(self) -> bool:
         """Whether linears take fewer bits than 16."""

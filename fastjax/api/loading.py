@@ -70,12 +70,9 @@ def load_model(
     base = read_config(folder)
     config = base if adapter is None else _config_of_adapter(adapter, base)
     param_dtype = "float32" if full_finetuning else dtype
+    copies = _packed_folder()
     weights = load_packed_weights(
-        Checkpoint(folder),
-        config,
-        dtype=param_dtype,
-        quant=quant,
-        folder=_packed_folder(),
+        Checkpoint(folder), config, dtype=param_dtype, quant=quant, folder=copies
     )
     spec = DecoderSpec(
         config=config.stretched(rope_scaling, max_seq_length),

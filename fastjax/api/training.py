@@ -78,13 +78,12 @@ def run_training(
     # Before any weight is read, so that a broken file shows in seconds.
     tokenizer, sizes = load_text_side(config)
     say(console, "reading the data")
-    vocab_size, note = sizes.vocab_size, functools.partial(say, console)
+    vocab_size, seed = sizes.vocab_size, data_seed(config)
+    note = functools.partial(say, console)
     with reading_ahead(config):
-        data = load_data(
-            config.data, tokenizer, seed=data_seed(config), vocab_size=vocab_size
-        )
-        planned = planned_run(config, data, sizes=sizes, note=note)
-        planned = compiling_ahead(planned, config, sizes, note)
+        data = load_data(config.data, tokenizer, seed=seed, vocab_size=vocab_size)
+        plan = planned_run(config, data, sizes=sizes, note=note)
+        planned = compiling_ahead(plan, config, sizes, note)
         say(console, f"loading {config.model}")
         model = load_for_training(config)
     model.tokenizer = tokenizer
@@ -205,15 +204,14 @@ def train(
     if planned is None:
         note = functools.partial(say, console)
         planned = planned_run(config, data, spec=model.spec, note=note)
-    loader = planned.loader
     config = _with_ranks(model, config, planned, console)
     graphdef, trainable, frozen = model.split()
     job = Job(
-        config=in_steps(config, loader.steps_per_epoch),
+        config=in_steps(config, planned.loader.steps_per_epoch),
         graphdef=graphdef,
         trainable=trainable,
         frozen=frozen,
-        train_loader=loader,
+        train_loader=planned.loader,
         eval_loader=eval_loader(config, data),
         output_dir=folder,
         remat=planned.remat,
@@ -232,7 +230,7 @@ def train(
         model.save_pretrained_merged(folder / "model", overwrite=True)
     if not result.was_finished:
         place = folder / "model" if model.spec.trains_weights else folder
-        write_model_card(place, model, config, result, data=loader.fingerprint)
+        write_model_card(place, model, config, result, data=planned.loader.fingerprint)
     return result
 
 

@@ -57,9 +57,8 @@ def run(call: Call) -> None:
     from fastjax.api import Conversation, load_model
     from fastjax.inference.sampling import Sampling
 
-    quant = QuantConfig(
-        load_in_4bit=args.load_in_4bit and not args.load_in_8bit,
-        load_in_8bit=args.load_in_8bit,
+    quant = QuantConfig.asked(
+        load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit
     )
     conversation = Conversation(
         load_model(args.model, dtype=args.dtype, quant=quant),

@@ -60,9 +60,8 @@ def run(call: Call) -> None:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         uses_chat_template=args.chat,
-        quant=QuantConfig(
-            load_in_4bit=args.load_in_4bit and not args.load_in_8bit,
-            load_in_8bit=args.load_in_8bit,
+        quant=QuantConfig.asked(
+            load_in_4bit=args.load_in_4bit, load_in_8bit=args.load_in_8bit
         ),
         dtype=args.dtype,
         stream=write_now if streams else None,

@@ -5,7 +5,7 @@ import hashlib
 import io
 import mmap
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -133,17 +133,25 @@ class Documents(Sequence[Document]):
         return digest.hexdigest()
 
     def _read(self) -> Iterator[Document]:
-        """Yields each document; those of a few million tokens are mapped at a time."""
-        read = 0
-        for document in self:
-            yield document
-            read += len(document)
-            if read > _MAPPED_TOKENS:
-                self._let_go()
-                read = 0
+        return self._in_turn((len(document), document) for document in self)
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """Yields the borders of tokens that lie end to end, a few million at most."""
+        borders = self._borders()
+        return self._in_turn((end - start, (start, end)) for start, end in borders)
+
+    def _in_turn[T](self, sized: Iterable[tuple[int, T]]) -> Iterator[T]:
+        """Yields parts, given with their tokens; a few million are mapped at a time."""
+        read = 0
+        for tokens, part in sized:
+            yield part
+            read += tokens
+            if read >= _MAPPED_TOKENS:
+                for mapping in self._maps:
+                    mapping.madvise(mmap.MADV_DONTNEED)
+                read = 0
+
+    def _borders(self) -> Iterator[tuple[int, int]]:
         if not len(self):
             return
         ends = self._starts + self.lengths
@@ -155,11 +163,6 @@ class Documents(Sequence[Document]):
                 int(self._starts[first]), int(ends[last]), _MAPPED_TOKENS
             ):
                 yield start, min(start + _MAPPED_TOKENS, int(ends[last]))
-                self._let_go()
-
-    def _let_go(self) -> None:
-        for mapping in self._maps:
-            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class DocumentWriter:

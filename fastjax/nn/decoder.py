@@ -85,11 +85,7 @@ class Segment(nnx.Module):
         inputs = (trained, keys)
 
         def layer(
-            policy: RematPolicy | None,
-            index: Any,
-            hidden: Any,
-            own: Any,
-            stacks: Any,
+            policy: RematPolicy | None, index: Any, hidden: Any, own: Any, stacks: Any
         ) -> Any:
             trained, key = own
             # Picked here, since a stack that is cut before the scan would be copied.
