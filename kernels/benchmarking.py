@@ -142,7 +142,9 @@ def seconds(run: Callable[..., Any], arguments: tuple[Any, ...], timer: Timer) -
     iterations = min(iterations, _ITERATIONS[timer])
     if timer == "wall":
         return _wall_seconds(run, arguments, iterations)
-    return statistics.median(_kernel_seconds(run, arguments, iterations))
+    return statistics.median(
+        kernel_seconds(functools.partial(run, *arguments), iterations)
+    )
 
 
 def _wall_seconds(
@@ -153,9 +155,7 @@ def _wall_seconds(
     return (time.perf_counter() - started) / iterations
 
 
-def _kernel_seconds(
-    run: Callable[..., Any], arguments: tuple[Any, ...], iterations: int
-) -> list[float]:
+def kernel_seconds(call: Callable[[], Any], calls: int) -> list[float]:
     """Returns the sum of the kernel times of each of so many calls in a row.
 
     As JAX's `profiler.measure`, which refuses calls whose kernels come in another
@@ -165,14 +165,16 @@ def _kernel_seconds(
     cupti = private.mosaic_gpu_lib._mosaic_gpu_ext
     cupti._cupti_init()
     try:
-        jax.block_until_ready([run(*arguments) for _ in range(iterations)])
+        result = None
+        for _ in range(calls):
+            result = call()  # the one before may be freed
+        jax.block_until_ready(result)
     finally:
         launches = cupti._cupti_get_timings(True)
-    each, rest = divmod(len(launches), iterations)
+    each, rest = divmod(len(launches), calls)
     if rest or not each:
         raise RuntimeError(
-            f"CUPTI saw {len(launches)} kernels in {iterations} calls: use the wall "
-            "timer"
+            f"CUPTI saw {len(launches)} kernels in {calls} calls: use the wall timer"
         )
     times = [milliseconds / 1e3 for _, milliseconds in launches]
     return [sum(times[i : i + each]) for i in range(0, len(times), each)]

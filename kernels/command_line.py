@@ -1,4 +1,4 @@
-"""What `scripts/{check,bench,tune}_kernels.py` run.
+"""What `scripts/{check,bench,tune,profile}_kernels.py` run.
 
 The modules that need jax are imported inside the commands, so that `--help` is quick.
 """
@@ -57,7 +57,11 @@ def bench_kernels() -> int:
     """Times every op beside XLA and writes JSON; returns the exit status."""
     parser = _timing_parser("Times every op and kernel beside XLA.")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/...")
+    help_ = "compare products with their rivals alone, for so long without a pause"
+    parser.add_argument("--sustained", type=float, metavar="SECONDS", help=help_)
     arguments = parser.parse_args()
+    if arguments.sustained is not None:
+        return _compare_rivals(arguments)
 
     from . import benchmarking, choice
 
@@ -67,8 +71,7 @@ def bench_kernels() -> int:
         f" matmul {ceilings.matmul_flops_per_second / 1e12:.0f} TFLOP/s"
     )
     header, origin = _header(), _origin(arguments.timer)
-    folder = _RESULTS / header["device"].lower().replace(" ", "-")
-    output = arguments.output or folder / "kernels.json"
+    output = arguments.output or _results(header["device"]) / "kernels.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     for program in _programs(arguments.only):
         rows = []
@@ -77,6 +80,53 @@ def bench_kernels() -> int:
             _say(_row(result))
         # At once: a run that is cut short keeps what it has measured.
         choice.write_rows(output, header, rows, name="results", keys=("program",))
+    return 0
+
+
+def _compare_rivals(arguments: argparse.Namespace) -> int:
+    """Writes how products stand beside their rivals; returns the exit status."""
+    from . import choice, rivals
+
+    header, origin = _header(), _origin("cupti")
+    output = arguments.output or _results(header["device"]) / "rivals.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    programs = [program for program in _programs(arguments.only) if program.rival]
+    for found in rivals.compare(programs, arguments.sustained):
+        row = dataclasses.asdict(found) | origin
+        choice.write_rows(output, header, [row], name="results", keys=("program",))
+        _say(
+            f"{found.program:32} {found.ms:8.4f} ms {found.share_of_rival:6.1%} of"
+            f" {found.rival}, sustained {found.sustained_ms:8.4f} ms"
+            f" {found.sustained_share_of_rival:6.1%}"
+        )
+    return 0
+
+
+def profile_kernels() -> int:
+    """Writes what ncu counts of the kernels that matter; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Profiles kernels with ncu.")
+    _add_only(parser)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/...")
+    help_ = "run the programs for a profiler: what ncu is told to call"
+    parser.add_argument("--launch", action="store_true", help=help_)
+    arguments = parser.parse_args()
+
+    from . import choice, profiling
+
+    names = [n for n in profiling.PROFILED if any(map(n.__contains__, arguments.only))]
+    if arguments.launch:
+        programs = {program.name: program for program in _programs(names)}
+        profiling.launch(programs[name] for name in names)
+        return 0
+    found = profiling.profile([sys.executable, *sys.argv, "--launch"])
+    header, origin = _header(), _origin("ncu")
+    output = arguments.output or _results(header["device"]) / "ncu.json"
+    rows = [
+        {"program": name, "kernels": kernels} | origin
+        for name, kernels in zip(names, found, strict=True)
+    ]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    choice.write_rows(output, header, rows, name="results", keys=("program",))
     return 0
 
 
@@ -115,6 +165,10 @@ def _programs(only: list[str]) -> Iterator["Program"]:
     for program in all_programs():
         if any(part in program.name for part in only):
             yield program
+
+
+def _results(device: str) -> Path:
+    return _RESULTS / device.lower().replace(" ", "-")
 
 
 def _row(result: "Result") -> str:

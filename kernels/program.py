@@ -24,6 +24,8 @@ class Program:
       implementations: Those that are timed; the last is what the others are held to.
       decides: The op and case, as in `choice.fastest_first`, whose default follows
         from the times; those of all programs with the same choice are added up.
+      rival: A program that does the same work in a way not open to this one, such as
+        a product of weights that need no unpacking; None where nothing is held to one.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Program:
     kernels: tuple[str, ...] = ()
     implementations: tuple[str, ...] = ("mosaic_gpu", "xla")
     decides: tuple[str, Case] | None = None
+    rival: "Program | None" = None
 
     @property
     def baseline(self) -> str:

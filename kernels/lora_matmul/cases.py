@@ -162,7 +162,12 @@ DECIDING = tuple(_rated(rows, "up") for rows in (8192, 2048, 512, 16))
 
 RATED = (
     *DECIDING,
-    *(_rated(rows, shape) for rows in (8192, 2048) for shape in ("qkv", "o", "down")),
+    *(_rated(rows, "up") for rows in (4096, 64, 1)),
+    *(
+        _rated(rows, shape)
+        for rows in (8192, 4096, 2048)
+        for shape in ("qkv", "o", "down")
+    ),
     _rated(2048, "qkv", rank=32),
 )
 """The linears of Llama-3-8B at several numbers of tokens."""

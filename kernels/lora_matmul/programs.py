@@ -11,7 +11,7 @@ from kernels.nf4 import mosaic_gpu as nf4
 from kernels.nf4 import quantize
 from kernels.program import Program, nbytes
 
-from . import accumulate, few_rows, skinny
+from . import accumulate, few_rows, mosaic_gpu, skinny, xla
 from .api import lora_matmul_group
 from .cases import DECIDING, RATED, Case
 from .projection import Projection
@@ -40,36 +40,37 @@ def _programs(case: Case) -> tuple[Program, ...]:
     is_few = math.prod(case.lead) <= few_rows.MAX_ROWS
     sizes = {"rows": math.prod(case.lead), "inputs": case.inputs}
     choice = ("lora_matmul", {**sizes, "outputs": sum(case.outputs)})
+    ready = _program(case, "ready", _ready_forward, _ready_arguments)
     # Few rows are those of decoding, which has no gradients.
-    runs: dict[str, Any] = {"forward": _forward}
-    readies: list[tuple[str, Any, bool]] = [("ready", _ready_forward, False)]
+    runs: dict[str, tuple[Any, Any, Program | None]]
+    runs = {"forward": (_forward, _arguments, ready)}
     if not is_few:
-        runs |= {"dx": _dx, "gradients": _gradients}
-        readies.append(("ready_dx", _ready_dx, True))
-    return (
-        *(
-            _program(
-                case,
-                what,
-                run,
-                functools.partial(_arguments, case, has_douts=what != "forward"),
-                kernels=(few_rows.KERNEL_NAME,) if is_few else _KERNELS[what],
-                implementations=("mosaic_gpu", "xla"),
-                # The gradients' program has the input's among them.
-                decides=choice if case in DECIDING and what != "dx" else None,
-            )
-            for what, run in runs.items()
-        ),
-        *(
-            _program(case, what, run, functools.partial(_ready_arguments, case, is_dx))
-            for what, run, is_dx in readies
-        ),
+        arguments = functools.partial(_ready_arguments, is_dx=True)
+        ready_dx = _program(case, "ready_dx", _ready_dx, arguments)
+        runs["dx"] = (_dx, _saved_arguments, ready_dx)
+        if case in DECIDING or max(case.ranks) > 16:
+            runs["gradients"] = (_gradients, _cotangent_arguments, None)
+    kernels = (
+        _program(
+            case,
+            what,
+            run,
+            arguments,
+            kernels=(few_rows.KERNEL_NAME,) if is_few else _KERNELS[what],
+            implementations=("mosaic_gpu", "xla"),
+            # The gradients' program has the input's among them.
+            decides=choice if case in DECIDING and what != "dx" else None,
+            rival=rival,
+        )
+        for what, (run, arguments, rival) in runs.items()
     )
+    return (*kernels, *(rival for _, _, rival in runs.values() if rival))
 
 
 def _program(
     case: Case, what: str, run: Any, arguments: Any, **options: Any
 ) -> Program:
+    arguments = functools.partial(arguments, case)
     shapes = jax.eval_shape(arguments)
     results = jax.eval_shape(functools.partial(run, implementation="xla"), *shapes)
     products = math.prod(case.lead) * case.inputs * sum(case.outputs)
@@ -83,8 +84,8 @@ def _program(
     )
 
 
-def _arguments(case: Case, *, has_douts: bool) -> tuple[Any, ...]:
-    """Returns x, the projections, and for the backward pass the cotangents."""
+def _arguments(case: Case) -> tuple[Any, ...]:
+    """Returns x and the projections."""
     keys = iter(jax.random.split(jax.random.key(0), 1 + 4 * len(case.outputs)))
 
     def normal(shape: tuple[int, ...], dtype: str) -> jax.Array:
@@ -99,14 +100,31 @@ def _arguments(case: Case, *, has_douts: bool) -> tuple[Any, ...]:
         )
         for outputs, rank in zip(case.outputs, case.ranks, strict=True)
     )
-    x = normal((*case.lead, case.inputs), "bfloat16")
-    if not has_douts:
-        return x, projections
-    douts = tuple(normal((*case.lead, size), "bfloat16") for size in case.outputs)
-    return x, projections, douts
+    return normal((*case.lead, case.inputs), "bfloat16"), projections
 
 
-def _ready_arguments(case: Case, is_dx: bool) -> tuple[jax.Array, jax.Array]:
+def _cotangent_arguments(case: Case) -> tuple[Any, ...]:
+    """Returns x, the projections and the outputs' cotangents."""
+    keys = jax.random.split(jax.random.key(1), len(case.outputs))
+    douts = tuple(
+        jax.random.normal(key, (*case.lead, outputs), jnp.bfloat16)
+        for key, outputs in zip(keys, case.outputs, strict=True)
+    )
+    return *_arguments(case), douts
+
+
+def _saved_arguments(case: Case) -> tuple[Any, ...]:
+    """Returns what the backward pass reads: `x @ a` of the forward pass too."""
+    x, projections, douts = _cotangent_arguments(case)
+    keys = jax.random.split(jax.random.key(2), len(case.ranks))
+    xa = tuple(
+        jax.random.normal(key, (*case.lead, rank), jnp.bfloat16)
+        for key, rank in zip(keys, case.ranks, strict=True)
+    )
+    return x, projections, douts, xa
+
+
+def _ready_arguments(case: Case, is_dx: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns x, or the joined cotangents, and the joined weights as (O, I)."""
     outputs, keys = sum(case.outputs), jax.random.split(jax.random.key(0))
     features = outputs if is_dx else case.inputs
@@ -141,8 +159,22 @@ def _gradients(
     return jax.vjp(run, x, trained)[1](douts)
 
 
-def _dx(*arguments: Any, implementation: str) -> jax.Array:
-    return _gradients(*arguments, implementation=implementation)[0]
+def _dx(
+    x: jax.Array,
+    projections: tuple[Projection, ...],
+    douts: tuple[jax.Array, ...],
+    xa: tuple[jax.Array, ...],
+    *,
+    implementation: str,
+) -> jax.Array:
+    """Returns the cotangent of x; a kernel that makes it makes those of `b` too."""
+    nothing = (None,) * len(projections)
+    if implementation == "xla":
+        saved = xla.Residuals(x, projections, nothing, xa, nothing)
+        return xla.backward(0.0, saved, douts)[0]
+    mosaic_gpu.check(0.0, x, projections, nothing)
+    joined = mosaic_gpu.Residuals(x, projections, jnp.concatenate(xa, axis=1))
+    return mosaic_gpu.backward(0.0, joined, douts)[0]
 
 
 def _ready_forward(
