@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
@@ -93,6 +94,20 @@ def step_compiler_options(remat: Collection[str]) -> dict[str, str]:
     """
     is_offloading = any("offload" in policy for policy in remat)
     return {"xla_gpu_enable_command_buffer": ""} if is_offloading else {}
+
+
+def wake_device() -> None:
+    """Begins to start the device, which takes seconds on a GPU; its first user waits.
+
+    After `configure`. What goes wrong that user will be told.
+    """
+    import jax
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):
+            jax.devices()
+
+    threading.Thread(target=wake, name="wake-device").start()
 
 
 def own_process() -> None:

@@ -1,10 +1,10 @@
 """Quantised copies of checkpoints: a model is quantised once on a machine.
 
 A copy is found by the names, sizes, times and headers of the checkpoint's files, and
-by how it was quantised. It is written while the model is loaded, by a thread of its
-own, and appears when it is whole. The copies used last are kept, and a tenth of the
-disk stays free; where it has no room there is none. They may be deleted at any time:
-what cannot be read is quantised again.
+by how it was quantised. A thread of its own writes it when all weights are read, so
+that these do not wait for the disk, and it appears when it is whole. The copies used
+last are kept, and a tenth of the disk stays free; where it has no room there is none.
+They may be deleted at any time: what cannot be read is quantised again.
 """
 
 import contextlib
@@ -28,13 +28,14 @@ from conversions.hf.load import load_weights, stream_weights
 from conversions.rules import Tensor
 from conversions.safetensors_file import SafetensorsFile
 from conversions.safetensors_header import TensorSpec
-from conversions.safetensors_writer import safetensors_writer
+from conversions.safetensors_writer import PutTensor, safetensors_writer
 from fastjax.config import DType, QuantConfig
 from fastjax.errors import ModelError, StorageError
 from fastjax.files import remove_abandoned, require_space
 from fastjax.models.build import Weights
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.quantize import wanted_format
+from fastjax.runtime import host_memory_bytes
 
 _VERSION = 1
 _LEAST_BYTES = 2**30
@@ -42,6 +43,8 @@ _IN_FLIGHT = 4
 _WAIT_SECONDS = 1.0
 _KEPT_COPIES = 8
 _FREE_SHARE = 0.1
+_HELD_SHARE = 0.2
+"""Of the host's memory: where a copy takes more, loading waits for the disk."""
 
 
 def load_packed_weights(
@@ -173,7 +176,7 @@ class _Abandoned(Exception):
 
 
 class _Writer(threading.Thread):
-    """Writes weights to a file while others are read; the process waits for its end."""
+    """Holds weights and writes them at their end, which the process waits for."""
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         super().__init__(name="packed-cache")
@@ -188,19 +191,41 @@ class _Writer(threading.Thread):
                 return
 
     def run(self) -> None:
-        """Writes what comes."""
+        """Writes what has come where memory has no room for more, and at the end."""
+        most = _HELD_SHARE * host_memory_bytes()
+        held: dict[str, np.ndarray] = {}
+        room = most
         with (
             contextlib.suppress(StorageError, _Abandoned),
             safetensors_writer(self._path, self._specs) as put,
         ):
-            while True:
-                name, value = self._items.get()
-                if value is None:
-                    raise _Abandoned
-                if not name:
-                    return
-                for key, leaf in _leaves(name, value):
-                    put(key, np.asarray(leaf))
+            for key, leaf in self._all():
+                held[key] = np.asarray(leaf)
+                room -= leaf.nbytes
+                if room < 0:
+                    _put_all(held, put)
+                    room = most
+            _put_all(held, put)
+
+    def _all(self) -> Iterator[tuple[str, Any]]:
+        """Yields the arrays of all weights as they come.
+
+        Raises:
+          _Abandoned: The last ones will not come.
+        """
+        while True:
+            name, value = self._items.get()
+            if value is None:
+                raise _Abandoned
+            if not name:
+                return
+            yield from _leaves(name, value)
+
+
+def _put_all(held: dict[str, np.ndarray], put: PutTensor) -> None:
+    """Writes all arrays, and lets each of them go."""
+    for key in (*held,):
+        put(key, held.pop(key))
 
 
 def _kept(

@@ -68,7 +68,7 @@ def run_training(
         full_determinism=config.full_determinism,
         memory_share=nvidia.memory_share(config.memory_gib),
     )
-    nvidia.require_gpu_in_use()
+    runtime.wake_device()
     console = open_console()
     for note in (*notes, *(fault.what for fault in requirements.faults())):
         say(console, note)
@@ -77,6 +77,7 @@ def run_training(
     _require_all_it_needs(config, folder, console)
     # Before any weight is read, so that a broken file shows in seconds.
     tokenizer, sizes = load_text_side(config)
+    nvidia.require_gpu_in_use()
     say(console, "reading the data")
     vocab_size, seed = sizes.vocab_size, data_seed(config)
     note = functools.partial(say, console)

@@ -15,6 +15,7 @@ from fastjax.train.batches import DeviceBatch
 from fastjax.train.state import TrainState
 from fastjax.train.step import Metrics
 from kernels import dispatch
+from kernels.side_by_side import compiled_side_by_side
 
 MEMORY_FIX = (
     "halve per_device_train_batch_size and double gradient_accumulation_steps, or set "
@@ -155,7 +156,8 @@ class CompiledSteps:
         """Returns the step, and whether XLA has compiled it now."""
         self._before_compile()
         with dispatch.record() as chosen, out_of_memory(None):
-            lowered = self._jitted.lower(*arguments)
+            with compiled_side_by_side():
+                lowered = self._jitted.lower(*arguments)
             with cache_hits() as hits:
                 run = lowered.compile(compiler_options=self._compiler_options)
         implementations = {op: sorted(names) for op, names in chosen.items()}
