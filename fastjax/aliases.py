@@ -109,12 +109,21 @@ _VALUES = {
 }
 # Name -> (what it is here, how its states differ from those that were asked for).
 _NEAREST_OPTIMIZERS = {
-    "paged_adamw_8bit": ("adamw_8bit", "states that stay on the device"),
-    "paged_adamw_32bit": ("adamw", "states that stay on the device"),
-    "paged_adamw": ("adamw", "states that stay on the device"),
+    "paged_adamw_8bit": (
+        "adamw_8bit",
+        "states on the device; offload_optimizer moves them",
+    ),
+    "paged_adamw_32bit": (
+        "adamw",
+        "states on the device; offload_optimizer moves them",
+    ),
+    "paged_adamw": ("adamw", "states on the device; offload_optimizer moves them"),
     "lion_8bit": ("lion", "float32 states"),
-    "paged_lion_8bit": ("lion", "float32 states on the device"),
-    "paged_lion_32bit": ("lion", "states that stay on the device"),
+    "paged_lion_8bit": (
+        "lion",
+        "float32 states on the device; offload_optimizer moves them",
+    ),
+    "paged_lion_32bit": ("lion", "states on the device; offload_optimizer moves them"),
 }
 
 _ADAPTER_LISTS = (

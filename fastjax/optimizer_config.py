@@ -31,6 +31,8 @@ class OptimizerConfig:
       adam_beta1: Share of the mean gradient that a step keeps.
       adam_beta2: Share of the mean squared gradient that a step keeps.
       adam_epsilon: Is added to the root of the latter, which the update is divided by.
+      offload_optimizer: The optimiser's states wait in host memory between their
+        updates, for full fine-tuning; copies of them lengthen each step.
       max_grad_norm: A gradient whose norm is larger is scaled down to it; 0 never does.
     """
 
@@ -43,6 +45,7 @@ class OptimizerConfig:
     adam_beta1: Number = 0.9
     adam_beta2: Number = 0.999
     adam_epsilon: Number = 1e-8
+    offload_optimizer: bool = False
     max_grad_norm: Number = 1.0
 
     def __post_init__(self) -> None:
@@ -64,6 +67,10 @@ class OptimizerConfig:
                 "0 or more",
             ),
             adam_epsilon=(is_positive(self.adam_epsilon), "a positive number"),
+            offload_optimizer=(
+                not self.offload_optimizer or self.optim != "adafactor",
+                "false with adafactor, whose updates need whole arrays",
+            ),
             **shares,
             **amounts,
         )

@@ -61,7 +61,9 @@ def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         "step_milliseconds": median * 1e3,
         "remat_plan": str(remat),
         "predicted": None if choice is None else prediction(choice, shape),
-        "share_of_h200_roofline": roofline_share(
+        "share_of_h200_roofline": None
+        if args.full_finetuning
+        else roofline_share(
             spec.config, batch=args.batch, seq=args.seq, seconds=median
         ),
         "peak_gib": gib(device_bytes("peak_bytes_in_use")),

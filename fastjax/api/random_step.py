@@ -18,6 +18,8 @@ from fastjax.config import (
     DType,
     Implementations,
     LoRAConfig,
+    OptimizerConfig,
+    QuantConfig,
     RematChoice,
     TrainConfig,
 )
@@ -57,6 +59,8 @@ class StepArgs:
       documents: Documents packed into each row, of equal length.
       attention: Implementation of attention; None takes the first able one.
       dtype: Of activations and products; the weights are the same in each.
+      full_finetuning: All weights train, in float32, and there are no adapters.
+      offload_optimizer: Its states wait in host memory.
     """
 
     model: str = "llama3-8b"
@@ -70,6 +74,8 @@ class StepArgs:
     documents: int = 1
     attention: str | None = None
     dtype: DType = "bfloat16"
+    full_finetuning: bool = False
+    offload_optimizer: bool = False
 
 
 class RandomStep:
@@ -177,7 +183,7 @@ class RandomStep:
 
 
 def planner_of(args: StepArgs) -> Planner:
-    """Returns the planner of the preset with NF4 weights and adapters."""
+    """Returns the planner of the preset, with NF4 weights unless all train."""
     settings = TrainConfig(
         model=args.model,
         lora=LoRAConfig(lora_r=args.lora_r),
@@ -188,10 +194,14 @@ def planner_of(args: StepArgs) -> Planner:
         per_device_train_batch_size=args.batch,
         gradient_accumulation_steps=1,
         implementations=Implementations(attention=args.attention),
+        full_finetuning=args.full_finetuning,
+        optimizer=OptimizerConfig(offload_optimizer=args.offload_optimizer),
+        quant=QuantConfig(load_in_4bit=not args.full_finetuning),
     )
     spec = planned_spec(settings, preset(args.model).config)
-    packed = dict.fromkeys(spec.packed, PackedFormat())
-    spec = dataclasses.replace(spec, param_dtype="bfloat16", packed=packed)
+    if not args.full_finetuning:
+        packed = dict.fromkeys(spec.packed, PackedFormat())
+        spec = dataclasses.replace(spec, param_dtype="bfloat16", packed=packed)
     spec = shortened(spec, args.layers) if args.layers else spec
     return Planner.of(settings, spec, tokens=args.seq)
 

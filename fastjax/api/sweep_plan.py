@@ -123,6 +123,10 @@ def _refused(config: TrainConfig) -> list[tuple[bool, str]]:
             "a sweep has no adamw_8bit: set optim to adamw",
         ),
         (
+            config.optimizer.offload_optimizer,
+            "a sweep keeps its optimisers' states: drop offload_optimizer",
+        ),
+        (
             report.load_best_model_at_end or report.early_stopping_patience > 0,
             "a sweep keeps the last weights: drop load_best_model_at_end and "
             "early_stopping_patience",

@@ -176,7 +176,8 @@ def read_state(folder: Path, like: TrainState, record: Mapping[str, Any]) -> Tra
 
     Args:
       folder: A verified checkpoint.
-      like: Arrays, or their shapes and dtypes, which need no memory.
+      like: Arrays, or their shapes and dtypes, which need no memory; in host memory
+        where those of the result shall be.
       record: From `read_record`.
 
     Raises:
@@ -192,8 +193,13 @@ def read_state(folder: Path, like: TrainState, record: Mapping[str, Any]) -> Tra
                 item=wanted, restore_args=dict.fromkeys(wanted, on_host)
             ),
         )
-    leaves = [jnp.array(arrays.pop(name)) for name in wanted]
+    leaves = [_placed(arrays.pop(name), leaf.sharding) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _placed(array: np.ndarray, place: jax.sharding.Sharding | None) -> jax.Array:
+    is_on_host = place is not None and place.memory_kind == "pinned_host"
+    return jax.device_put(array, place) if is_on_host else jnp.array(array)
 
 
 def named_arrays(tree: PyTree) -> dict[str, Any]:

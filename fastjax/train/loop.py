@@ -217,7 +217,7 @@ class _Loop:
             return
         self.progress.note(f"the best weights are those of {folder.name}")
         saved = checkpoint.read_record(folder)
-        like = jax.eval_shape(lambda: self.state)
+        like = jax.tree.map(jax.ShapeDtypeStruct.like, self.state)
         checkpoint.require_fitting(folder, like, saved)
         # Else the device would hold the state twice.
         jax.tree.map(lambda leaf: leaf.delete(), self.state)

@@ -18,6 +18,7 @@ from fastjax.models.build import DecoderSpec, abstract_decoder, layer_linears
 from fastjax.nn.feed_forward import chunk_tokens
 from fastjax.nn.variables import abstract
 from fastjax.remat import RematPlan
+from fastjax.train.host_states import PIECE_BYTES, bytes_by_place
 from fastjax.train.optimizer import make_optimizer
 from kernels import dispatch
 from kernels.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
@@ -26,6 +27,7 @@ from kernels.device import Capability, compute_capability
 _FLOAT32 = 4
 _LOGIT_BYTES = 6  # of a chunk: logits in float32, their cotangent in 16 bits
 _ODDS_BYTES = 2  # of a chunk where a kernel makes the loss without logits
+_VISITS = 4  # pieces: two states that come, and two that go
 _RESIDUAL_ROWS = 5  # rows of D: the stream, its cotangent, norms and what they keep
 
 
@@ -53,7 +55,7 @@ class MemoryPlan:
       optimizer: Its state.
       saved: Activations kept for the backward pass.
       workspace: The most that the step holds beside all this.
-      host: Activations kept in pinned host memory.
+      host: Activations and states of the optimiser in pinned host memory.
     """
 
     weights: int
@@ -76,22 +78,33 @@ class MemoryPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelBytes:
-    """Bytes that do not depend on the batch; see `MemoryPlan`."""
+    """Bytes that do not depend on the batch; see `MemoryPlan`.
+
+    Of the optimiser's states, `host` are in host memory, and `visiting` of them on the
+    device at once.
+    """
 
     weights: int
     trained: int
     optimizer: int
     gradients: int
+    host: int = 0
+    visiting: int = 0
 
     @classmethod
     def of(cls, spec: DecoderSpec, optimizer: OptimizerConfig) -> "ModelBytes":
         """Returns those of a structure, with its adapters, and an optimiser."""
         _, trainable, frozen = nnx.split(abstract_decoder(spec), nnx.Param, ...)
         state = jax.eval_shape(make_optimizer(optimizer, 1).init, trainable)
+        held, host = _bytes(state), 0
+        if optimizer.offload_optimizer:
+            held, host = bytes_by_place(state)
         return cls(
             weights=_bytes(frozen),
             trained=_bytes(trainable),
-            optimizer=_bytes(state),
+            optimizer=held,
+            host=host,
+            visiting=min(host, _VISITS * PIECE_BYTES),
             gradients=_FLOAT32 * sum(leaf.size for leaf in jax.tree.leaves(trainable)),
         )
 
@@ -107,7 +120,7 @@ def memory_plan(
       remat: What the backward pass recomputes, layer by layer.
       shape: Of the batches.
     """
-    saved = host = 0
+    saved, host = 0, model.host
     for layer, policy in enumerate(remat.policies):
         device_bytes, host_bytes = saved_bytes(spec, layer, policy)
         saved += device_bytes * shape.micro_batch_tokens
@@ -171,7 +184,7 @@ def _workspace(
     kept = 4 * tokens if set(remat.policies) & keeping else 0
     rows = max(recomputed, kept) * inner + _RESIDUAL_ROWS * tokens * wide
     dense = 2 * width * inner * wide if spec.packed or spec.trains_weights else 0
-    return max(loss, width * rows + dense + gradients)
+    return max(loss, width * rows + dense + gradients, gradients + model.visiting)
 
 
 @functools.cache

@@ -6,10 +6,11 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fastjax.config import OptimizerConfig, Table
 from fastjax.train.adam8bit import scale_by_adam8bit
+from fastjax.train.host_states import chosen, in_host_memory
 from fastjax.train.schedule import make_schedule
 
 
@@ -24,11 +25,14 @@ class Optimizer:
       transform: Clips, scales and adds weight decay; its result is subtracted.
       schedule: Learning rate of a step.
       table_factor: Of that rate for embeddings and output head.
+      is_offloaded: Its states wait in host memory, and the transform itself leaves out
+        an update that is not finite.
     """
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
     table_factor: float | Float[Array, ""] = 1.0
+    is_offloaded: bool = False
 
     def init(self, trainable: PyTree) -> PyTree:
         """Returns the state before the first step, in float32 or 8 bits."""
@@ -40,19 +44,26 @@ class Optimizer:
         opt_state: PyTree,
         trainable: PyTree,
         step: Int[Array, ""],
+        *,
+        is_finite: Bool[Array, ""] | bool = True,
     ) -> tuple[PyTree, PyTree]:
-        """Returns the trainable tree after one step, and the optimiser's new state.
+        """Returns the trainable tree and the optimiser's state after one step.
+
+        Both are as they were where the step is not finite.
 
         Args:
           gradients: Of the mean loss, float32.
           opt_state: From `init` or the step before.
           trainable: Any float dtype; the sum is taken in float32.
           step: Steps done so far.
+          is_finite: Of loss and gradients.
         """
         weights = as_float32(trainable)
         # Optax raises floats to integer counts, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
-            direction, new_state = self.transform.update(gradients, opt_state, weights)
+            direction, new_state = optax.with_extra_args_support(self.transform).update(
+                gradients, opt_state, weights, is_finite=is_finite
+            )
         rate = self.schedule(step)
 
         def moved(
@@ -63,7 +74,10 @@ class Optimizer:
             own = rate * self.table_factor if _is_of_table(path) else rate
             return (old.astype(jnp.float32) - own * along).astype(old.dtype)
 
-        return jax.tree.map_with_path(moved, trainable, direction), new_state
+        new = jax.tree.map_with_path(moved, trainable, direction)
+        if not self.is_offloaded:
+            new_state = chosen(is_finite, new_state, opt_state)
+        return chosen(is_finite, new, trainable), new_state
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
@@ -78,14 +92,17 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     """
     clip = optax.clip_by_global_norm(config.max_grad_norm)
     decay = optax.add_decayed_weights(config.weight_decay)
-    parts = [clip] if config.max_grad_norm > 0 else []
-    parts += _scaling(config)
+    parts = _scaling(config)
     parts += [decay] if config.weight_decay > 0 else []
+    if config.offload_optimizer:
+        parts = [in_host_memory(optax.chain(*parts))]
+    parts = [clip, *parts] if config.max_grad_norm > 0 else parts
     own_rate = config.embedding_learning_rate or config.learning_rate
     return Optimizer(
         transform=optax.chain(*parts),
         schedule=make_schedule(config, total_steps),
         table_factor=own_rate / config.learning_rate,
+        is_offloaded=config.offload_optimizer,
     )
 
 

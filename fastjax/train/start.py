@@ -1,6 +1,7 @@
 """Where a run begins: its first state, or the one of a checkpoint of this very run."""
 
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ from jaxtyping import PyTree
 
 from fastjax import files
 from fastjax.train import checkpoint, record, resume
+from fastjax.train.host_states import with_places
 from fastjax.train.job import Job
 from fastjax.train.optimizer import make_optimizer
 from fastjax.train.state import TrainState, init_state, is_alive
@@ -45,8 +47,11 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def shapes(job: Job) -> TrainState:
-    """Returns what a checkpoint must hold: shapes and dtypes."""
-    return jax.eval_shape(functools.partial(_first_state, job), job.trainable)
+    """Returns what a checkpoint must hold: shapes, dtypes, and places on the host."""
+    state = jax.eval_shape(functools.partial(_first_state, job), job.trainable)
+    if not job.config.optimizer.offload_optimizer:
+        return state
+    return dataclasses.replace(state, opt_state=with_places(state.opt_state))
 
 
 def start_state(job: Job, found: resume.Found | None, note: resume.Note) -> TrainState:

@@ -145,12 +145,12 @@ def _advanced(
 ) -> TrainState:
     """Returns the state after the step; without the update where it is not finite."""
     trainable, opt_state = optimizer.update(
-        gradients, state.opt_state, state.trainable, state.step
+        gradients, state.opt_state, state.trainable, state.step, is_finite=is_finite
     )
     scale = state.loss_scale
     return TrainState(
-        trainable=_choose(is_finite, trainable, state.trainable),
-        opt_state=_choose(is_finite, opt_state, state.opt_state),
+        trainable=trainable,
+        opt_state=opt_state,
         step=state.step + 1,
         loss_scale=scale.after(is_finite) if dtype == "float16" else scale,
     )
@@ -165,7 +165,3 @@ def _unit(batch: Batch, dtype: DType) -> float:
         return 1.0
     _, rows, slots = next(iter(batch.values())).shape
     return 2.0 ** -math.floor(math.log2(rows * slots))
-
-
-def _choose(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

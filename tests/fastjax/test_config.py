@@ -29,6 +29,7 @@ from fastjax.errors import ConfigError
         (DataConfig, {"skip_bad_rows": -1}),
         (OptimizerConfig, {"learning_rate": 0.0}),
         (OptimizerConfig, {"learning_rate": math.inf}),
+        (OptimizerConfig, {"offload_optimizer": True, "optim": "adafactor"}),
         (OptimizerConfig, {"warmup_steps": -1}),
         (OptimizerConfig, {"weight_decay": math.nan}),
         (OptimizerConfig, {"adam_beta2": 1.0}),

@@ -122,7 +122,10 @@ def test_no_reporting_is_the_default_under_every_name(value: object) -> None:
     ("name", "expected"),
     [
         ("adamw_bnb_8bit", ""),
-        ("paged_adamw_8bit", "adamw_8bit with states that stay on the device"),
+        (
+            "paged_adamw_8bit",
+            "adamw_8bit with states on the device; offload_optimizer moves them",
+        ),
         ("lion_8bit", "lion with float32 states"),
     ],
 )
