@@ -33,7 +33,7 @@ from fastjax.train import CompiledSteps, init_state, make_optimizer, make_train_
 from fastjax.train.batches import DeviceBatch
 from fastjax.train.compiled import StepMemory
 from fastjax.train.memory_plan import BatchShape
-from fastjax.train.state import TrainState
+from fastjax.train.state import TrainState, abstract_state
 
 type Parts = tuple[nnx.GraphDef, PyTree, PyTree]
 """Structure, trained variables and all others of a decoder."""
@@ -142,7 +142,7 @@ class RandomStep:
         )
         is_abstract = isinstance(jax.tree.leaves(trainable)[0], jax.ShapeDtypeStruct)
         self.state: TrainState = (
-            jax.eval_shape(self._start, trainable)
+            abstract_state(trainable, optimizer, spec.compute_dtype)
             if is_abstract
             else self._start(trainable)
         )

@@ -1,8 +1,6 @@
 """Where a run begins: its first state, or the one of a checkpoint of this very run."""
 
 import contextlib
-import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,10 +8,9 @@ from jaxtyping import PyTree
 
 from fastjax import files
 from fastjax.train import checkpoint, record, resume
-from fastjax.train.host_states import with_places
 from fastjax.train.job import Job
 from fastjax.train.optimizer import make_optimizer
-from fastjax.train.state import TrainState, init_state, is_alive
+from fastjax.train.state import TrainState, abstract_state, init_state, is_alive
 
 _LOST = (
     "the weights in memory were lost in the failure: load the model again before you "
@@ -48,10 +45,8 @@ def identity(job: Job) -> dict[str, Any]:
 
 def shapes(job: Job) -> TrainState:
     """Returns what a checkpoint must hold: shapes, dtypes, and places on the host."""
-    state = jax.eval_shape(functools.partial(_first_state, job), job.trainable)
-    if not job.config.optimizer.offload_optimizer:
-        return state
-    return dataclasses.replace(state, opt_state=with_places(state.opt_state))
+    optimizer = make_optimizer(job.config.optimizer, job.total_steps)
+    return abstract_state(job.trainable, optimizer, job.config.dtype)
 
 
 def start_state(job: Job, found: resume.Found | None, note: resume.Note) -> TrainState:

@@ -1,6 +1,7 @@
 """What a step takes and returns, and what a checkpoint holds."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from fastjax.config import DType
+from fastjax.train.host_states import with_places
 from fastjax.train.optimizer import Optimizer
 
 FIRST_SCALE = 2.0**15
@@ -71,6 +73,15 @@ def init_state(trainable: PyTree, optimizer: Optimizer, dtype: DType) -> TrainSt
         step=jnp.int32(0),
         loss_scale=LossScale.start(dtype),
     )
+
+
+def abstract_state(trainable: PyTree, optimizer: Optimizer, dtype: DType) -> TrainState:
+    """Returns the shapes of the state before the first step, and places on the host."""
+    make = functools.partial(init_state, optimizer=optimizer, dtype=dtype)
+    state = jax.eval_shape(make, trainable)
+    if not optimizer.is_offloaded:
+        return state
+    return dataclasses.replace(state, opt_state=with_places(state.opt_state))
 
 
 def is_alive(tree: PyTree) -> bool:

@@ -1,6 +1,5 @@
 """Optimiser states in host memory: the same updates, in another place."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import pytest
 
 from fastjax.config import OptimizerConfig
 from fastjax.train import checkpoint, host_states
-from fastjax.train.host_states import bytes_by_place, with_places
+from fastjax.train.host_states import bytes_by_place
 from fastjax.train.optimizer import Optimizer, make_optimizer
-from fastjax.train.state import TrainState, init_state
+from fastjax.train.state import TrainState, abstract_state, init_state
 from fastjax.train.step import make_train_step
 
 SIZES = {"wide": (512, 256), "deep": (3, 128, 256), "bias": (5,)}
@@ -77,8 +76,7 @@ def test_updates_are_those_of_states_on_the_device(
     assert on_host > 20 * on_device
     folder = checkpoint.save(tmp_path, waiting, {}, step=3, write_adapter=None, keep=1)
     record = json.loads((folder / checkpoint.RECORD_NAME).read_text())
-    like = jax.eval_shape(lambda: waiting)
-    like = dataclasses.replace(like, opt_state=with_places(like.opt_state))
+    like = abstract_state(waiting.trainable, optimizer, "float32")
     found = checkpoint.read_state(folder, like, record)
     assert _places(found.opt_state) == _places(waiting.opt_state)
     for actual, expected in zip(*map(jax.tree.leaves, (found, waiting)), strict=True):
@@ -87,8 +85,7 @@ def test_updates_are_those_of_states_on_the_device(
 
 def test_a_step_compiled_on_shapes_takes_the_states() -> None:
     optimizer, state = _start("adamw", offload=True)
-    like = jax.eval_shape(lambda: state)
-    like = dataclasses.replace(like, opt_state=with_places(like.opt_state))
+    like = abstract_state(state.trainable, optimizer, "float32")
     batch = {"x": jnp.ones((1, 1, 4), jnp.int32)}
     jitted: Any = make_train_step(_loss, optimizer, seed=0)
     step = jitted.lower(like, {}, batch).compile()
