@@ -32,6 +32,7 @@ import jax
 from fastjax.config import RematPolicy
 from kernels.attention import RESIDUAL_NAMES as ATTENTION_RESIDUALS
 from kernels.attention import SAVED_PRIMITIVES as ATTENTION_PRIMITIVES
+from kernels.gated_mlp import RESIDUAL_NAMES as MLP_RESIDUALS
 from kernels.lora_matmul import RESIDUAL_NAMES as LORA_RESIDUALS
 
 LAYER_INPUT = "layer_input"
@@ -39,9 +40,8 @@ QUERY, KEY, VALUE = "query", "key", "value"
 QUERY_RAW, KEY_RAW = "query_raw", "key_raw"
 ATTENTION_RESIDUAL = "attention_residual"
 HANDED = "handed"
-GATE, UP = "gate", "up"
 
-_MLP_NAMES = (ATTENTION_RESIDUAL, GATE, UP, *LORA_RESIDUALS)
+_MLP_NAMES = (ATTENTION_RESIDUAL, *MLP_RESIDUALS, *LORA_RESIDUALS)
 _PROJECTION_NAMES = (QUERY, KEY, VALUE, QUERY_RAW, KEY_RAW)
 _ATTENTION_NAMES = (*_PROJECTION_NAMES, *ATTENTION_RESIDUALS)
 _OFFLOADED_NAMES: dict[RematPolicy, tuple[str, ...]] = {

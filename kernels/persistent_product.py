@@ -7,7 +7,7 @@ the accumulator.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ MULTIPLIERS = 2
 PIECE = 64
 """Rows and columns that are stored at a time."""
 
+PARTS = 2
+"""Steps that bring a tile of a matrix like the results to the epilogue."""
+
+_COPIES = 2  # that fill a step
 _LOADER = MULTIPLIERS
 _LOADER_REGISTERS, _MULTIPLIER_REGISTERS = 40, 232
 _SLOTS = 2  # pieces on their way, for each multiplying warpgroup
@@ -54,6 +58,11 @@ class TileConfig:
         if self.tile_m % 64 or self.tile_n % 128 or self.tile_k % 64:
             raise ValueError(f"{self} does not suit wgmma")
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether `stream_part` suits: a part fills the place of a right operand."""
+        return self.tile_n == PARTS * self.tile_m == 4 * PIECE == 4 * self.tile_k
+
 
 def tiles_for(rows: int, widths: Sequence[int]) -> TileConfig:
     """Returns the tiles for results of `rows` and each of `widths`.
@@ -77,6 +86,7 @@ class PersistentProduct:
       grid: Tiles along the rows and along the columns.
       steps: Along the contracted axis, the same number for each tile.
       is_transposed: Right operands are (N, C) in memory, not (C, N).
+      rest: Steps of the ring after those of a tile, which its epilogue reads.
     """
 
     tiles: TileConfig
@@ -84,6 +94,7 @@ class PersistentProduct:
     grid: tuple[int, int]
     steps: int
     is_transposed: bool
+    rest: int = 0
 
     def kernel(
         self,
@@ -124,7 +135,7 @@ class PersistentProduct:
                     dtype,
                     transforms=swizzled(PIECE, dtype),
                 ),
-                "full": plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
+                "full": plgpu.Barrier(num_arrivals=_COPIES, num_barriers=self.stages),
                 "empty": plgpu.Barrier(
                     num_arrivals=MULTIPLIERS, num_barriers=self.stages
                 ),
@@ -157,15 +168,16 @@ class ProductBlock:
     def run(
         self,
         load: Callable[[Any, Any, Any], None],
-        epilogue: Callable[[Any, Any], Callable[[Any], None]],
+        epilogue: Callable[[Any, Any, Any], Callable[[Any], None]],
     ) -> None:
         """Takes this block's tiles, one after the other.
 
         Args:
           load: Streams the operands of tile (m, n); its third argument is the step of
             the ring that comes first.
-          epilogue: Called for tile (m, n) before the multiplication; what it returns
-            takes this warpgroup's float32 (tile_m, columns).
+          epilogue: Called for tile (m, n) before the multiplication, with the step of
+            the ring after it; what it returns takes this warpgroup's float32 (tile_m,
+            columns).
         """
 
         @pl.when(lax.axis_index("warpgroup") == _LOADER)
@@ -188,7 +200,7 @@ class ProductBlock:
         def _(loop):
             (index,) = loop.index
             m, n = plgpu.planar_snake(index, grid, 0, self.product.tiles.width)
-            run(m, n, loop.local_index * self.product.steps)
+            run(m, n, loop.local_index * (self.product.steps + self.product.rest))
 
     def stream(self, left: Any, right: Any, m: Any, n: Any, first: Any, count: int):
         """Copies `count` steps of rows m and columns n, from step `first` of the ring.
@@ -201,30 +213,87 @@ class ProductBlock:
           first: Step of the ring.
           count: Steps along C.
         """
-        tiles, stages = self.product.tiles, self.product.stages
+        tiles = self.product.tiles
 
         def load_step(k, _):
-            slot = lax.rem(first + k, stages)
-
-            @pl.when(first + k >= stages)
-            def _():
-                plgpu.barrier_wait(self.empty.at[slot])
-
+            slot, full = self._emptied(first + k)
             contracted = pl.ds(k * tiles.tile_k, tiles.tile_k)
             columns = pl.ds(n * tiles.tile_n, tiles.tile_n)
             a = (pl.ds(m * tiles.tile_m, tiles.tile_m), contracted)
             b = (contracted, columns)
             if self.product.is_transposed:
                 b = b[::-1]
-            full = self.full.at[slot]
             plgpu.copy_gmem_to_smem(left.at[a], self.a_smem.at[slot], full)
             plgpu.copy_gmem_to_smem(right.at[b], self.b_smem.at[slot], full)
 
         lax.fori_loop(0, count, load_step, None)
 
+    def stream_part(self, source: Any, m: Any, n: Any, part: int, step: Any) -> None:
+        """Copies a half of a tile for the epilogue, as one step.
+
+        Args:
+          source: Reference of a matrix like the results.
+          m: Tile along the rows.
+          n: Tile along the columns.
+          part: Which half, of `PARTS`.
+          step: Of the ring.
+        """
+        tiles, is_transposed = self.product.tiles, self.product.is_transposed
+        slot, full = self._emptied(step)
+        row, column = m * tiles.tile_m, n * tiles.tile_n
+        size = self.columns if is_transposed else PIECE // _COPIES
+        for copy in range(_COPIES):
+            # What is copied at once lies together in the place of a right operand.
+            if is_transposed:
+                columns = column + copy * self.columns + part * PIECE
+                at = (pl.ds(row, tiles.tile_m), pl.ds(columns, PIECE))
+            else:
+                rows = row + part * PIECE + copy * size
+                at = (pl.ds(rows, size), pl.ds(column, tiles.tile_n))
+            target = self.b_smem.at[slot, pl.ds(copy * size, size)]
+            plgpu.copy_gmem_to_smem(source.at[at], target, full)
+
+    def pieces(
+        self, part: int, first: Any, matrices: int
+    ) -> Iterator[tuple[int, int, list[Any]]]:
+        """Yields this warpgroup's pieces of a part, and frees their places.
+
+        Each as its first row and column, and the values of each matrix there.
+
+        Args:
+          part: That `stream_part` brought.
+          first: Step of the ring of the first matrix; the others' follow.
+          matrices: How many.
+        """
+        is_transposed, own = self.product.is_transposed, part * PIECE
+        slots = [lax.rem(first + i, self.product.stages) for i in range(matrices)]
+        for slot in slots:
+            plgpu.barrier_wait(self.full.at[slot])
+        for place in (0, PIECE):
+            along = pl.ds(lax.axis_index("warpgroup") * self.columns + place, PIECE)
+            at = (along,) if is_transposed else (slice(None), along)
+            values = [self.b_smem.at[slot, *at][...] for slot in slots]
+            if place == PIECE:
+                for slot in slots:
+                    plgpu.barrier_arrive(self.empty.at[slot])
+            if is_transposed:
+                yield place, own, values
+            else:
+                yield own, place, values
+
+    def _emptied(self, step: Any) -> tuple[Any, Any]:
+        """Waits for the place of a step, which it returns with its barrier."""
+        slot = lax.rem(step, self.product.stages)
+
+        @pl.when(step >= self.product.stages)
+        def _():
+            plgpu.barrier_wait(self.empty.at[slot])
+
+        return slot, self.full.at[slot]
+
     def _multiply(self, epilogue: Callable, m: Any, n: Any, first: Any) -> None:
         product, steps = self.product, self.product.steps
-        store = epilogue(m, n)
+        store = epilogue(m, n, first + steps)
         mine = pl.ds(lax.axis_index("warpgroup") * self.columns, self.columns)
 
         def slot_of(step):

@@ -20,8 +20,8 @@ from .adam8bit import Blocks, adam8bit
 from .attention import attention
 from .cross_entropy import linear_cross_entropy
 from .dispatch import UnknownImplementation, UnsupportedOp, record
-from .gated_mlp import gated_activation
-from .lora_matmul import lora_matmul
+from .gated_mlp import gated_mlp
+from .lora_matmul import Projection, lora_matmul
 from .nf4 import dequantize, quantize
 from .numerics import relative_error, tolerance
 from .rms_norm import add_rms_norm, rms_norm
@@ -242,6 +242,20 @@ def _lora_operands(s: _Sizes) -> tuple[Any, ...]:
     )
 
 
+def _network_operands(s: _Sizes) -> tuple[Any, ...]:
+    widths = (s.features, s.inner), (s.features, s.inner), (s.inner, s.features)
+    weights = [
+        quantize(_normal(i, *width, scale=width[0] ** -0.5))
+        for i, width in enumerate(widths)
+    ]
+    return _normal(3, s.rows, s.tokens, s.features), *weights
+
+
+def _network(x: jax.Array, gate: Any, up: Any, down: Any, **options: Any) -> jax.Array:
+    gate_up = Projection(gate), Projection(up)
+    return gated_mlp(x, gate_up, Projection(down), activation="silu", **options)
+
+
 def _loss_operands(s: _Sizes) -> tuple[jax.Array, ...]:
     rows = s.rows * s.tokens
     targets = jax.random.randint(jax.random.key(2), (rows,), 0, s.vocabulary)
@@ -293,11 +307,8 @@ _OPS = (
     _Op(name="rope", call=_rope, operands=_rope_operands),
     _Op(
         name="gated_mlp",
-        call=functools.partial(gated_activation, activation="silu"),
-        operands=lambda s: (
-            _normal(0, s.rows, s.tokens, s.inner),
-            _normal(1, s.rows, s.tokens, s.inner),
-        ),
+        call=_network,
+        operands=_network_operands,
     ),
     _Op(name="cross_entropy", call=_loss, operands=_loss_operands),
     _Op(

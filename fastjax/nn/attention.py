@@ -100,6 +100,7 @@ class Attention(nnx.Module):
         window: int | Int[Array, ""] | None = None,
         dropout_key: PRNGKeyArray | None = None,
         cache: LayerCache | None = None,
+        residual: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Mixes each token with the earlier tokens of its own document.
 
@@ -109,6 +110,7 @@ class Attention(nnx.Module):
           window: How many tokens back a token sees, itself included; None: all.
           dropout_key: Of the adapters' dropout; None drops nothing.
           cache: Earlier keys and values, none in a prefill; the new ones are added.
+          residual: Added to the result.
         """
         q, k, v = self._projections(x, context, dropout_key)
         q_index = None
@@ -133,7 +135,7 @@ class Attention(nnx.Module):
         )
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, 1)
         flat = mixed.reshape(*x.shape[:2], -1)
-        return self.o_proj(flat, dropout_key=key), cache
+        return self.o_proj(flat, dropout_key=key, residual=residual), cache
 
     def prepared(self, context: TokenContext, window: int | None) -> TokenContext:
         """Returns the context with what layers like this one share besides it.

@@ -110,21 +110,23 @@ class Block(nnx.Module):
         """Returns the hidden states after attention, what follows, and the cache."""
         x = checkpoint_name(x, remat.LAYER_INPUT)
         normed, x = normed_and_input(self.input_layernorm, x)
+        last = self.post_feedforward_layernorm
+        is_sum = last is None and self.residual_scale == 1.0
         mixed, cache = self.self_attn(
             normed,
             context,
             window=window,
             dropout_key=dropout_key,
             cache=cache,
+            residual=x if is_sum else None,
         )
         before_mlp = self.post_attention_layernorm
-        if self.post_feedforward_layernorm is not None:
+        if last is not None:
             mixed = self.post_attention_layernorm(mixed)
             before_mlp = self.pre_feedforward_layernorm
         # The name must sit on the array that the norm's VJP keeps, or the backward
         # pass would recompute the attention to get it.
-        x = x + scaled(mixed, self.residual_scale)
+        x = mixed if is_sum else x + scaled(mixed, self.residual_scale)
         x = checkpoint_name(x, remat.ATTENTION_RESIDUAL)
-        last = self.post_feedforward_layernorm
         half = FeedForward(before_mlp, self.mlp, last, self.residual_scale)
         return x, half, cache

@@ -31,6 +31,8 @@ class FeedForward(NamedTuple):
     ) -> Float[Array, "B T D"]:
         """Returns the hidden states after this half."""
         normed, x = normed_and_input(self.before, x)
+        if self.after is None and self.scale == 1.0:
+            return self.mlp(normed, dropout_key=dropout_key, residual=x)
         update = self.mlp(normed, dropout_key=dropout_key)
         if self.after is not None:
             update = self.after(update)

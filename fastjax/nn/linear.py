@@ -131,10 +131,17 @@ class Linear(nnx.Module):
         self.implementation = implementation
 
     def __call__(
-        self, x: Float[Array, "*B I"], *, dropout_key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "*B I"],
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+        residual: Float[Array, "*B O"] | None = None,
     ) -> Float[Array, "*B O"]:
-        """Returns the projection of `x`; dropout acts when a key is given."""
-        return project(x, (self,), dropout_key=dropout_key)[0]
+        """Returns the projection of `x`; dropout acts when a key is given.
+
+        A residual is added to it, by the same kernel where there is one.
+        """
+        return project(x, (self,), dropout_key=dropout_key, residual=residual)[0]
 
     @property
     def has_adapter(self) -> bool:
@@ -166,6 +173,7 @@ def project(
     linears: Sequence[Linear],
     *,
     dropout_key: PRNGKeyArray | None = None,
+    residual: Float[Array, "*B _"] | None = None,
 ) -> tuple[Float[Array, "*B _"], ...]:
     """Returns the projections of one input by several linears, in one fused op.
 
@@ -173,22 +181,30 @@ def project(
       x: Shared input.
       linears: They share `x`, for example q, k and v.
       dropout_key: Each linear's adapter drops its own entries of `x`; None drops none.
+      residual: Added to the projection of the only linear.
     """
     if isinstance(linears[0].weight, nnx.Param):
-        return tuple(_dense(x, linear) for linear in linears)
-    dropout = max(linear.lora_dropout for linear in linears)
-    keys = None
-    if dropout_key is not None and dropout > 0:
-        keys = tuple(
-            jax.random.fold_in(dropout_key, index) for index in range(len(linears))
-        )
+        dense = tuple(_dense(x, linear) for linear in linears)
+        return dense if residual is None else (dense[0] + residual,)
+    rate, keys = adapter_dropout(linears, dropout_key)
     return lora_matmul_group(
         x,
         tuple(linear.projection() for linear in linears),
-        dropout_rate=dropout if keys is not None else 0.0,
+        residual=residual,
+        dropout_rate=rate,
         dropout_keys=keys,
         implementation=linears[0].implementation,
     )
+
+
+def adapter_dropout(
+    linears: Sequence[Linear], dropout_key: PRNGKeyArray | None
+) -> tuple[float, tuple[PRNGKeyArray | None, ...]]:
+    """Returns the rate of linears that share an input, and a key for each."""
+    rate = max(linear.lora_dropout for linear in linears)
+    if dropout_key is None or rate == 0:
+        return 0.0, (None,) * len(linears)
+    return rate, tuple(jax.random.fold_in(dropout_key, i) for i in range(len(linears)))
 
 
 def _dense(x: Float[Array, "*B I"], linear: Linear) -> Float[Array, "*B O"]:

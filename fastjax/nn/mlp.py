@@ -1,6 +1,6 @@
 """The gated feed-forward network of a layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -9,10 +9,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from fastjax import remat
 from fastjax.config import Implementations
-from fastjax.nn.linear import Linear, project
-from kernels.gated_mlp import gated_activation
+from fastjax.nn.linear import Linear, adapter_dropout, project
+from kernels.gated_mlp import RESIDUAL_NAMES, gated_activation, gated_mlp
 
 
 class GatedMLP(nnx.Module):
@@ -44,17 +43,45 @@ class GatedMLP(nnx.Module):
         self.implementations = implementations
 
     def __call__(
-        self, x: Float[Array, "B T D"], *, dropout_key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+        residual: Float[Array, "B T D"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the update of each token, from that token alone."""
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        """Returns the update of each token, from that token alone, plus a residual."""
         linears = (self.gate_proj, self.up_proj, self.gate_up_proj)
-        rows = project(x, [linear for linear in linears if linear], dropout_key=keys[0])
+        inner = [linear for linear in linears if linear is not None]
+        if isinstance(self.down_proj.weight, nnx.Param):
+            return self._trained_weights(x, inner, residual)
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        rate, inner_keys = adapter_dropout(inner, keys[0])
+        down_rate, down_keys = adapter_dropout((self.down_proj,), keys[1])
+        return gated_mlp(
+            x,
+            tuple(linear.projection() for linear in inner),
+            self.down_proj.projection(),
+            activation=self.activation,
+            residual=residual,
+            dropout_rate=max(rate, down_rate),
+            dropout_keys=(*inner_keys, *down_keys),
+            implementation=self.implementations.gated_mlp,
+            product_implementation=self.down_proj.implementation,
+        )
+
+    def _trained_weights(
+        self,
+        x: Float[Array, "B T D"],
+        inner: Sequence[Linear],
+        residual: Float[Array, "B T D"] | None,
+    ) -> Float[Array, "B T D"]:
+        """Does as a call where weights themselves have gradients."""
+        rows = project(x, inner)
         gate, up = jnp.split(rows[0], 2, axis=-1) if len(rows) == 1 else rows
-        activated = gated_activation(
-            checkpoint_name(gate, remat.GATE),
-            checkpoint_name(up, remat.UP),
+        unit = gated_activation(
+            checkpoint_name(gate, RESIDUAL_NAMES[0]),
+            checkpoint_name(up, RESIDUAL_NAMES[1]),
             activation=self.activation,
             implementation=self.implementations.gated_mlp,
         )
-        return self.down_proj(activated, dropout_key=keys[1])
+        return self.down_proj(unit, residual=residual)

@@ -85,7 +85,7 @@ def _body(
     def load(m, n, step):
         block.stream(hidden_gmem, head_gmem, m, n, step, product.steps)
 
-    def epilogue(m, n):
+    def epilogue(m, n, _):
         shifts = [
             plgpu.load(
                 shift_gmem.at[pl.ds(m * tiles.tile_m + i, PIECE)],

@@ -2,3 +2,5 @@
 
 from .api import ACTIVATIONS as ACTIVATIONS
 from .api import gated_activation as gated_activation
+from .api import gated_mlp as gated_mlp
+from .vjp import RESIDUAL_NAMES as RESIDUAL_NAMES

@@ -1,14 +1,20 @@
-"""Gated linear units (arxiv.org/abs/2002.05202), after both projections."""
+"""Gated linear units (arxiv.org/abs/2002.05202): the unit alone, and the network."""
+
+import functools
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from kernels import dispatch
+from kernels.choice import fastest_first
+from kernels.lora_matmul import Projection, check_projection
 
-from . import reference, vjp
+from . import composed, fused, reference, vjp
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 """Known activations, by Hugging Face's names."""
+
+_UNITS = {"xla": vjp.gated_activation, "reference": reference.gated_activation}
 
 
 def gated_activation(
@@ -31,16 +37,78 @@ def gated_activation(
     Raises:
       ValueError: Unknown activation, or shapes or dtypes disagree.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{activation=} must be one of {', '.join(ACTIVATIONS)}")
+    _check(activation)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         types = f"{jax.typeof(gate)}, {jax.typeof(up)}"
         raise ValueError(f"gate and up must be alike: {types}")
     return dispatch.run(
-        "gated_mlp",
-        {"xla": vjp.gated_activation, "reference": reference.gated_activation},
-        implementation,
-        gate,
-        up,
-        activation=activation,
+        "gated_mlp", _UNITS, implementation, gate, up, activation=activation
     )
+
+
+def gated_mlp(
+    x: Float[Array, "*B D"],
+    gate_up: tuple[Projection, ...],
+    down: Projection,
+    *,
+    activation: str,
+    residual: Float[Array, "*B D"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_keys: tuple[PRNGKeyArray | None, ...] | None = None,
+    implementation: str | None = None,
+    product_implementation: str | None = None,
+) -> Float[Array, "*B D"]:
+    """Returns `down(act(gate(x)) * up(x)) + residual`.
+
+    Each projection as in `lora_matmul_group`, the unit as in `gated_activation`: gate,
+    up and their unit are rounded to the dtype of `x`.
+
+    Args:
+      x: Normalised hidden states.
+      gate_up: The projections to F features, or one to 2 F, the gate's first.
+      down: The projection back.
+      activation: "silu" (SwiGLU) or "gelu_pytorch_tanh" (GeGLU, tanh form).
+      residual: Like `x`; None adds nothing.
+      dropout_rate: Of the adapters' inputs.
+      dropout_keys: One for each of `gate_up` and one for `down`; None drops nothing.
+      implementation: "mosaic_gpu" has the unit's gradient in the epilogue of a product,
+        "xla" and "reference" have it beside; None takes the fastest able.
+      product_implementation: Of the products, as in `lora_matmul`.
+
+    Raises:
+      ValueError: Unknown activation, or what `lora_matmul_group` raises.
+    """
+    _check(activation)
+    for projection in gate_up:
+        check_projection(x.shape[-1], projection)
+    width = sum(projection.weight.shape[1] for projection in gate_up)
+    check_projection(width // 2, down)
+    rows = x.reshape(-1, x.shape[-1])
+    if residual is not None:
+        residual = residual.reshape(rows.shape)
+    inputs, outputs = rows.shape[1], down.weight.shape[0]
+    case = {"rows": rows.shape[0], "inputs": inputs, "outputs": outputs}
+    composed_of = {
+        name: functools.partial(composed.gated_mlp, unit)
+        for name, unit in _UNITS.items()
+    }
+    implementations = {"mosaic_gpu": fused.gated_mlp, **composed_of}
+    result = dispatch.run(
+        "gated_mlp",
+        fastest_first("gated_mlp", case, implementations),
+        implementation,
+        rows,
+        gate_up,
+        down,
+        activation=activation,
+        residual=residual,
+        dropout_rate=dropout_rate,
+        dropout_keys=dropout_keys or (None,) * (len(gate_up) + 1),
+        product_implementation=product_implementation,
+    )
+    return result.reshape(x.shape)
+
+
+def _check(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{activation=} must be one of {', '.join(ACTIVATIONS)}")

@@ -1,4 +1,4 @@
-"""The gated activation at real shapes, for the benchmark."""
+"""The gated activation, and the network, at real shapes."""
 
 import functools
 import math
@@ -7,14 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.program import Program
+from kernels.lora_matmul import Projection
+from kernels.nf4 import quantize
+from kernels.program import Program, nbytes
 
-from .api import gated_activation
-from .cases import GPU_CASES, GatedCase
+from .api import gated_activation, gated_mlp
+from .cases import GPU_CASES, GPU_NETWORKS, GatedCase, NetworkCase
+from .mosaic_gpu_vjp import KERNEL_NAME
+
+_WEIGHT_DEVIATION = 0.02
 
 
 def programs() -> tuple[Program, ...]:
     """Returns every program of the op."""
+    return (*_activations(), *(_network(case) for case in GPU_NETWORKS))
+
+
+def _activations() -> tuple[Program, ...]:
     return tuple(
         Program(
             name=f"gated_mlp.{what}/{case.name}",
@@ -54,3 +63,73 @@ def _backward(
 ) -> Any:
     run = functools.partial(_forward, activation, implementation=implementation)
     return jax.vjp(run, gate, up)[1](dout)
+
+
+def _network(case: NetworkCase) -> Program:
+    """Returns the forward and the backward pass."""
+    arguments = functools.partial(_network_arguments, case)
+    run = functools.partial(_network_gradients, case.activation)
+    shapes = jax.eval_shape(arguments)
+    results = jax.eval_shape(functools.partial(run, implementation="xla"), *shapes)
+    sizes = {"rows": case.rows, "inputs": case.inputs, "outputs": case.features}
+    return Program(
+        name=f"gated_mlp.network/{case.name}",
+        run=run,
+        arguments=arguments,
+        bytes_moved=nbytes((shapes, results)),
+        flops=12 * math.prod(sizes.values()),
+        kernels=(KERNEL_NAME,),
+        decides=("gated_mlp", sizes),
+    )
+
+
+def _network_arguments(case: NetworkCase) -> tuple[Any, ...]:
+    """Returns x, its residual, the projections and the cotangent of the result."""
+    keys = iter(jax.random.split(jax.random.key(0), 12))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape, jnp.bfloat16)
+
+    def projection(inputs: int, outputs: int, rank: int) -> Projection:
+        a, b = normal(inputs, rank), normal(rank, outputs)
+        return Projection(
+            quantize(normal(inputs, outputs) * _WEIGHT_DEVIATION),
+            lora_a=a.astype(jnp.float32) * _WEIGHT_DEVIATION,
+            lora_b=b.astype(jnp.float32) * _WEIGHT_DEVIATION,
+            scaling=jnp.float32(1),
+        )
+
+    inner = [projection(case.inputs, case.features, rank) for rank in case.ranks[:2]]
+    down = projection(case.features, case.inputs, case.ranks[2])
+    x, residual, dout = (normal(case.rows, case.inputs) for _ in range(3))
+    return x, residual if case.has_residual else None, (*inner, down), dout
+
+
+def _network_gradients(
+    activation: str,
+    x: jax.Array,
+    residual: jax.Array | None,
+    projections: tuple[Projection, ...],
+    dout: jax.Array,
+    *,
+    implementation: str,
+) -> Any:
+    """Returns the result and the cotangents of x and of what is trained."""
+
+    def run(x: jax.Array, trained: Any) -> jax.Array:
+        adapted = [
+            Projection(p.weight, scaling=p.scaling, **own)
+            for p, own in zip(projections, trained, strict=True)
+        ]
+        return gated_mlp(
+            x,
+            tuple(adapted[:2]),
+            adapted[2],
+            activation=activation,
+            residual=residual,
+            implementation=implementation,
+        )
+
+    trained = [{"lora_a": p.lora_a, "lora_b": p.lora_b} for p in projections]
+    y, pullback = jax.vjp(run, x, trained)
+    return y, *pullback(dout)

@@ -11,6 +11,9 @@ from jaxtyping import Array, Float
 
 from . import reference
 
+RESIDUAL_NAMES = ("gate", "up")
+"""What the network's backward pass reads of it, for `jax.checkpoint` policies."""
+
 
 def gated_activation(
     gate: Float[Array, "*B F"], up: Float[Array, "*B F"], *, activation: str

@@ -7,16 +7,19 @@ Blocks are those of `kernels.persistent_product`.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.dispatch import UnsupportedOp
 from kernels.persistent_product import (
+    PARTS,
     PIECE,
     PersistentProduct,
     ProductBlock,
@@ -45,6 +48,7 @@ def accumulated_products(
     is_transposed: bool,
     tiles: TileConfig,
     blocks: int,
+    added: Sequence[jax.Array] = (),
 ) -> list[jax.Array]:
     """Returns a matrix for each of `sums`, accumulated in float32, rounded once.
 
@@ -54,6 +58,7 @@ def accumulated_products(
       is_transposed: Right operands are (N, C) in memory.
       tiles: How to cut.
       blocks: Of the grid; as many as the device has multiprocessors.
+      added: To the output, where there is one, before it is rounded.
 
     Raises:
       UnsupportedOp: Sizes are no multiples of the tiles.
@@ -63,7 +68,13 @@ def accumulated_products(
     if rows % tiles.tile_m:
         raise UnsupportedOp(f"{rows} rows are no multiple of {tiles.tile_m}")
     return _launch(
-        lhs, rhs, plan=plan, is_transposed=is_transposed, tiles=tiles, blocks=blocks
+        lhs,
+        rhs,
+        list(added),
+        plan=plan,
+        is_transposed=is_transposed,
+        tiles=tiles,
+        blocks=blocks,
     )
 
 
@@ -73,6 +84,7 @@ def accumulated_products(
 def _launch(
     lhs: list[jax.Array],
     rhs: list[jax.Array],
+    added: list[jax.Array],
     *,
     plan: tuple[_Sum, ...],
     is_transposed: bool,
@@ -81,23 +93,24 @@ def _launch(
 ) -> list[jax.Array]:
     """Runs the kernel. Compiled, so that equal calls in a program are lowered once."""
     rows, dtype = lhs[0].shape[0], lhs[0].dtype
-    steps = sum(plan[0].steps)
+    steps, rest = sum(plan[0].steps), PARTS * len(added)
     product = PersistentProduct(
         tiles=tiles,
-        stages=min(tiles.stages, steps),
+        stages=min(tiles.stages, steps + rest),
         grid=(rows // tiles.tile_m, plan[-1].end),
         steps=steps,
         is_transposed=is_transposed,
+        rest=rest,
     )
     widths = [(part.end - part.first) * tiles.tile_n for part in plan]
     return product.kernel(
         functools.partial(
-            _body, plan=plan, inputs=(len(lhs), len(rhs)), product=product
+            _body, plan=plan, inputs=(len(lhs), len(rhs), len(added)), product=product
         ),
         out_type=[jax.ShapeDtypeStruct((rows, width), dtype) for width in widths],
         blocks=blocks,
         name=KERNEL_NAME,
-    )(*lhs, *rhs)
+    )(*lhs, *rhs, *added)
 
 
 def _plan(sums, is_transposed: bool, tiles: TileConfig):
@@ -132,15 +145,12 @@ def _place(arrays: list[jax.Array], array: jax.Array) -> int:
 def _body(
     *refs,
     plan: tuple[_Sum, ...],
-    inputs: tuple[int, int],
+    inputs: tuple[int, int, int],
     product: PersistentProduct,
     **memory,
 ) -> None:
-    lhs, rhs, outs = (
-        refs[: inputs[0]],
-        refs[inputs[0] : sum(inputs)],
-        refs[sum(inputs) :],
-    )
+    ends = [0, *itertools.accumulate(inputs), len(refs)]
+    lhs, rhs, added, outs = (refs[i:j] for i, j in itertools.pairwise(ends))
     block = ProductBlock(product=product, **memory)
     tiles = product.tiles
 
@@ -154,21 +164,32 @@ def _body(
                     block.stream(lhs[left], rhs[right], m, n - part.first, first, count)
                     first += count
 
-    def epilogue(m, n):
-        return functools.partial(store, m, n)
+        for source in added:
+            for part in range(PARTS):
+                block.stream_part(source, m, n, part, step + product.steps + part)
 
-    def store(m, n, values):
-        values = values.astype(outs[0].dtype)
+    def epilogue(m, n, step):
+        return functools.partial(store, m, n, step)
+
+    def store(m, n, step, values):
         row = m * tiles.tile_m
         column = n * tiles.tile_n + lax.axis_index("warpgroup") * block.columns
-        pieces = [
-            (i, j)
-            for i in range(0, tiles.tile_m, PIECE)
-            for j in range(0, block.columns, PIECE)
-        ]
-        for index, (i, j) in enumerate(pieces):
-            piece_smem = block.placed(index, values[i : i + PIECE, j : j + PIECE])
+        pieces = sums(step, values) if added else whole(values)
+        for index, (i, j, piece) in enumerate(pieces):
+            piece_smem = block.placed(index, piece)
             copy(piece_smem, n, row + i, column + j)
+
+    def whole(values):
+        values = values.astype(outs[0].dtype)
+        for i in range(0, tiles.tile_m, PIECE):
+            for j in range(0, block.columns, PIECE):
+                yield i, j, values[i : i + PIECE, j : j + PIECE]
+
+    def sums(step, values):
+        for part in range(PARTS):
+            for i, j, (other,) in block.pieces(part, step + part, matrices=1):
+                own = values[i : i + PIECE, j : j + PIECE]
+                yield i, j, own + other.astype(jnp.float32)
 
     def copy(piece_smem, n, row, column):
         for part, out in zip(plan, outs, strict=True):

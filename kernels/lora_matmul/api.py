@@ -28,6 +28,7 @@ def lora_matmul(
     scaling: Float32[Array, ""] | float | None,
     bias: Float[Array, " O"] | None = None,
     magnitude: Float[Array, " O"] | None = None,
+    residual: Float[Array, "*B O"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     implementation: str | None = None,
@@ -37,6 +38,7 @@ def lora_matmul(
     (y,) = lora_matmul_group(
         x,
         (projection,),
+        residual=residual,
         dropout_rate=dropout_rate,
         dropout_keys=(dropout_key,),
         implementation=implementation,
@@ -48,6 +50,7 @@ def lora_matmul_group(
     x: Float[Array, "*B I"],
     projections: tuple[Projection, ...],
     *,
+    residual: Float[Array, "*B _"] | None = None,
     dropout_rate: float = 0.0,
     dropout_keys: tuple[PRNGKeyArray | None, ...] | None = None,
     implementation: str | None = None,
@@ -66,6 +69,7 @@ def lora_matmul_group(
     Args:
       x: Activations that all projections read: for q, k and v, or for gate and up.
       projections: Weights of (I, O) with what is trained beside them.
+      residual: Added to the result of the only projection.
       dropout_rate: Fraction of `x` that the adapter branch does not see, to the
         nearest 1/65536.
       dropout_keys: One for each projection, its mask; None drops nothing, as in
@@ -81,10 +85,13 @@ def lora_matmul_group(
     if len(keys) != len(projections):
         raise ValueError(f"{len(projections)} projections, {len(keys)} dropout keys")
     for projection in projections:
-        _check(x.shape[-1], projection)
+        check_projection(x.shape[-1], projection)
     if dropout_rate == 0:
         keys = (None,) * len(projections)
     rows = x.reshape(-1, x.shape[-1])
+    if residual is not None:
+        _check_residual(x, projections, residual)
+        residual = residual.reshape(-1, residual.shape[-1])
     case = {
         "rows": rows.shape[0],
         "inputs": rows.shape[1],
@@ -98,11 +105,24 @@ def lora_matmul_group(
         rows,
         projections,
         keys,
+        residual,
     )
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in results)
 
 
-def _check(features: int, projection: Projection) -> None:
+def _check_residual(
+    x: jax.Array, projections: tuple[Projection, ...], residual: jax.Array
+) -> None:
+    expected = (*x.shape[:-1], projections[0].weight.shape[1])
+    if len(projections) != 1 or (residual.shape, residual.dtype) != (expected, x.dtype):
+        raise ValueError(
+            f"a residual must be like the result of one projection, {expected} of "
+            f"{x.dtype}; there are {len(projections)}, and it is {jax.typeof(residual)}"
+        )
+
+
+def check_projection(features: int, projection: Projection) -> None:
+    """Raises `ValueError` where the parts do not fit each other or so many features."""
     inputs, outputs = projection.weight.shape
     if features != inputs:
         raise ValueError(f"x has {features} features, the weight {inputs} inputs")

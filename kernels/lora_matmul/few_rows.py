@@ -102,7 +102,9 @@ def few_rows_product(
     return jnp.sum(parts, axis=0)[:, :rows].T
 
 
-def check_few_rows(x: jax.Array, w: jax.Array | PackedArray) -> None:
+def check_few_rows(
+    x: jax.Array | jax.ShapeDtypeStruct, w: jax.Array | PackedArray
+) -> None:
     """Raises `UnsupportedOp` for what the kernel lacks."""
     if not isinstance(w, NF4Array):
         raise UnsupportedOp("few rows need a 4-bit weight")

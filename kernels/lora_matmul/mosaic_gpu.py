@@ -22,7 +22,7 @@ from kernels.packed import dense
 from kernels.persistent_product import tiles_for
 
 from . import xla
-from .accumulate import accumulated_products
+from .accumulate import Term, accumulated_products
 from .few_rows import MAX_ROWS, check_few_rows, few_rows_product
 from .products import product
 from .projection import Projection
@@ -33,7 +33,7 @@ from .skinny import (
     low_rank_gradient,
     low_rank_product,
 )
-from .xla import RESIDUAL_NAMES, Keys, Projections
+from .xla import RESIDUAL_NAMES, Added, Keys, Projections
 
 _PAD = 8  # columns: 16 bytes, the least that the copy engine moves
 _TILE = 64  # columns: what it moves at a time, or less in all
@@ -55,7 +55,12 @@ class Residuals(NamedTuple):
     xa: jax.Array | None
 
 
-def check(dropout_rate: float, x: jax.Array, projections: Projections, keys: Keys):
+def check(
+    dropout_rate: float,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    projections: Projections,
+    keys: Keys,
+) -> None:
     """Raises `UnsupportedOp` for what the kernels lack."""
     del dropout_rate  # without keys nothing is dropped
     require_hopper()
@@ -69,7 +74,7 @@ def check(dropout_rate: float, x: jax.Array, projections: Projections, keys: Key
         for projection in projections:
             check_few_rows(x, projection.weight)
         return
-    if len({_is_packed(p) for p in projections}) > 1:
+    if len({is_packed(p) for p in projections}) > 1:
         raise UnsupportedOp("some weights of the group are packed, others are not")
     if sum(_widths(projections)) > MAX_RANK:
         raise UnsupportedOp(f"the ranks of the group exceed {MAX_RANK}")
@@ -78,11 +83,22 @@ def check(dropout_rate: float, x: jax.Array, projections: Projections, keys: Key
 
 
 def forward(
-    dropout_rate: float, x: jax.Array, projections: Projections, keys: Keys
+    dropout_rate: float,
+    x: jax.Array,
+    projections: Projections,
+    keys: Keys,
+    added: Added,
 ) -> tuple[tuple[jax.Array, ...], Residuals | xla.Residuals]:
     """Returns the product of each projection, and what its gradient needs."""
     if x.shape[0] <= MAX_ROWS:
-        return _few_rows_forward(dropout_rate, x, projections, keys)
+        return _few_rows_forward(dropout_rate, x, projections, keys, added)
+    return many_rows_forward(x, projections, added)
+
+
+def many_rows_forward(
+    x: jax.Array, projections: Projections, added: Added
+) -> tuple[tuple[jax.Array, ...], Residuals]:
+    """Does as `forward` with more than `MAX_ROWS` rows."""
     xa = None
     if any(_widths(projections)):
         downs = [_down(p) * p.scale for p in projections if p.has_adapter]
@@ -97,18 +113,25 @@ def forward(
             up = _narrow_weight(projections, index, x.dtype)
             terms.append((_filled(narrow, axis=1), up))
         sums.append(terms)
-    is_packed = _is_packed(projections[0])
+    tiles = tiles_for(x.shape[0], [p.weight.shape[1] for p in projections])
     outputs = accumulated_products(
         sums,
-        is_transposed=is_packed,
-        tiles=tiles_for(x.shape[0], [p.weight.shape[1] for p in projections]),
+        is_transposed=is_packed(projections[0]),
+        tiles=tiles,
         blocks=multiprocessors(),
+        added=added if tiles.has_parts else (),
     )
+    if not tiles.has_parts:
+        outputs[: len(added)] = map(jnp.add, outputs, added)
     return tuple(_used_twice(outputs)), Residuals(x, projections, xa)
 
 
 def _few_rows_forward(
-    dropout_rate: float, x: jax.Array, projections: Projections, keys: Keys
+    dropout_rate: float,
+    x: jax.Array,
+    projections: Projections,
+    keys: Keys,
+    added: Added,
 ) -> tuple[tuple[jax.Array, ...], xla.Residuals]:
     """Does as `forward`, reading every weight once, as codes."""
     xa = xla.scaled_down_products(dropout_rate, x, projections, keys)
@@ -118,6 +141,7 @@ def _few_rows_forward(
         if own is not None:
             y = y + product(own, xla.up(projection, x.dtype), jnp.float32)
         outputs.append(xla.epilogue(y, projection, None, x.dtype))
+    outputs[: len(added)] = map(jnp.add, outputs, added)
     norms = (None,) * len(projections)
     return tuple(outputs), xla.Residuals(x, projections, keys, xa, norms)
 
@@ -131,36 +155,67 @@ def backward(
     if isinstance(residuals, xla.Residuals):
         return xla.backward(dropout_rate, residuals, douts)
     x, projections, xa = residuals
-    is_packed = _is_packed(projections[0])
-    terms = [
-        (dout, _stored(p, x.dtype)) for dout, p in zip(douts, projections, strict=True)
-    ]
-    da: list[jax.Array | None] = [None] * len(projections)
-    db: list[jax.Array | None] = [None] * len(projections)
-    if xa is not None:
-        dxa, db = _narrow_cotangents(douts, xa, projections)
-        down = jnp.concatenate([_down(p) for p in projections if p.has_adapter])
-        down = _filled(down.astype(x.dtype), axis=0)
-        terms.append((_filled(dxa, axis=1), down if is_packed else down.T))
-        da = _down_gradients(x, dxa, projections)
+    terms, narrow = input_terms(projections, xa, douts)
     (dx,) = accumulated_products(
         [terms],
-        is_transposed=not is_packed,
+        is_transposed=not is_packed(projections[0]),
         tiles=tiles_for(x.shape[0], [x.shape[1]]),
         blocks=multiprocessors(),
     )
-    gradients = tuple(
+    return dx, gradients(x, projections, douts, narrow)
+
+
+class NarrowCotangents(NamedTuple):
+    """What the adapters need of the cotangents of the outputs.
+
+    Attributes:
+      dxa: Of `x @ a` of all adapters side by side; None without adapters.
+      db: Of each `b`.
+    """
+
+    dxa: jax.Array | None
+    db: list[jax.Array | None]
+
+
+def input_terms(
+    projections: Projections, xa: jax.Array | None, douts: tuple[jax.Array, ...]
+) -> tuple[list[Term], NarrowCotangents]:
+    """Returns what is summed up for the cotangent of the input."""
+    dtype = douts[0].dtype
+    terms = [
+        (dout, _stored(p, dtype)) for dout, p in zip(douts, projections, strict=True)
+    ]
+    if xa is None:
+        return terms, NarrowCotangents(None, [None] * len(projections))
+    dxa, db = _narrow_cotangents(douts, xa, projections)
+    down = jnp.concatenate([_down(p) for p in projections if p.has_adapter])
+    down = _filled(down.astype(dtype), axis=0)
+    down = down if is_packed(projections[0]) else down.T
+    terms.append((_filled(dxa, axis=1), down))
+    return terms, NarrowCotangents(dxa, db)
+
+
+def gradients(
+    x: jax.Array,
+    projections: Projections,
+    douts: tuple[jax.Array, ...],
+    narrow: NarrowCotangents,
+) -> Projections:
+    """Returns the cotangents of all that is trained."""
+    da: list[jax.Array | None] = [None] * len(projections)
+    if narrow.dxa is not None:
+        da = _down_gradients(x, narrow.dxa, projections)
+    return tuple(
         dataclasses.replace(
             projection,
             weight=None,
             bias=_sum_rows(dout, projection.bias),
             lora_a=da[i],
-            lora_b=db[i],
+            lora_b=narrow.db[i],
             scaling=None,
         )
         for i, (projection, dout) in enumerate(zip(projections, douts, strict=True))
     )
-    return dx, gradients
 
 
 def _used_twice(results: Any) -> Any:
@@ -220,7 +275,7 @@ def _down_gradients(
 def _stored(projection: Projection, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns the weight as it lies in memory: (O, I) of a packed one, else (I, O)."""
     weight = dense(projection.weight, dtype)
-    return weight.T if _is_packed(projection) else weight
+    return weight.T if is_packed(projection) else weight
 
 
 def _narrow_weight(
@@ -240,7 +295,7 @@ def _narrow_weight(
     if any(p.bias is not None for p in projections):
         rows.append(_bias_rows(projection.bias, outputs, dtype))
     joined = _filled(jnp.concatenate(rows), axis=0)
-    return joined.T if _is_packed(projection) else joined
+    return joined.T if is_packed(projection) else joined
 
 
 def _filled(narrow: jax.Array, *, axis: int) -> jax.Array:
@@ -300,5 +355,6 @@ def _sum_rows(dout: jax.Array, bias: jax.Array | None) -> jax.Array | None:
     return jnp.sum(dout.astype(jnp.float32), axis=0).astype(bias.dtype)
 
 
-def _is_packed(projection: Projection) -> bool:
+def is_packed(projection: Projection) -> bool:
+    """Whether the weight lies in memory as (O, I)."""
     return isinstance(projection.weight, NF4Array)

@@ -18,10 +18,14 @@ def lora_matmul_group(
     x: Float[Array, "M I"],
     projections: tuple[Projection, ...],
     dropout_keys: tuple[PRNGKeyArray | None, ...],
+    residual: Float[Array, "M _"] | None,
 ) -> tuple[Float[Array, "M _"], ...]:
     """Returns the product of each projection, rounded once at the end."""
+    own = 0.0 if residual is None else residual.astype(jnp.float32)
     return tuple(
-        _project(x.astype(jnp.float32), projection, dropout_rate, key).astype(x.dtype)
+        (own + _project(x.astype(jnp.float32), projection, dropout_rate, key)).astype(
+            x.dtype
+        )
         for projection, key in zip(projections, dropout_keys, strict=True)
     )
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from . import mosaic_gpu, xla
 from .xla import RESIDUAL_NAMES as RESIDUAL_NAMES
-from .xla import Keys, Projections
+from .xla import Added, Keys, Projections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,42 +41,57 @@ def lora_matmul_group(
     x: Float[Array, "M I"],
     projections: Projections,
     dropout_keys: Keys,
+    residual: Float[Array, "M _"] | None,
 ) -> tuple[Float[Array, "M _"], ...]:
     """Returns the product of each projection, in the dtype of `x`.
+
+    A residual is added to that of the only one.
 
     Raises:
       UnsupportedOp: The passes cannot run this case here.
     """
     passes.check(dropout_rate, x, projections, dropout_keys)
-    return _group(passes, dropout_rate, x, projections, dropout_keys)
+    added = () if residual is None else (residual,)
+    return _group(passes, dropout_rate, len(added), x, projections, dropout_keys, added)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _group(
     passes: Passes,
     dropout_rate: float,
+    num_added: int,
     x: jax.Array,
     projections: Projections,
     dropout_keys: Keys,
+    added: Added,
 ) -> tuple[jax.Array, ...]:
-    return passes.forward(dropout_rate, x, projections, dropout_keys)[0]
+    return _forward(
+        passes, dropout_rate, num_added, x, projections, dropout_keys, added
+    )[0]
 
 
 def _forward(
     passes: Passes,
     dropout_rate: float,
+    num_added: int,
     x: jax.Array,
     projections: Projections,
     dropout_keys: Keys,
+    added: Added,
 ) -> tuple[tuple[jax.Array, ...], Any]:
-    return passes.forward(dropout_rate, x, projections, dropout_keys)
+    del num_added
+    return passes.forward(dropout_rate, x, projections, dropout_keys, added)
 
 
 def _backward(
-    passes: Passes, dropout_rate: float, residuals: Any, douts: tuple[jax.Array, ...]
-) -> tuple[jax.Array, Projections, None]:
+    passes: Passes,
+    dropout_rate: float,
+    num_added: int,
+    residuals: Any,
+    douts: tuple[jax.Array, ...],
+) -> tuple[jax.Array, Projections, None, Added]:
     dx, gradients = passes.backward(dropout_rate, residuals, douts)
-    return dx, gradients, None
+    return dx, gradients, None, douts[:num_added]
 
 
 _group.defvjp(_forward, _backward)

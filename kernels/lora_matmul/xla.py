@@ -19,6 +19,8 @@ RESIDUAL_NAMES = ("lora_xa",)
 
 Projections = tuple[Projection, ...]
 Keys = tuple[PRNGKeyArray | None, ...]
+Added = tuple[jax.Array, ...]
+"""What is added to the outputs: nothing, or (M, O) to the only one."""
 
 
 class Residuals(NamedTuple):
@@ -41,7 +43,11 @@ class Residuals(NamedTuple):
 
 
 def forward(
-    dropout_rate: float, x: jax.Array, projections: Projections, keys: Keys
+    dropout_rate: float,
+    x: jax.Array,
+    projections: Projections,
+    keys: Keys,
+    added: Added,
 ) -> tuple[tuple[jax.Array, ...], Residuals]:
     """Returns the product of each projection, and what its gradient needs."""
     xa = scaled_down_products(dropout_rate, x, projections, keys)
@@ -56,6 +62,8 @@ def forward(
         y = _linear(x, weight, xa, projections, index, is_joined, dtype)
         outputs.append(epilogue(y, projection, norm, x.dtype))
         norms.append(norm)
+    # XLA adds to a product inside of it.
+    outputs[: len(added)] = map(jnp.add, outputs, added)
     return tuple(outputs), Residuals(x, projections, keys, xa, tuple(norms))
 
 

@@ -192,6 +192,26 @@ def _with_weight(projection: Projection, weight: Any) -> Projection:
     return Projection(weight, scaling=projection.scaling, **_trained(projection))
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla", "reference"])
+def test_a_residual_is_added(implementation: str) -> None:
+    """Here by the kernel of few rows; that of many adds to the gated network's."""
+    case = dataclasses.replace(INTERPRETED[2], outputs=(256,), ranks=(4,))
+    x, projections, _ = _inputs(case, "bfloat16")
+    residual = _normal(jax.random.key(9), (5, 256), "bfloat16")
+
+    def run(residual: jax.Array | None) -> jax.Array:
+        (y,) = lora_matmul_group(
+            x, projections, residual=residual, implementation=implementation
+        )
+        return y.astype(jnp.float32)
+
+    with interpreted():
+        added, pullback = jax.vjp(run, residual)
+        alone = run(None)
+    assert relative_error(added, alone + residual.astype("float32")) < 5e-3
+    assert jnp.array_equal(pullback(jnp.ones_like(added))[0], jnp.ones_like(residual))
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("name", ["qkv_mixed", "dropout", "dora"])
 def test_a_group_equals_its_members(name: str, implementation: str) -> None:
@@ -466,6 +486,8 @@ def test_wrong_use_is_named() -> None:
         run(Projection(p.weight, magnitude=jnp.ones(32)))
     with pytest.raises(ValueError, match=r"dropout_rate=1\.0"):
         run(p, dropout_rate=1.0)
+    with pytest.raises(ValueError, match=r"a residual must be like .* \(40, 32\)"):
+        lora_matmul_group(x, (p,), residual=x)
     with pytest.raises(ValueError, match="1 projections, 2 dropout keys"):
         run(p, dropout_keys=(None, None))
 
