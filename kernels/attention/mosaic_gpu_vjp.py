@@ -176,10 +176,18 @@ def _dq_body(
         def step(turn, dq, *, is_masked=False):
             at = slot(turn)
 
-            def products(dq_ref, scores_ref, dweights_ref):
+            def products(dq_ref, scores_ref):
                 dq_ref[...] = dq
                 plgpu.barrier_wait(k_loaded.at[at])
                 plgpu.wgmma(scores_ref, q_smem.at[group], k_smem.at[at].T)
+                # Its registers are cleared while the first product runs.
+                later = functools.partial(later_products, dq_ref, scores_ref)
+                pl.run_scoped(later, accumulator(block_k))
+                dq_new = dq_ref[...]
+                plgpu.barrier_arrive(k_free.at[at])
+                return dq_new
+
+            def later_products(dq_ref, scores_ref, dweights_ref):
                 plgpu.barrier_wait(v_loaded.at[at])
                 plgpu.wgmma(dweights_ref, dout_smem.at[group], v_smem.at[at].T)
                 scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
@@ -194,12 +202,8 @@ def _dq_body(
                 if slope is not None:
                     dscores *= slope
                 plgpu.wgmma(dq_ref, dscores.astype(k_smem.dtype), k_smem.at[at])
-                dq_new = dq_ref[...]
-                plgpu.barrier_arrive(k_free.at[at])
-                return dq_new
 
-            scores = accumulator(block_k)
-            return pl.run_scoped(products, accumulator(head_size), scores, scores)
+            return pl.run_scoped(products, accumulator(head_size), accumulator(block_k))
 
         zeros = jnp.zeros((WARPGROUP_ROWS, head_size), jnp.float32)
         dq = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
@@ -349,10 +353,18 @@ def _dkv_body(
         def step(head, turn, gradients, *, is_masked=False):
             at = slot(head, turn)
 
-            def products(dk_ref, dv_ref, scores_ref, dweights_ref):
+            def products(dk_ref, dv_ref, scores_ref):
                 dk_ref[...], dv_ref[...] = gradients
                 plgpu.barrier_wait(q_loaded.at[at])
                 plgpu.wgmma(scores_ref, k_smem.at[row_group], q_smem.at[at].T)
+                # Its registers are cleared while the first product runs.
+                later = functools.partial(later_products, dk_ref, dv_ref, scores_ref)
+                pl.run_scoped(later, accumulator(tiles.dkv_q))
+                results = dk_ref[...], dv_ref[...]
+                plgpu.barrier_arrive(q_free.at[at])
+                return results
+
+            def later_products(dk_ref, dv_ref, scores_ref, dweights_ref):
                 plgpu.barrier_wait(dout_loaded.at[at])
                 plgpu.wgmma(dweights_ref, v_smem.at[row_group], dout_smem.at[at].T)
                 lse = plgpu.load(statistics_smem.at[at, 0], layout=_COLUMNS)
@@ -379,15 +391,14 @@ def _dkv_body(
                 plgpu.wgmma(
                     dk_ref, dscores.astype(q_smem.dtype), q_smem.at[at, :, mine]
                 )
+                # The statistics were read, copies may overwrite. The fence takes a
+                # while: beside the last product it costs nothing.
+                plgpu.commit_smem()
                 plgpu.wgmma_wait(1)
                 plgpu.barrier_arrive(dout_free.at[at])
-                results = dk_ref[...], dv_ref[...]
-                plgpu.commit_smem()  # the statistics were read, copies may overwrite
-                plgpu.barrier_arrive(q_free.at[at])
-                return results
 
-            gradient, scores = accumulator(columns), accumulator(tiles.dkv_q)
-            return pl.run_scoped(products, gradient, gradient, scores, scores)
+            gradient = accumulator(columns)
+            return pl.run_scoped(products, gradient, gradient, accumulator(tiles.dkv_q))
 
         def over_head(head, gradients):
             plain = functools.partial(step, head)

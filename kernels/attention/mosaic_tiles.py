@@ -83,7 +83,7 @@ def tile_config(head_size: int, *, has_softcap: bool) -> TileConfig:
         )
     if has_softcap and head_size > 96:
         return TileConfig(dkv_k=64)
-    return TileConfig(dq_k=128 if head_size == 128 else 64)
+    return TileConfig(dq_k=128 if head_size in (64, 128) else 64)
 
 
 def operand(shape: tuple[int, ...], dtype: jnp.dtype, *, step: int = 64) -> Any:
