@@ -1,15 +1,19 @@
 """Products of few rows with a 4-bit weight on Hopper, as in decoding.
 
-The weight is read once, as codes, and decoded in registers to the bits that
-`nf4.dequantize` gives. It is the left operand of wgmma, whose 64 rows it fills; the
-activations, at most 64 rows of them, are the right one. Products do not care for the
-order of what they sum up, so each thread takes 64 codes that lie together, a block with
-one scale, and `x` is permuted to match (`_thread_order`).
+The weight is read once, as codes. It is the left operand of wgmma, whose 64 rows it
+fills; the activations, at most 64 rows of them, are the right one. A byte of two codes
+becomes two 16-bit numbers by one look-up in shared memory (`_values`). Scales are
+applied in float32 to what is summed up: before the product with a block of 64 codes,
+the accumulator is multiplied by the last block's scale over this one's. So no weight is
+rounded; a code's value is, by less than weights would be.
 
-A block of the grid has four multiplying warpgroups with 64 outputs each, which share
-the tiles of `x` that a fifth one loads. The contracted axis is split so that blocks
-fill the device; the parts, in float32, are added in a fixed order. Codes are in flight
-one step ahead. Budget: up to 192 KiB shared memory; 112 registers a thread.
+Products do not care for the order of what they sum up: each thread takes sixteen codes
+of a block that lie together, and `x` is permuted to match (`_thread_order`).
+
+A block of the grid has four multiplying warpgroups with 64 outputs each; a fifth one
+loads codes and `x`. The contracted axis is split so that blocks fill the device; the
+parts, in float32, are added in a fixed order. Budget: 192 KiB shared memory, of which
+the table of values, once for each bank, has 64; 112 registers a thread.
 """
 
 import functools
@@ -27,7 +31,7 @@ from jaxtyping import Array, Float, Float32
 
 from kernels.dispatch import UnsupportedOp
 from kernels.nf4 import NF4Array, ptx, rounding
-from kernels.nf4.codebooks import CODEBOOKS, DYNAMIC_MAP
+from kernels.nf4.codebooks import CODEBOOKS, DYNAMIC_MAP, Code
 from kernels.packed import PackedArray
 from kernels.stand_in import stand_in
 from kernels.wgmma import accumulator, swizzled
@@ -37,17 +41,19 @@ MAX_ROWS = 64
 
 _MULTIPLIERS = 4  # warpgroups
 _OUTPUTS = 64  # of a warpgroup
-_UNIT = 256  # contracted elements of a step: a block of 64 for each of 4 lanes
-_LINE = 64
-_BLOCK_SIZE, _NESTED_BLOCK_SIZE = 64, 256
-_MAX_STAGES = 6
-_RING_BYTES = 192 * 1024
+_TILE = _MULTIPLIERS * _OUTPUTS
+_UNIT = 256  # contracted elements of a step
+_BLOCK = 64  # codes with one scale
+_BLOCKS = _UNIT // _BLOCK
+_OCTETS = _UNIT // 2
+_NESTED_BLOCK = 256
+_STAGES = 2  # more of them take longer: their copies share the memory's rate
 _LOADER_REGISTERS, _MULTIPLIER_REGISTERS = 32, 112
 _THREADS = 128
 
-_WORDS = 8  # of a thread's codes in one row
-_FETCHED = plgpu.Layout.WG_STRIDED((_THREADS * 20,), 4)
-_TABLES = plgpu.Layout.WG_STRIDED((_THREADS * 16,), 4)
+_CODES = plgpu.Layout.WGMMA_UPCAST_4X  # eight bytes in a row for each thread
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_FETCHED = plgpu.Layout.WG_STRIDED((_THREADS * 4,), 4)
 _SPLAT = plgpu.Layout.WG_STRIDED((_THREADS,), 1)
 
 
@@ -63,26 +69,28 @@ def few_rows_product(
     check_few_rows(x, w)
     assert w.nested_offset is not None
     rows, (inputs, outputs) = x.shape[0], w.shape
-    tiles, units = outputs // (_MULTIPLIERS * _OUTPUTS), inputs // _UNIT
+    tiles, units = outputs // _TILE, inputs // _UNIT
     divisors = [d for d in range(1, units + 1) if units % d == 0]
     splits = max(d for d in divisors if d == 1 or tiles * d <= blocks)
     width = -(-rows // 8) * 8
     steps = units // splits
-    stages = min(steps, _MAX_STAGES, _RING_BYTES // (2 * width * _UNIT))
+    stages = min(steps, _STAGES)
+    values, factor = _values(w.code, w.dtype)
     parts = plgpu.kernel(
-        functools.partial(
-            _body,
-            w=w,
-            steps=steps,
-            width=width,
-            stages=stages,
-        ),
+        functools.partial(_body, w=w, steps=steps, stages=stages, factor=factor),
         out_type=jax.ShapeDtypeStruct((splits, outputs, width), jnp.float32),
         scratch_types={
             "x_smem": plgpu.SMEM(
-                (stages, width, _UNIT), x.dtype, transforms=swizzled(_LINE, x.dtype)
+                (stages, width, _UNIT), x.dtype, transforms=swizzled(_BLOCK, x.dtype)
             ),
-            "full": plgpu.Barrier(num_barriers=stages),
+            "codes_smem": plgpu.SMEM(
+                (stages, _TILE, _OCTETS),
+                jnp.uint8,
+                transforms=swizzled(_OCTETS, jnp.uint8),
+            ),
+            "values_smem": plgpu.SMEM((values.size, ptx.ENTRY_WORDS), jnp.int32),
+            "filled": plgpu.Barrier(num_arrivals=_MULTIPLIERS),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             "empty": plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages),
         },
         grid=(tiles, splits),
@@ -98,6 +106,7 @@ def few_rows_product(
         w.nested_absmax,
         w.nested_offset.reshape(1),
         jnp.asarray(DYNAMIC_MAP),
+        jnp.asarray(values),
     )
     return jnp.sum(parts, axis=0)[:, :rows].T
 
@@ -113,23 +122,47 @@ def check_few_rows(
         raise UnsupportedOp(f"{x.dtype=} and {w.dtype=} must be the same 16 bits")
     if w.codes.ndim != 1 or not w.is_double_quantized:
         raise UnsupportedOp("the weight must be one matrix with 8-bit scales")
-    if (w.block_size, w.nested_block_size) != (_BLOCK_SIZE, _NESTED_BLOCK_SIZE):
+    if (w.block_size, w.nested_block_size) != (_BLOCK, _NESTED_BLOCK):
         raise UnsupportedOp(f"{w.block_size=} and {w.nested_block_size=}")
-    if inputs % _UNIT or outputs % (_MULTIPLIERS * _OUTPUTS):
+    if inputs % _UNIT or outputs % _TILE:
         raise UnsupportedOp(f"{w.shape=} must be multiples of {_UNIT}")
     if x.shape[0] > MAX_ROWS:
         raise UnsupportedOp(f"{x.shape[0]} rows are more than {MAX_ROWS}")
 
 
+@functools.cache
+def _values(code: Code, dtype: str) -> tuple[np.ndarray, float]:
+    """Returns a word for each byte of codes, and what its values are multiplied with.
+
+    A word holds both codes' values in 16 bits, the first one's in the low half. The
+    common factor, taken out of the scales, is the one of 4,096 for which rounding moves
+    the values the least: NF4's by 6e-4 of their size in bfloat16.
+    """
+    codebook = CODEBOOKS[code].astype(np.float64)
+
+    def rounded(factor: float) -> np.ndarray:
+        return (factor * codebook).astype(jnp.dtype(dtype))
+
+    def distance(factor: float) -> float:
+        moved = rounded(factor).astype(np.float64) / factor - codebook
+        return float(np.sum(moved**2))
+
+    factor = min((1 + np.arange(4096) / 4096).tolist(), key=distance)
+    octets = np.arange(256)
+    both = rounded(factor)[np.stack([octets >> 4, octets & 15], axis=-1)]
+    return both.view(np.int32)[:, 0], factor
+
+
 def _thread_order(x: jax.Array) -> jax.Array:
     """Returns `x` with its columns in the order in which the threads decode.
 
-    Lane c of four has the codes `64 c + 4 s + 2 h + v` of a unit. In step s of wgmma,
+    Lane c of four has the codes `16 c + 4 s + 2 h + v` of a block. In step s of wgmma,
     which contracts 16, it holds the columns `8 h + 2 c + v`.
     """
-    rows, inputs = x.shape
-    split = x.reshape(rows, inputs // _UNIT, 4, 16, 2, 2)
-    return split.transpose(0, 1, 3, 4, 2, 5).reshape(rows, inputs)
+    columns = np.arange(_BLOCK).reshape(4, 4, 2, 2)
+    order = columns.transpose(1, 2, 0, 3).reshape(_BLOCK)
+    blocks = x.reshape(x.shape[0], -1, _BLOCK)
+    return jnp.take(blocks, order, axis=2).reshape(x.shape)
 
 
 def _body(
@@ -139,29 +172,31 @@ def _body(
     nested_gmem,
     offset_gmem,
     map_gmem,
+    values_gmem,
     out_gmem,
     *,
     x_smem,
+    codes_smem,
+    values_smem,
+    filled,
     full,
     empty,
     w: NF4Array,
     steps: int,
-    width: int,
     stages: int,
+    factor: float,
 ) -> None:
-    part = lax.axis_index("part")
+    tile, part = lax.axis_index("tile"), lax.axis_index("part")
     warpgroup = lax.axis_index("warpgroup")
-    row = (lax.axis_index("tile") * _MULTIPLIERS + warpgroup) * _OUTPUTS
-    blocks_of_row = w.shape[0] // _BLOCK_SIZE
+    row = tile * _TILE + warpgroup * _OUTPUTS
+    blocks_of_row, width = w.shape[0] // _BLOCK, x_smem.shape[1]
+    own = pl.ds(warpgroup * _OUTPUTS, _OUTPUTS)
 
     def fetched(step):
         unit = part * steps + jnp.minimum(step, steps - 1)
-        rows, units = pl.ds(row, _OUTPUTS), pl.ds(unit * (_UNIT // 2), _UNIT // 2)
-        scales = pl.ds(unit * 4, 4)
-        first_block = lax.broadcast(row * blocks_of_row + unit * 4, (_THREADS,))
+        first_block = lax.broadcast(row * blocks_of_row + unit * _BLOCKS, (_THREADS,))
         return _fetch(
-            codes_gmem.at[rows, units],
-            absmax_gmem.at[rows, scales],
+            absmax_gmem.at[pl.ds(row, _OUTPUTS), pl.ds(unit * _BLOCKS, _BLOCKS)],
             nested_gmem,
             plgpu.layout_cast(first_block, _SPLAT),
             blocks_of_row,
@@ -174,21 +209,42 @@ def _body(
         def _():
             plgpu.barrier_wait(empty.at[slot])
 
-        columns = pl.ds((part * steps + step) * _UNIT, _UNIT)
-        plgpu.copy_gmem_to_smem(x_gmem.at[:, columns], x_smem.at[slot], full.at[slot])
+        unit = part * steps + step
+        codes = codes_gmem.at[
+            pl.ds(tile * _TILE, _TILE), pl.ds(unit * _OCTETS, _OCTETS)
+        ]
+        x = x_gmem.at[:, pl.ds(unit * _UNIT, _UNIT)]
+        plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(x, x_smem.at[slot], full.at[slot])
 
-    def multiply(acc, step, current):
+    def fill():
+        words = plgpu.load(values_gmem.at[own], layout=_ROWS, optimized=False)
+        copies = lax.broadcast_in_dim(words, (_OUTPUTS, ptx.LANES), (0,))
+        values_smem.at[own, pl.ds(0, ptx.LANES)][...] = copies
+        plgpu.barrier_arrive(filled)
+        plgpu.barrier_wait(filled)
+
+    def multiply_block(acc, weight, ratio, slot, block):
+        plgpu.wgmma_wait(0)  # the last block's product, while this one was decoded
+        acc[...] = acc[...] * lax.broadcast_in_dim(ratio, (_OUTPUTS, width), (0,))
+        contracted = x_smem.at[slot, :, pl.ds(block * _BLOCK, _BLOCK)]
+        plgpu.wgmma(acc, weight, contracted.transpose((1, 0)))
+
+    def multiply(acc, step, carry):
+        last_scale, current = carry
         slot = lax.rem(step, stages)
         following = fetched(step + 1)
-        tables = _tables(current, map_gmem, offset_gmem, w)
+        scales, inverses = _scales(current, map_gmem, offset_gmem, factor)
+        ratios = [*map(jnp.multiply, (last_scale, *scales), inverses)]
         plgpu.barrier_wait(full.at[slot])
-        for chunk in range(_UNIT // _LINE):
-            columns = x_smem.at[slot, :, pl.ds(chunk * _LINE, _LINE)]
-            weight = _decode(current, tables, chunk, w)
-            plgpu.wgmma(acc, weight, columns.transpose((1, 0)))
-            plgpu.wgmma_wait(0)
+        codes = plgpu.load(codes_smem.at[slot, own], layout=_CODES)
+        for block, ratio in enumerate(ratios):
+            weight = _decode(codes, values_smem, block, w)
+            multiply_block(acc, weight, ratio, slot, block)
+        plgpu.wgmma_wait(0)
+        plgpu.commit_smem()  # copies to come do not wait for loads of codes otherwise
         plgpu.barrier_arrive(empty.at[slot])
-        return following
+        return scales[-1], following
 
     @pl.when(warpgroup == _MULTIPLIERS)
     def _():
@@ -200,77 +256,66 @@ def _body(
     @pl.when(warpgroup < _MULTIPLIERS)
     def _():
         plgpu.set_max_registers(_MULTIPLIER_REGISTERS, action="increase")
+        first = fetched(0)
+        fill()
+        one = plgpu.layout_cast(jnp.ones((_OUTPUTS,), jnp.float32), _ROWS)
 
         @functools.partial(pl.run_scoped, acc=accumulator(_OUTPUTS, width))
         def _(acc):
             one_step = functools.partial(multiply, acc)
-            lax.fori_loop(0, steps, lambda k, words: one_step(k, words), fetched(0))
-            out_gmem[part, pl.ds(row, _OUTPUTS)] = acc[...]
+            scale, _ = lax.fori_loop(0, steps, one_step, (one, first))
+            scale = lax.broadcast_in_dim(scale, (_OUTPUTS, width), (0,))
+            out_gmem[part, pl.ds(row, _OUTPUTS)] = acc[...] * scale
 
 
-def _fetch(codes, absmax, nested, first_block, blocks_of_row: int) -> Array:
-    """Loads what a thread needs of a unit: codes of two rows, and their scales' parts.
+def _fetch(absmax, nested, first_block, blocks_of_row: int) -> Array:
+    """Loads a thread's two 8-bit scales of a unit, and the nested ones.
 
-    Rows are `16 warp + lane / 4` and the eighth one after. Each thread has 20 words:
-    eight of codes for each row, the two 8-bit scales, the two nested scales.
+    They are those of the rows `16 warp + lane / 4` and the eighth one after, and of
+    one of four blocks.
     """
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), _SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((_THREADS * 20,), jnp.int32, _FETCHED),
+        arg_types=(plgpu.RefType(), plgpu.RefType(), _SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((_THREADS * 4,), jnp.int32, _FETCHED),
     )
     @stand_in(functools.partial(_fetch_in_jnp, blocks_of_row=blocks_of_row))
-    def fetch(_, codes, absmax, nested, first_block):
+    def fetch(_, absmax, nested, first_block):
         i32 = ir.IntegerType.get_signless(32)
-        four = ir.VectorType.get((4,), i32)
         row, lane = _row_and_lane()
-        row_bytes = codes.type.get_strides_and_offset()[0][0]
         scales_of_row = absmax.type.get_strides_and_offset()[0][0]
         [first] = first_block.registers.flat
-        registers, scales, factors = [], [], []
+        scales, nested_scales = [], []
         for half in range(2):
             my_row = arith.addi(row, _i32(8 * half))
-            start = arith.addi(
-                arith.muli(my_row, _i32(row_bytes)), arith.muli(lane, _i32(32))
-            )
-            for piece in range(2):
-                place = arith.addi(start, _i32(16 * piece))
-                registers.append(_load(codes, place, four))
             block = arith.addi(arith.muli(my_row, _i32(scales_of_row)), lane)
             code = _load(absmax, block, ir.IntegerType.get_signless(8))
             scales.append(arith.extui(i32, code))
             in_matrix = arith.addi(
-                _register_i32(first),
+                mgpu.utils.bitcast(first, i32),
                 arith.addi(arith.muli(my_row, _i32(blocks_of_row)), lane),
             )
             nested_block = arith.shrui(in_matrix, _i32(8))
             place = arith.muli(nested_block, _i32(4))
-            factors.append(_load(nested, place, i32))
-        registers.append(_vector(four, [*scales, *factors]))
-        return _fragmented(registers, _FETCHED)
+            nested_scales.append(_load(nested, place, i32))
+        four = ir.VectorType.get((4,), i32)
+        words = vector.from_elements(four, [*scales, *nested_scales])
+        return _fragmented([words], _FETCHED, (1,), is_signed=True)
 
-    return fetch(codes, absmax, nested, first_block)
+    return fetch(absmax, nested, first_block)
 
 
 def _fetch_in_jnp(
-    codes: Array,
-    absmax: Array,
-    nested: Array,
-    first_block: Array,
-    *,
-    blocks_of_row: int,
+    absmax: Array, nested: Array, first_block: Array, *, blocks_of_row: int
 ) -> Array:
     """What `_fetch` loads."""
-    words = lax.bitcast_convert_type(codes.reshape(_OUTPUTS, 4, _WORDS, 4), jnp.int32)
     blocks = first_block[0] + blocks_of_row * jnp.arange(_OUTPUTS)[:, None]
-    blocks = blocks + jnp.arange(4)[None]
-    factors = lax.bitcast_convert_type(nested[blocks // 256], jnp.int32)
-    scales = absmax.astype(jnp.int32)
+    blocks = blocks + jnp.arange(_BLOCKS)[None]
+    nested_scales = lax.bitcast_convert_type(nested[blocks // _NESTED_BLOCK], jnp.int32)
     by_thread = [_by_thread(half) for half in range(2)]
-    own = [words[place].reshape(_THREADS, 2, 4) for place in by_thread]
-    last = [part[place] for part in (scales, factors) for place in by_thread]
-    registers = jnp.concatenate([*own, jnp.stack(last, axis=-1)[:, None]], axis=1)
-    return registers.transpose(1, 0, 2).reshape(-1)
+    parts = (absmax.astype(jnp.int32), nested_scales)
+    own = [part[place] for part in parts for place in by_thread]
+    return jnp.stack(own, axis=-1).reshape(-1)
 
 
 def _by_thread(half: int) -> tuple[np.ndarray, np.ndarray]:
@@ -280,119 +325,134 @@ def _by_thread(half: int) -> tuple[np.ndarray, np.ndarray]:
     return 16 * warp + lane // 4 + 8 * half, lane % 4
 
 
-def _tables(fetched: Array, dynamic_map, offset, w: NF4Array) -> Array:
-    """Returns the sixteen products of a thread's two blocks, as tables of bytes."""
+def _scales(
+    fetched: Array, dynamic_map, offset, factor: float
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Returns the rows' scales of each block of a unit, and their inverses.
+
+    They lack the values' factor. One that would be zero, without an inverse, is tiny.
+    """
+    rows = plgpu.ShapeDtypeStruct((_OUTPUTS,), jnp.float32, _ROWS)
 
     @plgpu.inline_mgpu(
         arg_types=(_FETCHED, plgpu.RefType(), plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((_THREADS * 16,), jnp.int32, _TABLES),
+        return_type=(rows,) * (2 * _BLOCKS),
     )
-    @stand_in(functools.partial(_tables_in_jnp, w=w))
-    def tables(_, fetched, dynamic_map, offset):
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        four = ir.VectorType.get((4,), i32)
-        last = fetched.registers[4]
-        shift = _load(offset, _i32(0), f32)
-        struct = llvm.StructType.get_literal([i32] * 8)
-        registers = []
+    @stand_in(functools.partial(_scales_in_jnp, factor=factor))
+    def scales(_, fetched, dynamic_map, offset):
+        f32 = ir.F32Type.get()
+        one = ir.VectorType.get((1,), f32)
+        [words] = fetched.registers.flat
+        shift, inverse_factor = (
+            _load(offset, _i32(0), f32),
+            mgpu.utils.c(1 / factor, f32),
+        )
+        own = []
         for half in range(2):
-            place = arith.muli(_element(last, half), _i32(4))
-            factor = arith.bitcast(f32, _element(last, 2 + half))
-            operands = [_load(dynamic_map, place, f32), factor, shift]
-            scale = llvm.inline_asm(f32, operands, _SCALE, "=f,f,f,f")
-            found = llvm.inline_asm(
-                struct, [scale], ptx.products(w.code, w.dtype), ptx.PRODUCTS_CONSTRAINTS
+            place = arith.muli(_element(words, half), _i32(4))
+            nested = arith.bitcast(f32, _element(words, 2 + half))
+            operands = [_load(dynamic_map, place, f32), nested, shift, inverse_factor]
+            own.append(llvm.inline_asm(f32, operands, _SCALE, "=f,f,f,f,f"))
+        asked = [_FROM_LANE.format(block) for block in range(_BLOCKS)]
+        of_rows = [
+            [llvm.inline_asm(f32, [scale], ask, "=f,f") for scale in own]
+            for ask in asked
+        ]
+        inverses = [
+            [llvm.inline_asm(f32, [scale], _INVERSE, "=f,f") for scale in scales]
+            for scales in of_rows
+        ]
+        return tuple(
+            _fragmented(
+                [vector.broadcast(one, each) for each in pair],
+                _ROWS,
+                (1, 1, 2, 1, 1),
+                is_signed=None,
             )
-            words = [llvm.extractvalue(i32, found, [i]) for i in range(8)]
-            registers += [_vector(four, words[:4]), _vector(four, words[4:])]
-        return _fragmented(registers, _TABLES)
-
-    return tables(fetched, dynamic_map, offset)
-
-
-_SCALE = "{\n.reg .f32 p;\nmul.rn.f32 p, $1, $2;\nadd.rn.f32 $0, p, $3;\n}"
-
-
-def _tables_in_jnp(
-    fetched: Array, dynamic_map: Array, offset: Array, *, w: NF4Array
-) -> Array:
-    """What `_tables` computes."""
-    last = fetched.reshape(5, _THREADS, 4)[4]
-    factors = lax.bitcast_convert_type(last[:, 2:], jnp.float32)
-    scales = rounding.product(dynamic_map[last[:, :2]], factors) + offset[0]
-    codebook = jnp.asarray(CODEBOOKS[w.code])[None, None]
-    values = (codebook * scales[..., None]).astype(w.dtype)
-    octets = lax.bitcast_convert_type(values, jnp.uint8)  # (threads, 2, 16, 2)
-    planes = octets.transpose(0, 1, 3, 2).reshape(_THREADS, 4, 4, 4)
-    words = lax.bitcast_convert_type(planes, jnp.int32)
-    return words.transpose(1, 0, 2).reshape(-1)
-
-
-def _decode(fetched: Array, tables: Array, chunk: int, w: NF4Array) -> Array:
-    """Returns the 64 x 64 values of four wgmma steps, as its left operand."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(_FETCHED, _TABLES),
-        return_type=plgpu.ShapeDtypeStruct(
-            (_OUTPUTS, _LINE), jnp.dtype(w.dtype), plgpu.Layout.WGMMA
-        ),
-    )
-    @stand_in(functools.partial(_decode_in_jnp, chunk=chunk, w=w))
-    def decode(_, fetched, tables):
-        i32 = ir.IntegerType.get_signless(32)
-        pair = ir.VectorType.get((2,), ir.Type.parse(_MLIR_NAMES[w.dtype]))
-        layout = plgpu.Layout.WGMMA.to_mgpu()
-        shape = layout.registers_shape((_OUTPUTS, _LINE))
-        assert shape == (1, 8, 1, 1, 2, 1, 1, 1, 1)
-        registers = np.empty(shape, dtype=object)
-        struct = llvm.StructType.get_literal([i32] * 4)
-        for half in range(2):
-            table = [
-                _element(tables.registers[2 * half + i], j)
-                for i in range(2)
-                for j in range(4)
-            ]
-            for word_of_chunk in range(2):
-                piece, place = divmod(2 * chunk + word_of_chunk, 4)
-                word = _element(fetched.registers[2 * half + piece], place)
-                found = llvm.inline_asm(
-                    struct, [word, *table], ptx.look_up(), ptx.LOOK_UP_CONSTRAINTS
-                )
-                for i in range(4):
-                    value = llvm.extractvalue(i32, found, [i])
-                    column = 4 * word_of_chunk + i  # eight columns each
-                    registers[0, column, 0, 0, half, 0, 0, 0, 0] = mgpu.utils.bitcast(
-                        value, pair
-                    )
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=layout, _is_signed=None
+            for pair in (*of_rows, *inverses)
         )
 
-    return decode(fetched, tables)
+    found = scales(fetched, dynamic_map, offset)
+    return found[:_BLOCKS], found[_BLOCKS:]
+
+
+_TINY = 2.0**-64
+_SCALE = """{
+.reg .f32 scale, size;
+.reg .pred is_tiny;
+mul.rn.f32 scale, $1, $2;
+add.rn.f32 scale, scale, $3;
+mul.rn.f32 scale, scale, $4;
+abs.f32 size, scale;
+setp.lt.f32 is_tiny, size, 0f1F800000;
+selp.f32 $0, 0f1F800000, scale, is_tiny;
+}"""
+_INVERSE = "rcp.approx.ftz.f32 $0, $1;"
+_FROM_LANE = "shfl.sync.idx.b32 $0, $1, {}, 0x1c1f, 0xffffffff;"  # of each four
+
+
+def _scales_in_jnp(
+    fetched: Array, dynamic_map: Array, offset: Array, *, factor: float
+) -> tuple[Array, ...]:
+    """What `_scales` computes."""
+    words = fetched.reshape(_THREADS, 2, 2)
+    nested = lax.bitcast_convert_type(words[:, 1], jnp.float32)
+    own = rounding.product(dynamic_map[words[:, 0]], nested) + offset[0]
+    own = own * (1 / factor)
+    own = jnp.where(jnp.abs(own) < _TINY, _TINY, own)
+    scales = jnp.zeros((_OUTPUTS, _BLOCKS), jnp.float32)
+    for half in range(2):
+        scales = scales.at[_by_thread(half)].set(own[:, half])
+    return (*scales.T, *(1 / scales).T)
+
+
+def _decode(codes: Array, values, block: int, w: NF4Array) -> Array:
+    """Returns the values of a block's codes, as the left operand of wgmma."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(_CODES, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(
+            (_OUTPUTS, _BLOCK), jnp.dtype(w.dtype), plgpu.Layout.WGMMA
+        ),
+    )
+    @stand_in(functools.partial(_decode_in_jnp, block=block, dtype=w.dtype))
+    def decode(_, codes, values):
+        i32 = ir.IntegerType.get_signless(32)
+        two = ir.VectorType.get((2,), i32)
+        pair = ir.VectorType.get((2,), ir.Type.parse(_MLIR_NAMES[w.dtype]))
+        table = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(values))
+        bank = arith.remui(mgpu.utils.thread_idx(), _i32(ptx.LANES))
+        operands = [arith.muli(bank, _i32(4)), table]
+        registers = []
+        for octet in range(8):  # those of a row make eight columns each
+            for half in codes.registers[0, block].flat:
+                word = _element(mgpu.utils.bitcast(half, two), octet // 4)
+                found = llvm.inline_asm(
+                    i32,
+                    [word, *operands],
+                    ptx.look_up(octet % 4),
+                    ptx.LOOK_UP_CONSTRAINTS,
+                )
+                registers.append(mgpu.utils.bitcast(found, pair))
+        shape = (1, 8, 1, 1, 2, 1, 1, 1, 1)
+        return _fragmented(registers, plgpu.Layout.WGMMA, shape, is_signed=None)
+
+    return decode(codes, values)
 
 
 _MLIR_NAMES = {"bfloat16": "bf16", "float16": "f16"}
 
 
-def _decode_in_jnp(fetched: Array, tables: Array, *, chunk: int, w: NF4Array) -> Array:
+def _decode_in_jnp(codes: Array, values: Array, *, block: int, dtype: str) -> Array:
     """What `_decode` computes."""
-    own = fetched.reshape(5, _THREADS, 4)[:4].transpose(1, 0, 2)
-    words = own.reshape(_THREADS, 2, _WORDS)[:, :, 2 * chunk : 2 * chunk + 2]
-    octets = lax.bitcast_convert_type(words, jnp.uint8)
-    nibbles = jnp.stack([octets >> 4, octets & 15], axis=-1).reshape(_THREADS, 2, 16)
-    planes = lax.bitcast_convert_type(
-        tables.reshape(4, _THREADS, 4).transpose(1, 0, 2), jnp.uint8
-    ).reshape(_THREADS, 2, 2, 16)
-    planes = planes.transpose(0, 1, 3, 2)
-    products = lax.bitcast_convert_type(planes, jnp.dtype(w.dtype))
-    values = jnp.take_along_axis(products, nibbles.astype(jnp.int32), axis=2)
-    # Of a thread and row: (step, half of its columns, pair).
-    values = values.reshape(_THREADS, 2, 4, 2, 2)
-    tile = jnp.zeros((_OUTPUTS, 4, 2, 4, 2), values.dtype)
-    for half in range(2):
-        row, lane = _by_thread(half)
-        tile = tile.at[row, :, :, lane].set(values[:, half])
-    return tile.reshape(_OUTPUTS, _LINE)
+    half = _BLOCK // 2
+    codes = codes[:, block * half : (block + 1) * half]
+    pairs = lax.bitcast_convert_type(
+        values[codes.astype(jnp.int32), 0], jnp.dtype(dtype)
+    )
+    # Of a row: (lane, step, half of its columns, pair).
+    in_order = pairs.reshape(_OUTPUTS, 4, 4, 2, 2).transpose(0, 2, 3, 1, 4)
+    return in_order.reshape(_OUTPUTS, _BLOCK)
 
 
 def _row_and_lane():
@@ -410,10 +470,6 @@ def _load(reference, place, result):
     return llvm.load(result, mgpu.utils.getelementptr(pointer, [place], i8))
 
 
-def _vector(result, elements):
-    return vector.from_elements(result, elements)
-
-
 def _element(register, index: int):
     return vector.extract(
         register,
@@ -422,15 +478,11 @@ def _element(register, index: int):
     )
 
 
-def _register_i32(register):
-    return mgpu.utils.bitcast(register, ir.IntegerType.get_signless(32))
-
-
-def _fragmented(registers, layout) -> mgpu.FragmentedArray:
+def _fragmented(registers, layout, shape, *, is_signed) -> mgpu.FragmentedArray:
     array = np.empty((len(registers),), dtype=object)
     array[:] = registers
     return mgpu.FragmentedArray(
-        _registers=array, _layout=layout.to_mgpu(), _is_signed=True
+        _registers=array.reshape(shape), _layout=layout.to_mgpu(), _is_signed=is_signed
     )
 
 

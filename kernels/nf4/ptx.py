@@ -6,15 +6,10 @@ access. A product is formed in float32 (`mul.rn`) and rounded to 16 bits in pair
 (`cvt.rn`): the rounding of `reference.py`. Per code: 3 integer operations for the
 address, 1 load, 1 multiplication, 1/2 conversion.
 
-`products` and `look_up` suit a thread that decodes a whole block: its sixteen products
-are formed once and split into two tables of sixteen low and sixteen high bytes, four
-registers each, in which `prmt` looks up four bytes at a time. Per code of a block of
-64: 2.6 integer operations, 1/4 multiplication, 1/8 conversion, no load.
+`look_up` takes two codes at a time, whose pair of 16-bit values, not scaled, lies once
+for each bank in a table of 256 entries. Per code: 1/2 permutation of bytes, which forms
+the address, and 1/2 load.
 """
-
-import numpy as np
-
-from .codebooks import CODEBOOKS, Code
 
 CONSTRAINTS = "=r,=r,=r,=r,r,r,f"
 """Out: four pairs of 16-bit values. In: a word of eight codes, where the lane's column
@@ -49,53 +44,28 @@ def decode_word(dtype: str) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-PRODUCTS_CONSTRAINTS = "=r,=r,=r,=r,=r,=r,=r,=r,f"
-"""Out: four words of low bytes, four of high bytes. In: the block's scale."""
+LOOK_UP_CONSTRAINTS = "=r,r,r,r"
+"""Out: a pair of 16-bit values. In: a word of eight codes, four times the lane's place
+in its warp, where the table starts."""
 
-LOOK_UP_CONSTRAINTS = "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r"
-"""Out: four pairs of 16-bit values. In: a word of eight codes, then the products."""
+ENTRY_WORDS = 2 * LANES
+"""Words from one entry of `look_up`'s table to the next, so that an octet of codes is a
+byte of the address; the first `LANES` hold the pair, one for each bank."""
 
-_LOW_BYTES, _HIGH_BYTES = 0x6420, 0x7531
-# Of four values looked up, the second code's comes first: it has the low nibble.
-_FIRST_PAIR, _SECOND_PAIR = 0x4051, 0x6273
-
-
-def products(code: Code, dtype: str) -> str:
-    """Returns PTX from scale `$8` to the tables of bytes `$0` to `$7`."""
-    lines = [".reg .f32 f<16>;", ".reg .b32 pair<8>;"]
-    for i, bits in enumerate(CODEBOOKS[code].view(np.uint32).tolist()):
-        lines.append(f"mul.rn.f32 f{i}, $8, 0f{bits:08X};")
-    for i in range(8):
-        pair = f"pair{i}, f{2 * i + 1}, f{2 * i}"
-        lines.append(f"cvt.rn.{FORMATS[dtype]}.f32 {pair};")
-    for i in range(4):
-        pairs = f"pair{2 * i}, pair{2 * i + 1}"
-        lines.append(f"prmt.b32 ${i}, {pairs}, {_LOW_BYTES:#x};")
-        lines.append(f"prmt.b32 ${4 + i}, {pairs}, {_HIGH_BYTES:#x};")
-    return "{\n" + "\n".join(lines) + "\n}"
+# The bank's byte, the octet, and the bytes above the bank's, which are zero.
+_ADDRESS_OF_FIRST_OCTET = 0x7604
 
 
-def look_up() -> str:
-    """Returns PTX from word `$4` and tables `$5` to `$12` to pairs `$0` to `$3`."""
+def look_up(octet: int) -> str:
+    """Returns PTX from word `$1`, bank `$2` and table `$3` to the pair `$0`.
+
+    Args:
+      octet: Which of the word's four pairs of codes.
+    """
     lines = [
-        ".reg .b32 index, side, below, above, lows, highs;",
-        # A selector of prmt has three bits: the fourth chooses the table's half after.
-        "and.b32 index, $4, 0x77777777;",
-        "shr.u32 side, $4, 1;",
-        "and.b32 side, side, 0x44444444;",
-        "or.b32 side, side, 0x32103210;",
+        ".reg .b32 place;",
+        f"prmt.b32 place, $1, $2, {_ADDRESS_OF_FIRST_OCTET + 16 * octet:#x};",
+        "add.u32 place, place, $3;",
+        "ld.shared.b32 $0, [place];",
     ]
-    for first in (0, 2):
-        for table, found in ((5, "lows"), (9, "highs")):
-            lines += [
-                f"prmt.b32 below, ${table}, ${table + 1}, index;",
-                f"prmt.b32 above, ${table + 2}, ${table + 3}, index;",
-                f"prmt.b32 {found}, below, above, side;",
-            ]
-        lines += [
-            f"prmt.b32 ${first}, lows, highs, {_FIRST_PAIR:#x};",
-            f"prmt.b32 ${first + 1}, lows, highs, {_SECOND_PAIR:#x};",
-            "shr.u32 index, index, 16;",
-            "shr.u32 side, side, 16;",
-        ]
     return "{\n" + "\n".join(lines) + "\n}"

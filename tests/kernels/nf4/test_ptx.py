@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kernels.nf4 import CODEBOOKS
-from kernels.nf4.ptx import LANES, decode_word, look_up, products
+from kernels.nf4.ptx import ENTRY_WORDS, LANES, decode_word, look_up
 
 WORDS = 512
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -31,9 +31,6 @@ def execute(assembly, registers, memory, dtype):
     def value(operand):
         if operand in registers:
             return registers[operand]
-        if operand.startswith("0f"):
-            bits = np.full(WORDS, int(operand[2:], 16), np.uint32)
-            return bits.view(np.float32)
         return np.full(WORDS, int(operand, 0), np.uint32)
 
     def packed(high, low):
@@ -47,9 +44,9 @@ def execute(assembly, registers, memory, dtype):
         "cvt.rn.bf16x2.f32": packed,
         "cvt.rn.f16x2.f32": packed,
         "ld.shared.f32": lambda address: memory[address // 4],
+        "ld.shared.b32": lambda address: memory[address // 4],
         "prmt.b32": prmt,
         "and.b32": np.bitwise_and,
-        "or.b32": np.bitwise_or,
         "add.u32": np.add,
         "shl.b32": np.left_shift,
         "shr.u32": np.right_shift,
@@ -78,16 +75,17 @@ def test_every_code_is_scaled_and_rounded_once(code, dtype):
     _assert_decoded(registers, words, scales, code, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("code", ["nf4", "fp4"])
-def test_products_are_formed_once_and_looked_up(code, dtype):
+@pytest.mark.parametrize("octet", range(4))
+def test_a_pair_of_codes_is_one_look_up_in_the_lanes_own_bank(octet):
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**32, WORDS, dtype=np.uint32)
-    scales = rng.lognormal(sigma=2, size=WORDS).astype(np.float32)
-    formed = execute(products(code, dtype), {"$8": scales}, None, DTYPES[dtype])
-    registers = {"$4": words, **{f"${5 + i}": formed[f"${i}"] for i in range(8)}}
-    execute(look_up(), registers, None, DTYPES[dtype])
-    _assert_decoded(registers, words, scales, code, dtype)
+    lanes = rng.integers(0, LANES, WORDS, dtype=np.uint32)
+    base = 1024
+    table = np.arange(base // 4 + 256 * ENTRY_WORDS, dtype=np.uint32)
+    registers = {"$1": words, "$2": 4 * lanes, "$3": np.full(WORDS, base, np.uint32)}
+    found = execute(look_up(octet), registers, table, None)["$0"] - base // 4
+    assert (found % ENTRY_WORDS == lanes).all()
+    assert (found // ENTRY_WORDS == words[:, None].view(np.uint8)[:, octet]).all()
 
 
 def _assert_decoded(registers, words, scales, code, dtype):
