@@ -10,7 +10,8 @@ from fastjax.api.loading import files_of
 from fastjax.config import TrainConfig
 from fastjax.errors import FastJaxError
 
-_BLOCK_BYTES = 2**24
+_BLOCK_BYTES = 2**28
+"""Large, since between blocks it waits for its turn among the threads."""
 _MOST_OF_MEMORY = 0.5
 
 

@@ -14,6 +14,7 @@ from conversions.hf import folder_fingerprint
 from fastjax import nvidia, requirements, runtime
 from fastjax.api.context import require_context
 from fastjax.api.device_faults import device_faults
+from fastjax.api.finding import find_model
 from fastjax.api.hub import push_folder
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loaders import (
@@ -75,25 +76,27 @@ def run_training(
     folder = Path(config.output_dir or default_output_dir(config))
     config = dataclasses.replace(config, output_dir=str(folder))
     _require_all_it_needs(config, folder, console)
-    # Before any weight is read, so that a broken file shows in seconds.
-    tokenizer, sizes = load_text_side(config)
-    nvidia.require_gpu_in_use()
-    say(console, "reading the data")
-    vocab_size, seed = sizes.vocab_size, data_seed(config)
-    note = functools.partial(say, console)
+    note, settings = functools.partial(say, console), folder / "config.yaml"
+    # Before the reader looks for it too, since that one does not tell what is missing.
+    find_model(config.model, revision=config.model_revision, with_weights=False)
     with reading_ahead(config):
+        # Before any weight is loaded, so that a broken file shows in seconds.
+        tokenizer, sizes = load_text_side(config)
+        nvidia.require_gpu_in_use()
+        say(console, "reading the data")
+        vocab_size, seed = sizes.vocab_size, data_seed(config)
         data = load_data(config.data, tokenizer, seed=seed, vocab_size=vocab_size)
         plan = planned_run(config, data, sizes=sizes, note=note)
         planned = compiling_ahead(plan, config, sizes, note)
+        # Not later: the disk will have the weights' quantised copy to write.
+        if not settings.exists():
+            write_settings(settings, config)
         say(console, f"loading {config.model}")
         model = load_for_training(config)
     model.tokenizer = tokenizer
     config = _with_adapter_of(model, config, console)
     for note in () if config.full_finetuning else serving_notes(config.lora):
         say(console, note)
-    settings = folder / "config.yaml"
-    if not settings.exists():
-        write_settings(settings, config)
     result = train(
         model,
         config,
