@@ -17,8 +17,11 @@ policy ever keeps a dequantised weight: the matmul's own VJP keeps the packed on
 "offload" also holds the residual after the attention in host memory, kept by the layer
 after (`fastjax.nn.feed_forward.hand_back`), and, where the implementation names them
 (all but "cudnn"), the attention's output and statistics: 25 KB a token and layer.
-cuDNN's attention has no names for what it saves and is computed again. "layer_offload"
-holds the input alone there, 8 KB, for rows so long that the host's memory is what ends.
+cuDNN's attention has no names for what it saves and is computed again. With q, k and v
+as well, 37 KB, the forward pass of Llama-3-8B on an H200 waits for the copies as long
+as projecting them again takes: 618 ms a step of 2 x 4,096 tokens, not 617.
+"layer_offload" holds the input alone there, 8 KB, for rows so long that the host's
+memory is what ends.
 """
 
 import collections

@@ -36,9 +36,9 @@ def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     runtime.configure()
     planner = planner_of(args)
     spec, shape = planner.spec, planner.shape
-    remat, choice = planned_remat(planner, documents=args.documents)
+    remat, choice = planned_remat(planner)
     started = time.perf_counter()
-    step = RandomStep(planner.config, spec, remat, shape, documents=args.documents)
+    step = RandomStep(planner.config, spec, remat, shape)
     resident = device_bytes("bytes_in_use")
     loaded = time.perf_counter()
     seconds, losses = [], []

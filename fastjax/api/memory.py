@@ -90,6 +90,7 @@ class Planner:
         spec: DecoderSpec,
         *,
         tokens: int | None = None,
+        documents: int = 1,
     ) -> "Planner":
         """Returns the planner of a run.
 
@@ -97,11 +98,13 @@ class Planner:
           config: Of the run.
           spec: Structure of its model; see `planned_spec`.
           tokens: Of a row; None takes the longest that the run allows.
+          documents: Most of a row.
         """
         shape = BatchShape(
             rows=config.per_device_train_batch_size,
             tokens=tokens or config.data.max_length,
             accumulation=config.gradient_accumulation_steps,
+            documents=documents,
         )
         return cls(
             config=config,

@@ -93,7 +93,6 @@ class RandomStep:
         remat: RematPlan,
         shape: BatchShape,
         *,
-        documents: int = 1,
         parts: Parts | None = None,
         compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -103,20 +102,19 @@ class RandomStep:
           config: Optimiser, dropout, noise and implementations.
           spec: Structure of the model, with its adapters.
           remat: What the backward pass recomputes.
-          shape: Of the batches.
-          documents: Packed into each row, of equal length.
+          shape: Of the batches; documents of a row are of equal length.
           parts: Structure and weights, whose trained ones the step consumes; with
             shapes in the place of weights the step runs after `load` only.
           compiler_options: Beside those of training.
         """
         graphdef, trainable, frozen = parts or random_parts(spec)
         self.vocab_size = spec.config.vocab_size
-        self.shape, self.documents = shape, documents
+        self.shape = shape
         optimizer = make_optimizer(config.optimizer, _SCHEDULE_STEPS)
         loss = functools.partial(
             cross_entropy,
             graphdef,
-            max_segments=documents,
+            max_segments=shape.documents,
             remat=remat,
             head_is_trainable=spec.trains_head,
             neftune_noise_alpha=config.data.neftune_noise_alpha,
@@ -167,7 +165,7 @@ class RandomStep:
         shape = (self.shape.accumulation, self.shape.rows, self.shape.tokens)
         generator = np.random.default_rng(seed)
         ids = generator.integers(0, self.vocab_size, shape, np.int32)
-        length = -(-self.shape.tokens // self.documents)
+        length = -(-self.shape.tokens // self.shape.documents)
         places = np.arange(self.shape.tokens, dtype=np.int32)
         arrays = {
             "input_ids": ids,
@@ -203,7 +201,7 @@ def planner_of(args: StepArgs) -> Planner:
         packed = dict.fromkeys(spec.packed, PackedFormat())
         spec = dataclasses.replace(spec, param_dtype="bfloat16", packed=packed)
     spec = shortened(spec, args.layers) if args.layers else spec
-    return Planner.of(settings, spec, tokens=args.seq)
+    return Planner.of(settings, spec, tokens=args.seq, documents=args.documents)
 
 
 def shortened(spec: DecoderSpec, layers: int) -> DecoderSpec:

@@ -24,7 +24,7 @@ from fastjax.models.build import DecoderSpec, abstract_decoder
 from fastjax.remat import RematPlan
 from fastjax.train.compiled import MEMORY_FIX, StepMemory
 from fastjax.train.memory_plan import BatchShape, saved_bytes
-from fastjax.train.remat_choice import Choice, PolicyCost, fastest
+from fastjax.train.remat_choice import Choice, PolicyCost, fastest, written_out
 
 # "attention" frees less memory for its time than the others do, so none is left to it.
 _POLICIES: tuple[RematPolicy, ...] = ("offload", "layer", "none")
@@ -49,14 +49,14 @@ _GIB = 2**30
 def planned_remat(
     planner: Planner,
     *,
-    documents: int | None = 1,
+    steps: int = 0,
     note: Callable[[str], None] | None = None,
 ) -> tuple[RematPlan, Choice | None]:
     """Returns the plan of a run, and with remat "auto" its predicted costs.
 
     Args:
       planner: Of the run.
-      documents: Most of a row, None when not known.
+      steps: Of the run, 0 when not known.
       note: Is told what is going on.
 
     Raises:
@@ -71,12 +71,12 @@ def planned_remat(
             "remat auto does not know how much memory there is",
             fix="set memory_gib, or remat to one of the policies",
         )
-    choice = _automatic(planner, limit_bytes, documents or 1, note or (lambda _: None))
+    choice = _automatic(planner, limit_bytes, steps, note or (lambda _: None))
     return choice.remat, choice
 
 
 def _automatic(
-    planner: Planner, limit_bytes: int, documents: int, note: Callable[[str], None]
+    planner: Planner, limit_bytes: int, steps: int, note: Callable[[str], None]
 ) -> Choice:
     """Returns the fastest plan whose compiled step fits, with its predicted costs.
 
@@ -89,7 +89,7 @@ def _automatic(
     fits = planner.plan("none").peak < _SURELY * limit_bytes
     policies: tuple[RematPolicy, ...] = ("none",) if fits else _POLICIES
     note(f"remat auto: timing a few layers with {', '.join(policies)}")
-    costs = _measured(planner, policies, limit_bytes, documents)
+    costs = _measured(planner, policies, limit_bytes)
     is_timed = bool(costs)
     if not is_timed:
         note("remat auto: layers are not timed here, the plan goes by their products")
@@ -112,7 +112,9 @@ def _automatic(
         choice = choice or find({leanest: costs[leanest]}, limit_bytes=math.inf)
         if choice is None:
             break
-        memory = compiled_memory(planner, choice.remat, documents=documents)
+        if is_timed and not is_unrolled:
+            choice = written_out(choice, micro_batches=steps * shape.accumulation)
+        memory = compiled_memory(planner, choice.remat)
         need = memory.total_bytes - resident if memory else choice.bytes
         if need <= most:
             seconds = choice.seconds if is_timed else None
@@ -179,7 +181,6 @@ def _measured(
     planner: Planner,
     policies: Sequence[RematPolicy],
     limit_bytes: int,
-    documents: int,
 ) -> dict[RematPolicy, PolicyCost]:
     """Returns the costs of the policies of which a few layers fit.
 
@@ -198,13 +199,13 @@ def _measured(
     # A model that is loaded already leaves less room for these layers.
     room = limit_bytes - (device_bytes("bytes_in_use") or 0)
     runs: list[tuple[int, RematPolicy]] = [(more_layers, policy) for policy in policies]
-    few, *more = _compiled(planner, [(few_layers, policies[0]), *runs], documents)
+    few, *more = _compiled(planner, [(few_layers, policies[0]), *runs])
     fitting = [short for short in more if short.fits(room)]
     if not fitting:
         return {}
     leanest = fitting[0].policy
     if few.policy != leanest:
-        (few,) = _compiled(planner, [(few_layers, leanest)], documents)
+        (few,) = _compiled(planner, [(few_layers, leanest)])
     # One after the other, since each has an embedding and a head.
     (few_seconds,) = _seconds([few])
     more_seconds = _seconds(fitting)
@@ -233,9 +234,7 @@ def _measured(
 class _Short:
     """The step of a model's first layers under one policy, compiled on shapes."""
 
-    def __init__(
-        self, planner: Planner, layers: int, policy: RematPolicy, documents: int
-    ) -> None:
+    def __init__(self, planner: Planner, layers: int, policy: RematPolicy) -> None:
         self.policy: RematPolicy = policy
         self.spec = shortened(planner.spec, layers)
         self.step = RandomStep(
@@ -245,7 +244,6 @@ class _Short:
                 policies=(policy,) * layers, is_unrolled=planner.config.unroll_layers
             ),
             dataclasses.replace(planner.shape, accumulation=1),
-            documents=documents,
             parts=_abstract_parts(self.spec),
         )
         self.memory = self.step.compile()
@@ -274,13 +272,13 @@ class _Short:
 
 
 def _compiled(
-    planner: Planner, runs: Sequence[tuple[int, RematPolicy]], documents: int
+    planner: Planner, runs: Sequence[tuple[int, RematPolicy]]
 ) -> list[_Short]:
     """Returns the compiled steps of so many layers and policies, made side by side."""
 
     def make(run: tuple[contextvars.Context, tuple[int, RematPolicy]]) -> _Short:
         context, (layers, policy) = run
-        return context.run(_Short, planner, layers, policy, documents)
+        return context.run(_Short, planner, layers, policy)
 
     contexts = [contextvars.copy_context() for _ in runs]
     with ThreadPoolExecutor() as pool:
@@ -293,19 +291,16 @@ def _seconds(steps: Sequence[_Short]) -> list[float]:
     return [step.seconds(parts) for step in steps]
 
 
-def compiled_memory(
-    planner: Planner, remat: RematPlan, *, documents: int = 1
-) -> StepMemory | None:
+def compiled_memory(planner: Planner, remat: RematPlan) -> StepMemory | None:
     """Returns what the whole step needs, by compiling it on shapes alone.
 
     Args:
       planner: Of the run.
       remat: What the backward pass recomputes.
-      documents: Most of a row.
     """
     config, spec, shape = planner.config, planner.spec, planner.shape
     parts = _abstract_parts(spec)
-    step = RandomStep(config, spec, remat, shape, documents=documents, parts=parts)
+    step = RandomStep(config, spec, remat, shape, parts=parts)
     return step.compile()
 
 

@@ -28,6 +28,7 @@ from fastjax.remat import RematPlan
 from fastjax.terminal import as_html
 from fastjax.train import Job
 from fastjax.train.ahead import StepsAhead
+from fastjax.train.job import steps_of_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,9 +99,12 @@ def planned_run(
         spec = planned_spec(config, sizes)
     note_context(spec.config, config, data, note=note)
     loader = train_loader(config, data)
-    planner = Planner.of(config, spec, tokens=loader.row_length)
+    planner = Planner.of(
+        config, spec, tokens=loader.row_length, documents=loader.max_segments
+    )
     planner.require_fit(memory_limit(config))
-    remat, _ = planned_remat(planner, documents=loader.max_segments, note=note)
+    steps = steps_of_run(config, loader.steps_per_epoch)
+    remat, _ = planned_remat(planner, steps=steps, note=note)
     return PlannedRun(loader=loader, remat=remat)
 
 
@@ -168,15 +172,16 @@ def plan_lines(config: TrainConfig) -> Iterator[str]:
             f"data: {loader.rows:,} rows of {tokens:,} tokens at most, "
             f"{counted(loader.steps_per_epoch, 'steps an epoch')}"
         )
-    planner = Planner.of(config, spec, tokens=tokens)
+    planner = Planner.of(config, spec, tokens=tokens, documents=documents)
     limit = memory_limit(config)
     yield from planner.lines(limit)
     planner.require_fit(limit)
     if jax.default_backend() == "gpu":
         notes: list[str] = []
-        remat, _ = planned_remat(planner, documents=documents, note=notes.append)
+        steps = 0 if loader is None else steps_of_run(config, loader.steps_per_epoch)
+        remat, _ = planned_remat(planner, steps=steps, note=notes.append)
         yield from notes
-        memory = compiled_memory(planner, remat, documents=documents)
+        memory = compiled_memory(planner, remat)
         if memory is not None:
             yield f"compiled: {binary_size(memory.total_bytes)} on the device"
             if limit is not None and memory.total_bytes > limit:

@@ -92,14 +92,13 @@ def run_profile(args: ProfileArgs) -> dict[str, Any]:
     """Returns, and writes, the milliseconds of one warm step by kind of kernel."""
     runtime.configure()
     planner = planner_of(args)
-    remat, _ = planned_remat(planner, documents=args.documents)
+    remat, _ = planned_remat(planner)
     make = functools.partial(
         RandomStep,
         planner.config,
         planner.spec,
         remat,
         planner.shape,
-        documents=args.documents,
     )
     wall, load, implementations = _wall_milliseconds(make())
     step = make(compiler_options=_WITHOUT_GRAPHS)

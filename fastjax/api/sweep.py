@@ -187,7 +187,13 @@ def _groups(
     for group in trained_together(spec, runs):
         config = group[0].config
         adapted = adapters.adapted_spec(spec, config.lora)
-        groups.append((group, Planner.of(config, adapted, tokens=loader.row_length)))
+        planner = Planner.of(
+            config,
+            adapted,
+            tokens=loader.row_length,
+            documents=loader.max_segments,
+        )
+        groups.append((group, planner))
     return groups
 
 

@@ -69,10 +69,7 @@ class Job:
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
-        if self.config.max_steps > 0:
-            return self.config.max_steps
-        per_epoch = self.train_loader.steps_per_epoch
-        return max(1, math.ceil(self.config.num_train_epochs * per_epoch))
+        return steps_of_run(self.config, self.train_loader.steps_per_epoch)
 
     def loss_function(self, loader: Loader, remat: Remat | None) -> LossFunction:
         """Returns the loss of one micro-batch of this loader."""
@@ -85,3 +82,10 @@ class Job:
             neftune_noise_alpha=self.config.data.neftune_noise_alpha,
             implementation=self.config.implementations.cross_entropy,
         )
+
+
+def steps_of_run(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Returns the optimiser steps of a whole run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * steps_per_epoch))

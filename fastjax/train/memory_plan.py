@@ -29,15 +29,26 @@ _LOGIT_BYTES = 6  # of a chunk: logits in float32, their cotangent in 16 bits
 _ODDS_BYTES = 2  # of a chunk where a kernel makes the loss without logits
 _VISITS = 4  # pieces: two states that come, and two that go
 _RESIDUAL_ROWS = 5  # rows of D: the stream, its cotangent, norms and what they keep
+_ATTENTION_ROWS = 3  # of D: input and cotangent, and what comes from the host next
+_QUERY_ROWS, _KEY_ROWS = 4, 6  # heads, outputs and cotangents; k and v before RoPE too
+_WITH_CUDNN = (None, "cudnn", "mosaic_gpu_cudnn")  # whose sums are in float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BatchShape:
-    """Rows and tokens of a micro-batch, and how many of them make a step."""
+    """Of a step's batches.
+
+    Attributes:
+      rows: Of a micro-batch.
+      tokens: Of a row.
+      accumulation: Micro-batches of a step.
+      documents: Most of a row.
+    """
 
     rows: int
     tokens: int
     accumulation: int = 1
+    documents: int = 1
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -184,7 +195,21 @@ def _workspace(
     kept = 4 * tokens if set(remat.policies) & keeping else 0
     rows = max(recomputed, kept) * inner + _RESIDUAL_ROWS * tokens * wide
     dense = 2 * width * inner * wide if spec.packed or spec.trains_weights else 0
-    return max(loss, width * rows + dense + gradients, gradients + model.visiting)
+    layer = max(width * rows, _attention_bytes(spec, remat, shape))
+    return max(loss, layer + dense + gradients, gradients + model.visiting)
+
+
+def _attention_bytes(spec: DecoderSpec, remat: RematPlan, shape: BatchShape) -> int:
+    """Returns what the backward pass of attention holds, which rules in long rows."""
+    config, width = spec.config, jnp.dtype(spec.compute_dtype).itemsize
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    wide = _ATTENTION_ROWS + ("offload" in remat.policies)
+    row = width * (wide * config.hidden_size + _QUERY_ROWS * queries + _KEY_ROWS * keys)
+    is_cudnn = spec.implementations.attention in _WITH_CUDNN and shape.documents == 1
+    if is_cudnn and width < _FLOAT32:
+        row += 2 * _FLOAT32 * queries
+    return row * shape.micro_batch_tokens
 
 
 @functools.cache

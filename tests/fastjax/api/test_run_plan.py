@@ -18,6 +18,7 @@ from fastjax.config import (
     OptimizerConfig,
     QuantConfig,
     RematChoice,
+    RematPolicy,
     TrainConfig,
 )
 from fastjax.errors import ConfigError, OutOfMemory
@@ -57,6 +58,26 @@ def test_the_formula_meets_measured_peaks(planner: Planner, case: str) -> None:
         measured["remat"], rows=measured["batch"], tokens=measured["seq"]
     )
     assert planned.peak == pytest.approx(measured["peak_gib"] * GIB, rel=0.1)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("policy", "tokens", "temporary_gib"),
+    [
+        ("layer", 131_072, 12.0),
+        ("offload", 131_072, 9.2),
+        ("layer_offload", 344_064, 22.0),
+    ],
+)
+def test_the_formula_meets_what_xla_plans_for_long_rows(
+    planner: Planner, policy: RematPolicy, tokens: int, temporary_gib: float
+) -> None:
+    """By XLA for Hopper, without a device; 4 layers, of the last case all 32."""
+    shape = dataclasses.replace(planner.shape, rows=1, documents=2)
+    config = dataclasses.replace(planner.spec.config, num_hidden_layers=4)
+    spec = dataclasses.replace(planner.spec, config=config)
+    few = dataclasses.replace(planner, shape=shape, spec=spec)
+    plan = few.plan(policy, tokens=tokens)
+    assert plan.saved + plan.workspace == pytest.approx(temporary_gib * GIB, rel=0.1)
 
 
 def test_the_largest_batch_and_row_just_fit(planner: Planner) -> None:

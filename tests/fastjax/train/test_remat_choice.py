@@ -3,7 +3,8 @@
 import dataclasses
 
 from fastjax.config import RematPolicy
-from fastjax.train.remat_choice import Choice, PolicyCost, fastest
+from fastjax.remat import RematPlan
+from fastjax.train.remat_choice import Choice, PolicyCost, fastest, written_out
 
 COSTS: dict[RematPolicy, PolicyCost] = {
     "none": PolicyCost(
@@ -49,3 +50,14 @@ def test_the_leanest_plan_is_the_last_to_fit() -> None:
     assert set(_choice(12.0).remat.policies) == {"offload"}
     assert fastest(COSTS, num_layers=4, limit_bytes=11.0) is None
     assert fastest({}, num_layers=4, limit_bytes=99.0) is None
+
+
+def test_runs_write_layers_out_that_are_long_enough_to_gain_by_it() -> None:
+    plan = RematPlan(policies=("layer", "none", "none", "none"))
+    choice = Choice(remat=plan, seconds=1.0, bytes=0.0)
+    # Compiling three layers takes 3.6 s, a step gains 5 % of their 0.75 s.
+    for micro_batches in (0, 95):
+        assert written_out(choice, micro_batches=micro_batches) is choice
+    gained = written_out(choice, micro_batches=97)
+    assert str(gained.remat) == "1 x layer, 3 x none, written out"
+    assert gained.seconds == 1 - 0.05 * 0.75
