@@ -14,14 +14,12 @@ and 8 key heads of 128):
 `x @ lora_a`, 2 R bytes a token and linear, is kept by the first two as well. No
 policy ever keeps a dequantised weight: the matmul's own VJP keeps the packed one.
 
-"offload" also holds the residual after the attention in host memory, kept by the layer
-after (`fastjax.nn.feed_forward.hand_back`), and, where the implementation names them
-(all but "cudnn"), the attention's output and statistics: 25 KB a token and layer.
-cuDNN's attention has no names for what it saves and is computed again. With q, k and v
-as well, 37 KB, the forward pass of Llama-3-8B on an H200 waits for the copies as long
-as projecting them again takes: 618 ms a step of 2 x 4,096 tokens, not 617.
-"layer_offload" holds the input alone there, 8 KB, for rows so long that the host's
-memory is what ends.
+"offload" also holds in host memory q, k and v, the residual after the attention, kept
+by the layer after (`fastjax.nn.feed_forward.hand_back`), and, where the implementation
+names them (all but "cudnn"), the attention's output and statistics: 37 KB a token and
+layer, so that gate and up alone are projected again. cuDNN's attention has no names for
+what it saves and is computed again. "layer_offload" holds the input alone there, 8 KB,
+for rows so long that the host's memory is what ends.
 """
 
 import collections
@@ -48,7 +46,7 @@ _MLP_NAMES = (ATTENTION_RESIDUAL, *MLP_RESIDUALS, *LORA_RESIDUALS)
 _PROJECTION_NAMES = (QUERY, KEY, VALUE, QUERY_RAW, KEY_RAW)
 _ATTENTION_NAMES = (*_PROJECTION_NAMES, *ATTENTION_RESIDUALS)
 _OFFLOADED_NAMES: dict[RematPolicy, tuple[str, ...]] = {
-    "offload": (LAYER_INPUT, HANDED, *ATTENTION_RESIDUALS),
+    "offload": (LAYER_INPUT, HANDED, *_ATTENTION_NAMES),
     "layer_offload": (LAYER_INPUT,),
 }
 

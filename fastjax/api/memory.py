@@ -207,7 +207,7 @@ class Planner:
                 f"the run needs {binary_size(plan.host)} of pinned host memory, and "
                 f"{binary_size(most)} may be taken",
                 where=self._place,
-                fix="--remat layer_offload keeps a third of it there, --remat auto "
+                fix="--remat layer_offload keeps a quarter of it there, --remat auto "
                 "what fits; more is taken by XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB",
             )
 

@@ -31,7 +31,7 @@ _POLICIES: tuple[RematPolicy, ...] = ("offload", "layer", "none")
 _PASSES: dict[RematPolicy, tuple[float, float]] = {
     "none": FRUGAL_PASSES,
     "layer": (3.0, 4.5),
-    "offload": (3.1, 3.5),
+    "offload": (2.6, 3.5),
     "layer_offload": (3.1, 4.5),
 }
 """Forward passes of products and of attention that a layer's time amounts to."""

@@ -155,8 +155,10 @@ def saved_bytes(spec: DecoderSpec, layer: int, policy: RematPolicy) -> tuple[int
     names = (f"layers.{layer}.{name}" for name in layer_linears(config))
     ranks = sum(spec.adapters[name].rank for name in names if name in spec.adapters)
     statistics = _FLOAT32 * config.num_attention_heads
+    raw = queries + keys if config.qk_norm else 0
+    attention = 2 * queries + 2 * keys + raw
     if policy == "offload":
-        return 0, width * (2 * wide + queries) + statistics
+        return 0, width * (2 * wide + attention) + statistics
     if policy == "layer_offload":
         return 0, width * wide
     kept = wide
@@ -164,9 +166,7 @@ def saved_bytes(spec: DecoderSpec, layer: int, policy: RematPolicy) -> tuple[int
         kept += wide + 2 * config.intermediate_size + ranks
     if policy != "none":
         return width * kept, 0
-    raw = queries + keys if config.qk_norm else 0
-    kept += 2 * queries + 2 * keys + raw
-    return width * kept + statistics, 0
+    return width * (kept + attention) + statistics, 0
 
 
 def _workspace(
