@@ -13,19 +13,21 @@ _LEAST_BYTES = 2**16
 PIECE_BYTES = 2**28
 """Of a float32 array, at most; its states come and go in such pieces."""
 
+_MOST_PIECES = 8  # times as many as these bytes ask for
+_BLOCK = 256  # elements; of the states in 8 bits
+
 
 def in_host_memory(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `inner` for each array on its own, with large states in pinned memory.
 
-    Arrays are cut along their first axis, and a piece's states come to the device when
-    the piece before it has its update, and go back changed. `is_finite` says whether
-    they do change.
+    A piece's states come to the device when the piece before it has its update, and go
+    back changed. `is_finite` says whether they do change.
 
     Args:
-      inner: Treats every array alike and knows of no other: it must not clip by the
-        norm of all.
+      inner: Treats every element alike, or every block of 256, whatever the shape: it
+        must not clip by a norm.
     """
 
     def init(params: PyTree) -> tuple[Any, ...]:
@@ -121,12 +123,13 @@ def bytes_by_place(states: PyTree) -> tuple[int, int]:
     return sum(size for size, _ in sizes) - waiting, waiting
 
 
-def _pieces(array: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the array with an axis of pieces before the others, of equal size."""
-    rows = array.shape[0] if array.ndim else 1
-    least = -(-4 * array.size // PIECE_BYTES)
-    count = next((n for n in range(least, rows + 1) if n and rows % n == 0), rows)
-    return array.reshape(count, -1, *array.shape[1:])
+def _pieces(array: Float[Array, "..."]) -> Float[Array, "P Q"]:
+    """Returns the array's elements in pieces of equal size, all in one if none fit."""
+    least = max(1, -(-4 * array.size // PIECE_BYTES))
+    counts = range(least, _MOST_PIECES * least)
+    # Blocks of 8 bits are then those of the array, and rows may be of any number.
+    whole = (n for n in counts if array.size % (n * _BLOCK) == 0)
+    return array.reshape(next(whole, 1), -1)
 
 
 def _sent(state: PyTree) -> PyTree:

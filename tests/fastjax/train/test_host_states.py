@@ -16,7 +16,7 @@ from fastjax.train.optimizer import Optimizer, make_optimizer
 from fastjax.train.state import TrainState, abstract_state, init_state
 from fastjax.train.step import make_train_step
 
-SIZES = {"wide": (512, 256), "deep": (3, 128, 256), "bias": (5,)}
+SIZES = {"table": (127, 1024), "deep": (3, 128, 256), "bias": (5,)}
 SCALES = (1.0, 0.0, 2.0)
 """Of the loss by step; at 0 it is not finite."""
 
@@ -72,6 +72,10 @@ def test_updates_are_those_of_states_on_the_device(
         actual, expected = waiting.trainable[name], plain.trainable[name]
         assert jnp.allclose(actual, expected, rtol=1e-6, atol=1e-7), name
 
+    table = waiting.opt_state[1][sorted(SIZES).index("table")]
+    assert {len(leaf) for leaf in jax.tree.leaves(table) if leaf.ndim > 1} <= {4}
+    kinds = ({leaf.dtype for leaf in jax.tree.leaves(e.opt_state)} for e in ends)
+    assert next(kinds) == next(kinds)
     on_device, on_host = bytes_by_place(waiting.opt_state)
     assert on_host > 20 * on_device
     folder = checkpoint.save(tmp_path, waiting, {}, step=3, write_adapter=None, keep=1)
