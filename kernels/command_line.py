@@ -61,6 +61,10 @@ def bench_kernels() -> int:
     parser.add_argument("--sustained", type=float, metavar="SECONDS", help=help_)
     arguments = parser.parse_args()
     if arguments.sustained is not None:
+        if arguments.sustained <= 0:
+            parser.error(f"--sustained {arguments.sustained:g} must be above 0 seconds")
+        if arguments.timer != "cupti":
+            parser.error("--sustained times with cupti alone; leave --timer out")
         return _compare_rivals(arguments)
 
     from . import benchmarking, choice

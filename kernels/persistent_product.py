@@ -274,6 +274,8 @@ class ProductBlock:
             at = (along,) if is_transposed else (slice(None), along)
             values = [self.b_smem.at[slot, *at][...] for slot in slots]
             if place == PIECE:
+                # Copies to come do not wait for these loads otherwise.
+                plgpu.commit_smem()
                 for slot in slots:
                     plgpu.barrier_arrive(self.empty.at[slot])
             if is_transposed:

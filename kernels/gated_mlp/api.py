@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from kernels import dispatch
 from kernels.choice import fastest_first
-from kernels.lora_matmul import Projection, check_projection
+from kernels.lora_matmul import Projection, check_projection, check_residual
 
 from . import composed, fused, reference, vjp
 
@@ -76,15 +76,14 @@ def gated_mlp(
       product_implementation: Of the products, as in `lora_matmul`.
 
     Raises:
-      ValueError: Unknown activation, or what `lora_matmul_group` raises.
+      ValueError: Unknown activation, widths disagree, or what `lora_matmul_group`
+        raises.
     """
     _check(activation)
-    for projection in gate_up:
-        check_projection(x.shape[-1], projection)
-    width = sum(projection.weight.shape[1] for projection in gate_up)
-    check_projection(width // 2, down)
+    _check_network(x, gate_up, down)
     rows = x.reshape(-1, x.shape[-1])
     if residual is not None:
+        check_residual(x, (down,), residual)
         residual = residual.reshape(rows.shape)
     inputs, outputs = rows.shape[1], down.weight.shape[0]
     case = {"rows": rows.shape[0], "inputs": inputs, "outputs": outputs}
@@ -112,3 +111,22 @@ def gated_mlp(
 def _check(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"{activation=} must be one of {', '.join(ACTIVATIONS)}")
+
+
+def _check_network(
+    x: jax.Array, gate_up: tuple[Projection, ...], down: Projection
+) -> None:
+    for projection in gate_up:
+        check_projection(x.shape[-1], projection)
+    widths = [projection.weight.shape[1] for projection in gate_up]
+    is_merged = len(widths) == 1 and widths[0] % 2 == 0
+    if not is_merged and (len(widths) != 2 or widths[0] != widths[1]):
+        raise ValueError(
+            f"gate and up must be two projections to the same number of features, or "
+            f"one to twice as many; they have {widths}"
+        )
+    check_projection(sum(widths) // 2, down)
+    if down.weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"x has {x.shape[-1]} features, down {down.weight.shape[1]} outputs"
+        )

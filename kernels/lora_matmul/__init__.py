@@ -1,6 +1,7 @@
 """Frozen weights with low-rank adapters (arxiv.org/abs/2106.09685)."""
 
 from .api import check_projection as check_projection
+from .api import check_residual as check_residual
 from .api import lora_matmul as lora_matmul
 from .api import lora_matmul_group as lora_matmul_group
 from .projection import Projection as Projection

@@ -90,7 +90,7 @@ def lora_matmul_group(
         keys = (None,) * len(projections)
     rows = x.reshape(-1, x.shape[-1])
     if residual is not None:
-        _check_residual(x, projections, residual)
+        check_residual(x, projections, residual)
         residual = residual.reshape(-1, residual.shape[-1])
     case = {
         "rows": rows.shape[0],
@@ -110,9 +110,10 @@ def lora_matmul_group(
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in results)
 
 
-def _check_residual(
+def check_residual(
     x: jax.Array, projections: tuple[Projection, ...], residual: jax.Array
 ) -> None:
+    """Raises `ValueError` where a residual is not like the only result."""
     expected = (*x.shape[:-1], projections[0].weight.shape[1])
     if len(projections) != 1 or (residual.shape, residual.dtype) != (expected, x.dtype):
         raise ValueError(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels import dispatch
+from kernels.choice import fastest_first
 from kernels.device import HOPPER, assume_compute_capability, compute_capability
 from kernels.dispatch import UnsupportedOp
 from kernels.gated_mlp import RESIDUAL_NAMES, gated_mlp
@@ -18,6 +19,7 @@ from kernels.gated_mlp.cases import (
     NETWORKS,
     NetworkCase,
 )
+from kernels.gated_mlp.programs import programs
 from kernels.interpret import interpreted
 from kernels.lora_matmul import Projection
 from kernels.nf4 import quantize
@@ -183,6 +185,26 @@ def test_the_choice_on_hopper(rows, expected):
     assert chosen["gated_mlp"] == {expected}
 
 
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [*zip(GPU_NETWORKS, ("xla", "mosaic_gpu", "mosaic_gpu"), strict=True)],
+)
+def test_the_default_is_what_was_faster(case, expected):
+    sizes = {"rows": case.rows, "inputs": case.inputs, "outputs": case.features}
+    with assume_compute_capability(HOPPER):
+        order = fastest_first("gated_mlp", sizes, {"mosaic_gpu": 0, "xla": 0})
+    assert next(iter(order)) == expected
+
+
+def test_composed_products_add_the_residual_in_their_epilogue():
+    (program,) = (p for p in programs() if p.name == "gated_mlp.network/llama3_8b")
+    run = functools.partial(program.run, implementation="xla")
+    with assume_compute_capability(HOPPER):
+        traced = str(jax.make_jaxpr(run)(*jax.eval_shape(program.arguments)))
+    assert "accumulated_products" in traced
+    assert "bf16[8192,4096] = add" not in traced
+
+
 def test_the_kernel_says_what_it_lacks():
     def run(case: NetworkCase, **options: Any) -> None:
         hidden, trained, frozen, _ = _arguments(case)
@@ -208,5 +230,14 @@ def test_wrong_use_is_named():
     bad = dataclasses.replace(NETWORKS[0], activation="relu")
     with pytest.raises(ValueError, match="silu, gelu_pytorch_tanh"):
         _network(bad, hidden, trained, frozen)
+    case = NETWORKS[0]
     with pytest.raises(ValueError, match="x has 16 features, the weight 32 inputs"):
-        _network(NETWORKS[0], hidden, trained[1:], frozen[1:])
+        _network(case, hidden, trained[1:], frozen[1:])
+    x, residual = hidden
+    gate, up, down = (Projection(jnp.ones(s)) for s in ((24, 16), (24, 32), (24, 24)))
+    with pytest.raises(ValueError, match=r"gate and up .* they have \[16, 32\]"):
+        gated_mlp(x, (gate, up), down, activation="silu")
+    with pytest.raises(ValueError, match="x has 24 features, down 16 outputs"):
+        gated_mlp(x, (down, down), gate, activation="silu")
+    with pytest.raises(ValueError, match=r"a residual must be like .* it is float32"):
+        _network(case, (x, residual.astype(jnp.float32)), trained, frozen)

@@ -1,6 +1,7 @@
 """LoRA products: every case and implementation against the float32 reference."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -12,10 +13,16 @@ from kernels import dispatch
 from kernels.device import HOPPER, assume_compute_capability, compute_capability
 from kernels.dispatch import UnsupportedOp
 from kernels.interpret import interpreted
-from kernels.lora_matmul import Projection, lora_matmul, lora_matmul_group
+from kernels.lora_matmul import (
+    Projection,
+    check_residual,
+    lora_matmul,
+    lora_matmul_group,
+)
 from kernels.lora_matmul.cases import INTERPRETED, LARGE, SMALL, Case
 from kernels.lora_matmul.dropout import dropped, kept_scale
-from kernels.nf4 import dequantize, quantize
+from kernels.lora_matmul.few_rows import MAX_ROWS
+from kernels.nf4 import NF4Array, dequantize, quantize
 from kernels.numerics import relative_error, tolerance
 
 CASES = {case.name: case for case in SMALL}
@@ -154,6 +161,8 @@ def test_kernels_match_on_hopper(case: Case) -> None:
     leaves = map(jax.tree.leaves, ((gradients, outputs), again))
     assert all(map(jnp.array_equal, *leaves))
     plain = _value_and_grads(case, x, projections, keys, "xla")
+    if math.prod(case.lead) <= MAX_ROWS:
+        projections = tuple(map(_unrounded, projections))
     expected = _value_and_grads(
         case, x.astype(jnp.float32), projections, keys, "reference"
     )
@@ -162,6 +171,13 @@ def test_kernels_match_on_hopper(case: Case) -> None:
         # Sums of a few rows may be exact.
         least = max(relative_error(with_xla, want), tolerance("float32"))
         assert relative_error(got, want) < 1.5 * least
+
+
+def _unrounded(projection: Projection) -> Projection:
+    """Dequantised to float32, as the kernel of few rows takes 4-bit weights."""
+    assert isinstance(projection.weight, NF4Array)
+    weight = dataclasses.replace(projection.weight, dtype="float32")
+    return dataclasses.replace(projection, weight=weight)
 
 
 def _assert_exact(case: Case, actual: tuple, dtype: str) -> None:
@@ -488,6 +504,11 @@ def test_wrong_use_is_named() -> None:
         run(p, dropout_rate=1.0)
     with pytest.raises(ValueError, match=r"a residual must be like .* \(40, 32\)"):
         lora_matmul_group(x, (p,), residual=x)
+    with pytest.raises(ValueError, match=r"a residual must be like .* it is bfloat16"):
+        lora_matmul_group(x, (p,), residual=jnp.ones((40, 32), jnp.bfloat16))
+    # As many numbers, other tokens'.
+    with pytest.raises(ValueError, match=r"a residual must be like .* \(8, 5, 32\)"):
+        check_residual(x.reshape(8, 5, 24), (p,), jnp.ones((5, 8, 32)))
     with pytest.raises(ValueError, match="1 projections, 2 dropout keys"):
         run(p, dropout_keys=(None, None))
 
