@@ -200,16 +200,29 @@ class Planner:
         plan = self.plan()
         if plan.peak * (1 - _FORMULA_ERROR) > limit:
             self.refuse(limit, need=plan.peak)
-        # "auto" offloads no more layers than there is room for.
-        most = runtime.host_limit_bytes()
-        if self.config.remat != "auto" and plan.host > most:
-            raise OutOfMemory(
-                f"the run needs {binary_size(plan.host)} of pinned host memory, and "
-                f"{binary_size(most)} may be taken",
-                where=self._place,
-                fix="--remat layer_offload keeps a quarter of it there, --remat auto "
-                "what fits; more is taken by XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB",
+        # "auto" offloads no more layers than there is room for beside the states.
+        host = self.model.host if self.config.remat == "auto" else plan.host
+        if host > runtime.host_limit_bytes():
+            self._refuse_host(host)
+
+    def _refuse_host(self, need: int) -> NoReturn:
+        """Says that so much pinned host memory is not there, and what needs less."""
+        most, states = runtime.host_limit_bytes(), self.model.host
+        fix = (
+            "--remat layer_offload keeps a quarter of it there, --remat auto what fits"
+        )
+        if states > most or 2 * states > need:
+            fix = (
+                f"without --offload_optimizer {binary_size(states)} stay on the device"
             )
+            if self.config.optimizer.optim != "adamw_8bit":
+                fix += "; --optim adamw_8bit needs a quarter"
+        raise OutOfMemory(
+            f"the run needs {binary_size(need)} of pinned host memory, and "
+            f"{binary_size(most)} may be taken",
+            where=self._place,
+            fix=f"{fix}; more is taken by XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB",
+        )
 
     def refuse(self, limit: int, *, need: int) -> NoReturn:
         """Says that the run does not fit, and what would.

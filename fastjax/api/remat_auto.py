@@ -84,6 +84,8 @@ def _automatic(
     weights in them.
     """
     spec, shape, model = planner.spec, planner.shape, planner.model
+    # The optimiser's states may wait there too.
+    host_bytes = float(runtime.host_limit_bytes() - model.host)
     is_unrolled = planner.remat("none").is_unrolled
     # Where all fits that layers may keep, nothing is faster.
     fits = planner.plan("none").peak < _SURELY * limit_bytes
@@ -96,11 +98,12 @@ def _automatic(
         costs = _counted(planner)
     resident = model.weights + model.trained + model.optimizer
     resident += model.gradients if shape.accumulation > 1 else 0
-    most = room = _MARGIN * limit_bytes - resident
+    most = _MARGIN * limit_bytes
+    room = most - resident
     find = functools.partial(
         fastest,
         num_layers=spec.config.num_hidden_layers,
-        host_limit_bytes=runtime.host_limit_bytes(),
+        host_limit_bytes=host_bytes,
         is_unrolled=is_unrolled,
     )
     leanest: RematPolicy = next(
@@ -112,24 +115,41 @@ def _automatic(
         choice = choice or find({leanest: costs[leanest]}, limit_bytes=math.inf)
         if choice is None:
             break
+        choices = [choice]
         if is_timed and not is_unrolled:
-            choice = written_out(choice, micro_batches=steps * shape.accumulation)
-        memory = compiled_memory(planner, choice.remat)
-        need = memory.total_bytes - resident if memory else choice.bytes
-        if need <= most:
-            seconds = choice.seconds if is_timed else None
-            choice = dataclasses.replace(choice, bytes=need + resident, seconds=seconds)
+            written = written_out(choice, micro_batches=steps * shape.accumulation)
+            choices = [written, choice]
+        choice = _compiled_choice(planner, choices, resident, most)
+        if choice.bytes <= most:
+            choice = choice if is_timed else dataclasses.replace(choice, seconds=None)
             note(f"remat auto: {described(choice, shape)}")
             return choice
         if set(choice.remat.policies) == {leanest}:
             break
-        room -= need - most
+        room -= choice.bytes - most
     raise OutOfMemory(
         f"no remat plan fits within {limit_bytes / _GIB:.2f} GiB of the device and "
-        f"{runtime.host_limit_bytes() / _GIB:.0f} GiB of pinned host memory",
+        f"{host_bytes / _GIB:.0f} GiB of pinned host memory",
         where=f"{shape.rows} rows of {shape.tokens:,} tokens",
         fix=MEMORY_FIX,
     )
+
+
+def _compiled_choice(
+    planner: Planner, choices: Sequence[Choice], resident: int, most: float
+) -> Choice:
+    """Returns the first that fits, else the last, with all bytes that it needs.
+
+    Written out, a step may need more than scanned.
+    """
+    tried = choices[0]
+    for choice in dict.fromkeys(choices):
+        memory = compiled_memory(planner, choice.remat)
+        need = memory.total_bytes if memory else choice.bytes + resident
+        tried = dataclasses.replace(choice, bytes=float(need))
+        if need <= most:
+            break
+    return tried
 
 
 def prediction(choice: Choice, shape: BatchShape) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from fastjax import cli
-from fastjax.api import plan_run
+from fastjax.api import plan_run, remat_auto
 from fastjax.api.memory import Planner, planned_spec
 from fastjax.api.random_step import RandomStep, StepArgs, planner_of
 from fastjax.api.remat_auto import planned_remat
@@ -24,6 +24,10 @@ from fastjax.config import (
 from fastjax.errors import ConfigError, OutOfMemory
 from fastjax.models.build import abstract_decoder
 from fastjax.models.registry import preset
+from fastjax.remat import RematPlan
+from fastjax.train.compiled import StepMemory
+from fastjax.train.memory_plan import saved_bytes
+from fastjax.train.remat_choice import PolicyCost
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "nvidia-h200"
 GIB = 2**30
@@ -190,3 +194,78 @@ def test_the_planned_step_has_the_states_of_the_run() -> None:
 def test_a_model_is_not_made_longer(layers: int) -> None:
     with pytest.raises(ConfigError, match="has 32"):
         planner_of(StepArgs(layers=layers))
+
+
+@pytest.mark.parametrize("remat", ["auto", "layer"])
+def test_states_in_host_memory_are_not_mended_by_another_policy(
+    monkeypatch: pytest.MonkeyPatch, remat: RematChoice
+) -> None:
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "4")
+    config = TrainConfig(
+        remat=remat,
+        full_finetuning=True,
+        quant=QuantConfig(load_in_4bit=False),
+        optimizer=OptimizerConfig(offload_optimizer=True),
+    )
+    spec = planned_spec(config, preset("llama3.2-1b").config)
+    with pytest.raises(OutOfMemory, match="of pinned host memory") as caught:
+        Planner.of(config, spec).require_fit(80 * GIB)
+    assert "without --offload_optimizer" in str(caught.value)
+    assert "--remat" not in str(caught.value)
+
+
+def test_auto_leaves_the_host_to_the_states_of_the_optimiser(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "4")
+    tokens = planner.shape.micro_batch_tokens
+    costs: dict[RematPolicy, PolicyCost] = {
+        policy: PolicyCost(
+            base_seconds=0.0,
+            base_bytes=0.0,
+            layer_seconds=seconds,
+            layer_bytes=0.0,
+            layer_host_bytes=float(saved_bytes(planner.spec, 0, policy)[1] * tokens),
+        )
+        for policy, seconds in (("offload", 0.1), ("layer", 0.2))
+    }
+    monkeypatch.setattr(remat_auto, "_measured", lambda *_: costs)
+    monkeypatch.setattr(remat_auto, "compiled_memory", lambda *_: None)
+    config = dataclasses.replace(planner.config, remat="auto", memory_gib=20.0)
+    hosted = []
+    for states in (0, 3 * GIB):
+        model = dataclasses.replace(planner.model, host=states)
+        auto = dataclasses.replace(planner, config=config, model=model)
+        remat, _ = planned_remat(auto)
+        kept = [saved_bytes(auto.spec, 0, policy)[1] for policy in remat.policies]
+        hosted.append(sum(kept) * tokens)
+    assert GIB < hosted[0] <= 4 * GIB
+    assert hosted[1] <= GIB
+
+
+def test_auto_scans_what_fits_only_so(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = PolicyCost(
+        base_seconds=0.1,
+        base_bytes=0.0,
+        layer_seconds=0.1,
+        layer_bytes=0.0,
+    )
+    tried = []
+
+    def memory(_: Planner, remat: RematPlan) -> StepMemory:
+        tried.append(remat.is_unrolled)
+        need = 200 * GIB if remat.is_unrolled else 30 * GIB
+        return StepMemory(
+            argument_bytes=need, output_bytes=0, alias_bytes=0, temp_bytes=0
+        )
+
+    monkeypatch.setattr(remat_auto, "_measured", lambda *_: {"none": cost})
+    monkeypatch.setattr(remat_auto, "compiled_memory", memory)
+    config = dataclasses.replace(planner.config, remat="auto", memory_gib=140.0)
+    auto = dataclasses.replace(planner, config=config)
+    remat, choice = planned_remat(auto, steps=10_000)
+    assert (str(remat), tried) == ("none", [True, False])
+    assert choice is not None
+    assert choice.bytes == 30 * GIB
