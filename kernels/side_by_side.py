@@ -24,34 +24,55 @@ _LOCK = threading.Lock()
 def compiled_side_by_side() -> Iterator[None]:
     """Compiles the kernels that the inside lowers; they are ready when it is left.
 
-    On a GPU alone. A kernel that cannot be compiled XLA will tell of.
+    On a GPU alone, and where this JAX has its table of kernels: without, only time is
+    lost. A kernel that cannot be compiled XLA will tell of. Where the inside fails,
+    nothing is begun any more nor waited for.
     """
-    if jax.default_backend() != "gpu":
+    known = _known_kernels() if jax.default_backend() == "gpu" else None
+    if known is None:
         yield
         return
-    from jax.experimental.mosaic.gpu import core
-
-    is_lowered = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(core.KNOWN_KERNELS, is_lowered))
+    is_over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(known, is_over))
     watcher.start()
     try:
         yield
-    finally:
-        is_lowered.set()
-        watcher.join()
-
-
-def _watch(known: Mapping[bytes, bytes], is_lowered: threading.Event) -> None:
-    """Compiles what appears among the known kernels, by hash, until all is lowered."""
-    while not is_lowered.wait(_LOOK_SECONDS):
-        _begin(known)
+    except BaseException:
+        is_over.set()
+        watcher.join()  # it waits for no kernel
+        _forget_waiting()
+        raise
+    is_over.set()
+    watcher.join()
     wait(_begin(known))
+
+
+def _known_kernels() -> Mapping[bytes, bytes] | None:
+    """Returns the kernels lowered so far, by hash; None where JAX hides them."""
+    from jax.experimental.mosaic.gpu import core
+
+    return getattr(core, "KNOWN_KERNELS", None)
+
+
+def _watch(known: Mapping[bytes, bytes], is_over: threading.Event) -> None:
+    """Begins to compile what appears among the known kernels, until it is over."""
+    while not is_over.wait(_LOOK_SECONDS):
+        _begin(known)
+
+
+def _forget_waiting() -> None:
+    """Takes back what no thread compiles yet; a later program begins it."""
+    with _LOCK:
+        begun, _ = _begun()
+        for name, future in tuple(begun.items()):
+            if future.cancel():
+                del begun[name]
 
 
 def _begin(known: Mapping[bytes, bytes]) -> list[Future[None]]:
     """Begins to compile each kernel that nobody has begun; returns all of them.
 
-    Once in a process: a kernel compiled again would take the place of one in use.
+    Once in a process, which keeps what is compiled.
     """
     with _LOCK:
         begun, pool = _begun()

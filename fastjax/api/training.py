@@ -41,6 +41,7 @@ from fastjax.data import ResponseMarkers, Source, TrainingData, load_data
 from fastjax.errors import ConfigError, ModelError
 from fastjax.terminal import open_console, say
 from fastjax.train import Job, TrainResult, evaluate, make_eval_step, resume, run
+from fastjax.train.checkpoint import checkpoints
 from fastjax.train.compiled import MEMORY_FIX
 from fastjax.train.trackers import require_packages
 
@@ -88,13 +89,16 @@ def run_training(
         data = load_data(config.data, tokenizer, seed=seed, vocab_size=vocab_size)
         plan = planned_run(config, data, sizes=sizes, note=note)
         planned = compiling_ahead(plan, config, sizes, note)
-        # Not later: the disk will have the weights' quantised copy to write.
-        if not settings.exists():
+        # Beside a checkpoint they are its run's. Not later: the disk will be busy.
+        is_new = not (folder.is_dir() and checkpoints(folder))
+        if is_new or not settings.exists():
             write_settings(settings, config)
         say(console, f"loading {config.model}")
         model = load_for_training(config)
     model.tokenizer = tokenizer
-    config = _with_adapter_of(model, config, console)
+    given, config = config, _with_adapter_of(model, config, console)
+    if is_new and config != given:
+        write_settings(settings, config)
     for note in () if config.full_finetuning else serving_notes(config.lora):
         say(console, note)
     result = train(

@@ -8,6 +8,9 @@ import pytest
 import yaml
 
 from fastjax import cli
+from fastjax.api import training
+from fastjax.config import TrainConfig
+from fastjax.errors import ModelError
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -218,3 +221,20 @@ def test_full_finetuning_writes_a_model_with_the_implementations_it_is_told(
     run = json.loads((folder / "run.json").read_text())
     assert run["implementations"]["attention"] == ["reference"]
     assert run["implementations"]["rope"] == ["reference"]
+
+
+def test_settings_are_those_of_the_run_that_goes_on(
+    small_model: Path,
+    alpaca_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(config: TrainConfig) -> None:
+        raise ModelError("a weight is missing", fix="copy the model again")
+
+    monkeypatch.setattr(training, "load_for_training", fails)
+    flags, rates = words(small_model, alpaca_file, tmp_path), (1e-3, 2e-3)
+    for rate in rates:
+        assert cli.run("train", [*flags, "--learning_rate", str(rate)]) != 0
+        saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        assert saved["learning_rate"] == rate

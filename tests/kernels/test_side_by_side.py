@@ -36,3 +36,43 @@ def test_each_kernel_is_compiled_once_before_the_inside_is_left(
         known[b"d"] = b"D"
     assert sorted(compiled) == [b"A", b"B", b"C", b"D"]
     side_by_side._begun.cache_clear()
+
+
+def test_what_fails_while_it_is_lowered_waits_for_no_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[bytes] = []
+    first, is_shown = threading.Event(), threading.Event()
+
+    def compile_one(name: bytes, module: bytes) -> None:
+        compiled.append(name)
+        first.set()
+        assert is_shown.wait(10)
+
+    known = {str(i).encode(): b"" for i in range(500)}
+    monkeypatch.setattr(core, "KNOWN_KERNELS", known)
+    monkeypatch.setattr(side_by_side, "_compile", compile_one)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    side_by_side._begun.cache_clear()
+
+    def lower() -> None:
+        with side_by_side.compiled_side_by_side():
+            assert first.wait(10)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lower()
+    is_shown.set()
+    with side_by_side.compiled_side_by_side():
+        pass
+    assert sorted(compiled) == sorted(known)  # each once
+    side_by_side._begun.cache_clear()
+
+
+def test_a_jax_that_hides_its_kernels_costs_time_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.delattr(core, "KNOWN_KERNELS")
+    with side_by_side.compiled_side_by_side():
+        pass
