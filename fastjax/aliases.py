@@ -107,23 +107,15 @@ _VALUES = {
         "false": "no",
     },
 }
+_MOVABLE = "states on the device; offload_optimizer moves them"
 # Name -> (what it is here, how its states differ from those that were asked for).
 _NEAREST_OPTIMIZERS = {
-    "paged_adamw_8bit": (
-        "adamw_8bit",
-        "states on the device; offload_optimizer moves them",
-    ),
-    "paged_adamw_32bit": (
-        "adamw",
-        "states on the device; offload_optimizer moves them",
-    ),
-    "paged_adamw": ("adamw", "states on the device; offload_optimizer moves them"),
+    "paged_adamw_8bit": ("adamw_8bit", _MOVABLE),
+    "paged_adamw_32bit": ("adamw", _MOVABLE),
+    "paged_adamw": ("adamw", _MOVABLE),
     "lion_8bit": ("lion", "float32 states"),
-    "paged_lion_8bit": (
-        "lion",
-        "float32 states on the device; offload_optimizer moves them",
-    ),
-    "paged_lion_32bit": ("lion", "states on the device; offload_optimizer moves them"),
+    "paged_lion_8bit": ("lion", f"float32 {_MOVABLE}"),
+    "paged_lion_32bit": ("lion", _MOVABLE),
 }
 
 _ADAPTER_LISTS = (

@@ -78,9 +78,10 @@ def compare(programs: Sequence[Program], seconds: float) -> Iterator[Rivalry]:
         compiled = list(pool.map(lambda pair: [*map(_compile, pair)], pairs))
     for (program, rival), both in zip(pairs, compiled, strict=True):
         calls = [one.call() for one in both]
-        ms, rival_ms = _in_bursts(calls)
+        bursts = [_BURST_CALLS] * len(calls)
+        ms, rival_ms = _in_turn(calls, bursts, pause_seconds=_PAUSE_SECONDS)
         counts = [max(1, int(seconds * 1e3 / each)) for each in (ms, rival_ms)]
-        sustained_ms, rival_sustained_ms = _without_pause(calls, counts)
+        sustained_ms, rival_sustained_ms = _in_turn(calls, counts)
         yield Rivalry(
             program=program.name,
             implementation=both[0].implementation,
@@ -109,21 +110,18 @@ def _compile(program: Program) -> _Compiled:
     raise UnsupportedOp(f"no implementation of {program.name} can run here")
 
 
-def _in_bursts(calls: Sequence[Call]) -> list[float]:
-    """Returns the median milliseconds of each, a few calls at a time after a pause."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(_ROUNDS):
-        for call, own in zip(calls, times, strict=True):
-            jax.block_until_ready(call())
-            time.sleep(_PAUSE_SECONDS)
-            own += kernel_seconds(call, _BURST_CALLS)
-    return [1e3 * statistics.median(own) for own in times]
+def _in_turn(
+    calls: Sequence[Call], counts: Sequence[int], *, pause_seconds: float = 0.0
+) -> list[float]:
+    """Returns the median milliseconds of each, called so many times in turn.
 
-
-def _without_pause(calls: Sequence[Call], counts: Sequence[int]) -> list[float]:
-    """Returns the median milliseconds of each, called so many times in turn."""
+    With a pause each is called once more before it.
+    """
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(_ROUNDS):
         for call, count, own in zip(calls, counts, times, strict=True):
+            if pause_seconds:
+                jax.block_until_ready(call())
+                time.sleep(pause_seconds)
             own += kernel_seconds(call, count)
     return [1e3 * statistics.median(own) for own in times]

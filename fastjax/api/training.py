@@ -17,21 +17,12 @@ from fastjax.api.device_faults import device_faults
 from fastjax.api.finding import find_model
 from fastjax.api.hub import push_folder
 from fastjax.api.language_model import LanguageModel
-from fastjax.api.loaders import (
-    data_seed,
-    eval_loader,
-    evaluation_loader,
-    in_steps,
-)
+from fastjax.api.loaders import data_seed, eval_loader, evaluation_loader, in_steps
 from fastjax.api.loading import add_adapter, load_model, load_text_side
 from fastjax.api.model_card import write_model_card
 from fastjax.api.ranks import set_ranks
 from fastjax.api.reading_ahead import reading_ahead
-from fastjax.api.run_folder import (
-    default_output_dir,
-    require_writable,
-    write_settings,
-)
+from fastjax.api.run_folder import default_output_dir, require_writable, write_settings
 from fastjax.api.run_plan import PlannedRun, compiling_ahead, planned_run
 from fastjax.api.samples import make_sampler, read_prompts
 from fastjax.api.serving import serving_notes
@@ -66,17 +57,7 @@ def run_training(
     Raises:
       FastJaxError: The run cannot start, go on or finish; says why.
     """
-    runtime.configure(
-        full_determinism=config.full_determinism,
-        memory_share=nvidia.memory_share(config.memory_gib),
-    )
-    runtime.wake_device()
-    console = open_console()
-    for note in (*notes, *(fault.what for fault in requirements.faults())):
-        say(console, note)
-    folder = Path(config.output_dir or default_output_dir(config))
-    config = dataclasses.replace(config, output_dir=str(folder))
-    _require_all_it_needs(config, folder, console)
+    config, folder, console = _begun(config, notes)
     note, settings = functools.partial(say, console), folder / "config.yaml"
     # Before the reader looks for it too, since that one does not tell what is missing.
     find_model(config.model, revision=config.model_revision, with_weights=False)
@@ -114,6 +95,24 @@ def run_training(
     _push(folder, config, console)
     _say_next(config, data, console)
     return result
+
+
+def _begun(
+    config: TrainConfig, notes: Sequence[str]
+) -> tuple[TrainConfig, Path, Console]:
+    """Starts the device; returns the settings with their folder, it, and a console."""
+    runtime.configure(
+        full_determinism=config.full_determinism,
+        memory_share=nvidia.memory_share(config.memory_gib),
+    )
+    runtime.wake_device()
+    console = open_console()
+    for note in (*notes, *(fault.what for fault in requirements.faults())):
+        say(console, note)
+    folder = Path(config.output_dir or default_output_dir(config))
+    config = dataclasses.replace(config, output_dir=str(folder))
+    _require_all_it_needs(config, folder, console)
+    return config, folder, console
 
 
 def _push(folder: Path, config: TrainConfig, console: Console) -> None:

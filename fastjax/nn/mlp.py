@@ -1,17 +1,16 @@
 """The gated feed-forward network of a layer."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fastjax.config import Implementations
 from fastjax.nn.linear import Linear, adapter_dropout, project
-from kernels.gated_mlp import RESIDUAL_NAMES, gated_activation, gated_mlp
+from kernels.gated_mlp import gated_activation, gated_mlp, unit_of
 
 
 class GatedMLP(nnx.Module):
@@ -76,12 +75,10 @@ class GatedMLP(nnx.Module):
         residual: Float[Array, "B T D"] | None,
     ) -> Float[Array, "B T D"]:
         """Does as a call where weights themselves have gradients."""
-        rows = project(x, inner)
-        gate, up = jnp.split(rows[0], 2, axis=-1) if len(rows) == 1 else rows
-        unit = gated_activation(
-            checkpoint_name(gate, RESIDUAL_NAMES[0]),
-            checkpoint_name(up, RESIDUAL_NAMES[1]),
-            activation=self.activation,
-            implementation=self.implementations.gated_mlp,
+        unit = functools.partial(
+            gated_activation, implementation=self.implementations.gated_mlp
         )
-        return self.down_proj(unit, residual=residual)
+        rows = project(x, inner)
+        return self.down_proj(
+            unit_of(unit, rows, activation=self.activation), residual=residual
+        )

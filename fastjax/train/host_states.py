@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from kernels.adam8bit import BLOCK_SIZE
+
 _LEAST_BYTES = 2**16
 """Smaller arrays stay on the device: a copy takes as long as a kernel."""
 
@@ -14,7 +16,6 @@ PIECE_BYTES = 2**28
 """Of a float32 array, at most; its states come and go in such pieces."""
 
 _MOST_PIECES = 8  # times as many as these bytes ask for
-_BLOCK = 256  # elements; of the states in 8 bits
 
 
 def in_host_memory(
@@ -128,7 +129,7 @@ def _pieces(array: Float[Array, "..."]) -> Float[Array, "P Q"]:
     least = max(1, -(-4 * array.size // PIECE_BYTES))
     counts = range(least, _MOST_PIECES * least)
     # Blocks of 8 bits are then those of the array, and rows may be of any number.
-    whole = (n for n in counts if array.size % (n * _BLOCK) == 0)
+    whole = (n for n in counts if array.size % (n * BLOCK_SIZE) == 0)
     return array.reshape(next(whole, 1), -1)
 
 

@@ -1,22 +1,22 @@
 """The gated network as its three ops, one after the other."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.lora_matmul import Projection, lora_matmul_group
+from kernels.lora_matmul.xla import Keys, Projections
 
 from .vjp import RESIDUAL_NAMES
-
-Keys = tuple[jax.Array | None, ...]
 
 
 def gated_mlp(
     unit: Callable[..., jax.Array],
     x: jax.Array,
-    gate_up: tuple[Projection, ...],
+    gate_up: Projections,
     down: Projection,
     *,
     activation: str,
@@ -39,24 +39,21 @@ def gated_mlp(
       product_implementation: Of `lora_matmul`.
     """
 
-    def products(
-        x: jax.Array,
-        projections: tuple[Projection, ...],
-        keys: Keys,
-        residual: jax.Array | None = None,
-    ) -> tuple[jax.Array, ...]:
-        return lora_matmul_group(
-            x,
-            projections,
-            residual=residual,
-            dropout_rate=dropout_rate,
-            dropout_keys=keys,
-            implementation=product_implementation,
-        )
+    products = functools.partial(
+        lora_matmul_group,
+        dropout_rate=dropout_rate,
+        implementation=product_implementation,
+    )
+    rows = products(x, gate_up, dropout_keys=dropout_keys[:-1])
+    out = unit_of(unit, rows, activation=activation)
+    (y,) = products(out, (down,), residual=residual, dropout_keys=dropout_keys[-1:])
+    return y
 
-    rows = products(x, gate_up, dropout_keys[:-1])
+
+def unit_of(
+    unit: Callable[..., jax.Array], rows: Sequence[jax.Array], *, activation: str
+) -> jax.Array:
+    """Returns the unit of gate and up, or of the two in one, under `RESIDUAL_NAMES`."""
     gate, up = jnp.split(rows[0], 2, axis=-1) if len(rows) == 1 else rows
     gate, up = map(checkpoint_name, (gate, up), RESIDUAL_NAMES)
-    out = unit(gate, up, activation=activation)
-    (y,) = products(out, (down,), dropout_keys[-1:], residual)
-    return y
+    return unit(gate, up, activation=activation)

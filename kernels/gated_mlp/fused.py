@@ -16,7 +16,7 @@ from kernels.device import multiprocessors
 from kernels.dispatch import UnsupportedOp
 from kernels.lora_matmul import Projection
 from kernels.lora_matmul import mosaic_gpu as lora
-from kernels.lora_matmul.xla import Added
+from kernels.lora_matmul.xla import Added, Keys, Projections
 
 from . import mosaic_gpu_vjp, reference
 from .mosaic_gpu_vjp import gated_cotangents
@@ -45,13 +45,13 @@ class Residuals(NamedTuple):
 
 def gated_mlp(
     x: jax.Array,
-    gate_up: tuple[Projection, ...],
+    gate_up: Projections,
     down: Projection,
     *,
     activation: str,
     residual: jax.Array | None,
     dropout_rate: float,
-    dropout_keys: tuple[jax.Array | None, ...],
+    dropout_keys: Keys,
     product_implementation: str | None,
 ) -> jax.Array:
     """Returns `down(act(gate(x)) * up(x)) + residual`.
@@ -109,7 +109,7 @@ def _forward(
 @jax.named_scope("lora_matmul")
 def _backward(
     activation: str, num_added: int, residuals: Residuals, dy: jax.Array
-) -> tuple[jax.Array, tuple[Projection, ...], Projection, Added]:
+) -> tuple[jax.Array, Projections, Projection, Added]:
     saved, gate, up, down, xa = residuals
     terms, narrow = lora.input_terms((down,), xa, (dy,))
     dgate, dup, out = gated_cotangents(
