@@ -20,6 +20,7 @@ from kernels.lora_matmul.xla import Added, Keys, Projections
 
 from . import mosaic_gpu_vjp, reference
 from .mosaic_gpu_vjp import gated_cotangents
+from .unit_product import MAX_RANK, gated_unit_product
 from .vjp import RESIDUAL_NAMES
 
 GateUp = tuple[Projection, Projection]
@@ -101,9 +102,21 @@ def _forward(
     (gate, up), saved = lora.many_rows_forward(x, gate_up, ())
     gate, up = map(checkpoint_name, (gate, up), RESIDUAL_NAMES)
     with jax.named_scope("gated_mlp"):
-        out = reference.gated_activation(gate, up, activation=activation)
-    (y,), residuals = lora.many_rows_forward(out, (down,), added)
+        out, xa = _unit(gate, up, down, activation)
+    (y,), residuals = lora.many_rows_forward(out, (down,), added, xa)
     return y, Residuals(saved, gate, up, down, residuals.xa)
+
+
+def _unit(
+    gate: jax.Array, up: jax.Array, down: Projection, activation: str
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the unit, and its product with the adapter if one kernel makes both."""
+    narrow = lora.scaled_down((down,), gate.dtype)
+    if narrow is None or narrow.shape[0] > MAX_RANK:
+        return reference.gated_activation(gate, up, activation=activation), None
+    return gated_unit_product(
+        gate, up, narrow, activation=activation, blocks=multiprocessors()
+    )
 
 
 @jax.named_scope("lora_matmul")

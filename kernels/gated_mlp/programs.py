@@ -1,4 +1,4 @@
-"""The gated activation, and the network, at real shapes."""
+"""The gated activation, alone and with a product, and the network, at real shapes."""
 
 import functools
 import math
@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels.device import multiprocessors, require_hopper
 from kernels.lora_matmul import Projection
 from kernels.nf4 import quantize
 from kernels.program import Program, nbytes
 
+from . import reference, unit_product
 from .api import gated_activation, gated_mlp
 from .cases import GPU_CASES, GPU_NETWORKS, GatedCase, NetworkCase
 from .mosaic_gpu_vjp import KERNEL_NAME
@@ -20,7 +22,8 @@ _WEIGHT_DEVIATION = 0.02
 
 def programs() -> tuple[Program, ...]:
     """Returns every program of the op."""
-    return (*_activations(), *(_network(case) for case in GPU_NETWORKS))
+    of_networks = (run(case) for case in GPU_NETWORKS for run in (_product, _network))
+    return (*_activations(), *of_networks)
 
 
 def _activations() -> tuple[Program, ...]:
@@ -63,6 +66,48 @@ def _backward(
 ) -> Any:
     run = functools.partial(_forward, activation, implementation=implementation)
     return jax.vjp(run, gate, up)[1](dout)
+
+
+def _product(case: NetworkCase) -> Program:
+    """Returns the unit with the product of the last adapter."""
+    arguments = functools.partial(_product_arguments, case)
+    run = functools.partial(_unit_product, case.activation)
+    shapes = jax.eval_shape(arguments)
+    results = jax.eval_shape(functools.partial(run, implementation="xla"), *shapes)
+    return Program(
+        name=f"gated_mlp.unit_product/{case.name}",
+        run=run,
+        arguments=arguments,
+        bytes_moved=nbytes((shapes, results)),
+        kernels=(unit_product.KERNEL_NAME,),
+    )
+
+
+def _product_arguments(case: NetworkCase) -> tuple[jax.Array, ...]:
+    """Returns gate, up and the adapter's down projection, (R, F)."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    heights = (case.rows, case.rows, case.ranks[-1])
+    return tuple(
+        jax.random.normal(key, (height, case.features), jnp.bfloat16)
+        for key, height in zip(keys, heights, strict=True)
+    )
+
+
+def _unit_product(
+    activation: str,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    implementation: str,
+) -> tuple[jax.Array, jax.Array]:
+    if implementation == "mosaic_gpu":
+        require_hopper()
+        return unit_product.gated_unit_product(
+            gate, up, down, activation=activation, blocks=multiprocessors()
+        )
+    h = reference.gated_activation(gate, up, activation=activation)
+    return h, jnp.dot(h, down.T)
 
 
 def _network(case: NetworkCase) -> Program:

@@ -95,16 +95,31 @@ def forward(
     return many_rows_forward(x, projections, added)
 
 
+def scaled_down(
+    projections: Projections, dtype: jax.typing.DTypeLike
+) -> jax.Array | None:
+    """Returns `(scaling * a)^T` of all adapters, one under the other; None of none."""
+    if not any(_widths(projections)):
+        return None
+    downs = [_down(p) * p.scale for p in projections if p.has_adapter]
+    return jnp.concatenate(downs).astype(dtype)
+
+
 def many_rows_forward(
-    x: jax.Array, projections: Projections, added: Added
+    x: jax.Array,
+    projections: Projections,
+    added: Added,
+    xa: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, ...], Residuals]:
-    """Does as `forward` with more than `MAX_ROWS` rows."""
-    xa = None
-    if any(_widths(projections)):
-        downs = [_down(p) * p.scale for p in projections if p.has_adapter]
-        down = jnp.concatenate(downs).astype(x.dtype)
-        xa = _used_twice(low_rank_product(x, down, blocks=multiprocessors()))
-        xa = checkpoint_name(xa, RESIDUAL_NAMES[0])
+    """Does as `forward` with more than `MAX_ROWS` rows.
+
+    `xa`, where it is there already, is the product of `x` with `scaled_down`.
+    """
+    down = scaled_down(projections, x.dtype)
+    if down is not None:
+        if xa is None:
+            xa = low_rank_product(x, down, blocks=multiprocessors())
+        xa = checkpoint_name(_used_twice(xa), RESIDUAL_NAMES[0])
     narrow = _with_ones(xa, x, projections)
     sums = []
     for index, projection in enumerate(projections):

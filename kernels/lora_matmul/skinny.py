@@ -6,9 +6,8 @@ matrix once; the narrow operand stays in the L2 cache. Where rows or columns alo
 not fill the device, the contracted axis is split and the parts, in float32, are added
 in a fixed order, so that results are the same in every run.
 
-Budget of a block: one warpgroup loads, one or two multiply; up to 192 KiB shared memory
-in two to eight stages, so that enough bytes are on their way. The functions are
-compiled ones, so that equal calls in a program are lowered once.
+Budget of a block: that of `kernels.streaming`; one or two warpgroups multiply. The
+functions are compiled ones, so that equal calls in a program are lowered once.
 """
 
 import functools
@@ -22,6 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from kernels.dispatch import UnsupportedOp
+from kernels.streaming import launch
+from kernels.streaming import num_parts as _splits
+from kernels.streaming import streamed as _pipeline
 from kernels.wgmma import accumulator, swizzled
 
 PRODUCT_NAME = "low_rank_product"
@@ -36,9 +38,6 @@ MAX_COTANGENT_RANK = _LINE
 _ROWS = 64
 _COLUMNS = 128
 _SLAB = 512
-_MAX_STAGES = 8
-_RING_BYTES = 192 * 1024
-_LOADER_REGISTERS = 40
 
 
 @functools.partial(jax.jit, static_argnames=("blocks",))
@@ -253,38 +252,6 @@ def low_rank_cotangents(
     return jnp.sum(dxa, axis=0).astype(dout.dtype), jnp.sum(db, axis=0)
 
 
-def _splits(tiles: int, steps: int, blocks: int) -> int:
-    """Returns into how many parts the contracted axis is cut to fill the device."""
-    wanted = max(1, round(blocks / tiles))
-    return math.gcd(steps, 1 << (wanted.bit_length() - 1))
-
-
-def _pipeline(multiply, finish, steps: int, *tiles, multipliers: int = 1):
-    """Returns a loop over tiles of 16-bit operands, given with their index maps."""
-    stage_bytes = sum(2 * math.prod(shape) for shape, _ in tiles)
-    # With one multiplying warpgroup the products of a step overlap the next one's.
-    delay = min(1, steps - 1) if multipliers == 1 else 0
-    return plgpu.emit_pipeline_warp_specialized(
-        multiply,
-        grid=(steps,),
-        memory_registers=_LOADER_REGISTERS,
-        in_specs=[
-            plgpu.BlockSpec(
-                shape,
-                index_map,
-                transforms=swizzled(_LINE, jnp.bfloat16),
-                memory_space=plgpu.SMEM,
-                delay_release=delay,
-            )
-            for shape, index_map in tiles
-        ],
-        wg_axis="warpgroup",
-        num_compute_wgs=multipliers,
-        max_concurrent_steps=max(2, min(_MAX_STAGES, _RING_BYTES // stage_bytes)),
-        compute_context=finish,
-    )
-
-
 def _launch(
     name: str,
     body,
@@ -295,14 +262,13 @@ def _launch(
     multipliers: int = 1,
     scratch_types=(),
 ):
-    return plgpu.kernel(
+    out_type = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    return launch(
+        name,
         body,
-        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
-        grid=grid,
-        grid_names=("row", "part"),
-        num_threads=multipliers + 1,
+        out_type,
+        grid,
+        *operands,
+        multipliers=multipliers,
         scratch_types=scratch_types,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(),
-    )(*operands)
+    )
