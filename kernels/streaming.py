@@ -20,7 +20,6 @@ LINE = 64
 ROWS = 64
 """Rows of a tile: those of one wgmma instruction."""
 
-_MAX_STAGES = 8
 _RING_BYTES = 192 * 1024
 _LOADER_REGISTERS = 40
 
@@ -40,6 +39,7 @@ def streamed(
     steps: int,
     *tiles: Tile,
     multipliers: int = 1,
+    max_stages: int = 8,
 ) -> Callable[..., None]:
     """Returns a loop over the tiles of 16-bit operands, which it takes as references.
 
@@ -50,9 +50,10 @@ def streamed(
       steps: Of the loop.
       *tiles: Of each operand.
       multipliers: Warpgroups that work.
+      max_stages: Tiles of so many steps at most are in shared memory at a time.
     """
     stage_bytes = sum(2 * math.prod(shape) for shape, _ in tiles)
-    stages = max(2, min(_MAX_STAGES, _RING_BYTES // stage_bytes))
+    stages = max(2, min(max_stages, _RING_BYTES // stage_bytes))
     return plgpu.emit_pipeline_warp_specialized(
         work,
         grid=(steps,),
