@@ -16,6 +16,7 @@ from kernels.device import multiprocessors
 from kernels.dispatch import UnsupportedOp
 from kernels.lora_matmul import Projection
 from kernels.lora_matmul import mosaic_gpu as lora
+from kernels.lora_matmul.operands import is_packed, scaled_down
 from kernels.lora_matmul.xla import Added, Keys, Projections
 
 from . import mosaic_gpu_vjp, reference
@@ -111,7 +112,7 @@ def _unit(
     gate: jax.Array, up: jax.Array, down: Projection, activation: str
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the unit, and its product with the adapter if one kernel makes both."""
-    narrow = lora.scaled_down((down,), gate.dtype)
+    narrow = scaled_down((down,), gate.dtype)
     if narrow is None or narrow.shape[0] > MAX_RANK:
         return reference.gated_activation(gate, up, activation=activation), None
     return gated_unit_product(
@@ -130,7 +131,7 @@ def _backward(
         gate,
         up,
         activation=activation,
-        is_transposed=not lora.is_packed(down),
+        is_transposed=not is_packed(down),
         blocks=multiprocessors(),
     )
     (ddown,) = lora.gradients(out, (down,), (dy,), narrow)

@@ -48,6 +48,7 @@ def accumulated_products(
     is_transposed: bool,
     tiles: TileConfig,
     blocks: int,
+    shared: Term | None = None,
     added: Sequence[jax.Array] = (),
 ) -> list[jax.Array]:
     """Returns a matrix for each of `sums`, accumulated in float32, rounded once.
@@ -58,12 +59,16 @@ def accumulated_products(
       is_transposed: Right operands are (N, C) in memory.
       tiles: How to cut.
       blocks: Of the grid; as many as the device has multiprocessors.
+      shared: One more term of every sum. Its right operand has the columns of all
+        outputs side by side.
       added: To the output, where there is one, before it is rounded.
 
     Raises:
       UnsupportedOp: Sizes are no multiples of the tiles.
     """
     plan, lhs, rhs = _plan(sums, is_transposed, tiles)
+    if shared is not None:
+        lhs, rhs = [*lhs, shared[0]], [*rhs, shared[1]]
     rows = lhs[0].shape[0]
     if rows % tiles.tile_m:
         raise UnsupportedOp(f"{rows} rows are no multiple of {tiles.tile_m}")
@@ -72,6 +77,7 @@ def accumulated_products(
         rhs,
         list(added),
         plan=plan,
+        shared_steps=0 if shared is None else _steps(shared[0], tiles),
         is_transposed=is_transposed,
         tiles=tiles,
         blocks=blocks,
@@ -79,7 +85,8 @@ def accumulated_products(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("plan", "is_transposed", "tiles", "blocks")
+    jax.jit,
+    static_argnames=("plan", "shared_steps", "is_transposed", "tiles", "blocks"),
 )
 def _launch(
     lhs: list[jax.Array],
@@ -87,13 +94,14 @@ def _launch(
     added: list[jax.Array],
     *,
     plan: tuple[_Sum, ...],
+    shared_steps: int,
     is_transposed: bool,
     tiles: TileConfig,
     blocks: int,
 ) -> list[jax.Array]:
     """Runs the kernel. Compiled, so that equal calls in a program are lowered once."""
     rows, dtype = lhs[0].shape[0], lhs[0].dtype
-    steps, rest = sum(plan[0].steps), PARTS * len(added)
+    steps, rest = sum(plan[0].steps) + shared_steps, PARTS * len(added)
     product = PersistentProduct(
         tiles=tiles,
         stages=min(tiles.stages, steps + rest),
@@ -105,7 +113,11 @@ def _launch(
     widths = [(part.end - part.first) * tiles.tile_n for part in plan]
     return product.kernel(
         functools.partial(
-            _body, plan=plan, inputs=(len(lhs), len(rhs), len(added)), product=product
+            _body,
+            plan=plan,
+            shared_steps=shared_steps,
+            inputs=(len(lhs), len(rhs), len(added)),
+            product=product,
         ),
         out_type=[jax.ShapeDtypeStruct((rows, width), dtype) for width in widths],
         blocks=blocks,
@@ -122,7 +134,7 @@ def _plan(sums, is_transposed: bool, tiles: TileConfig):
         operands, steps = [], []
         for left, right in terms:
             operands.append((_place(lhs, left), _place(rhs, right)))
-            steps.append(-(-left.shape[1] // tiles.tile_k))
+            steps.append(_steps(left, tiles))
         columns = terms[0][1].shape[0 if is_transposed else 1]
         if columns % tiles.tile_n:
             raise UnsupportedOp(f"{columns} columns are no multiple of {tiles.tile_n}")
@@ -131,6 +143,10 @@ def _plan(sums, is_transposed: bool, tiles: TileConfig):
         first = end
     assert len({sum(s.steps) for s in plan}) == 1
     return tuple(plan), lhs, rhs
+
+
+def _steps(left: jax.Array, tiles: TileConfig) -> int:
+    return -(-left.shape[1] // tiles.tile_k)
 
 
 def _place(arrays: list[jax.Array], array: jax.Array) -> int:
@@ -145,6 +161,7 @@ def _place(arrays: list[jax.Array], array: jax.Array) -> int:
 def _body(
     *refs,
     plan: tuple[_Sum, ...],
+    shared_steps: int,
     inputs: tuple[int, int, int],
     product: PersistentProduct,
     **memory,
@@ -164,6 +181,9 @@ def _body(
                     block.stream(lhs[left], rhs[right], m, n - part.first, first, count)
                     first += count
 
+        if shared_steps:
+            first = step + product.steps - shared_steps
+            block.stream(lhs[-1], rhs[-1], m, n, first, shared_steps)
         for source in added:
             for part in range(PARTS):
                 block.stream_part(source, m, n, part, step + product.steps + part)

@@ -8,7 +8,6 @@ Few rows, as in decoding, have a forward pass of their own, and XLA's backward p
 """
 
 import dataclasses
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,17 +16,27 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels.device import multiprocessors, require_hopper
 from kernels.dispatch import UnsupportedOp
-from kernels.nf4 import NF4Array
-from kernels.packed import dense
 from kernels.persistent_product import tiles_for
 
 from . import xla
 from .accumulate import Term, accumulated_products
 from .few_rows import MAX_ROWS, check_few_rows, few_rows_product
+from .operands import (
+    filled_columns,
+    is_packed,
+    joined_downs,
+    joined_ups,
+    scaled_down,
+    starts_of,
+    stored_weights,
+    up_rows,
+    widths_of,
+    with_ones,
+)
 from .products import product
-from .projection import Projection
 from .skinny import (
     MAX_COTANGENT_RANK,
+    MAX_GROUPED_RANK,
     MAX_RANK,
     low_rank_cotangents,
     low_rank_gradient,
@@ -35,8 +44,6 @@ from .skinny import (
 )
 from .xla import RESIDUAL_NAMES, Added, Keys, Projections
 
-_PAD = 8  # columns: 16 bytes, the least that the copy engine moves
-_TILE = 64  # columns: what it moves at a time, or less in all
 _DTYPES = ("bfloat16", "float16")
 
 
@@ -47,7 +54,8 @@ class Residuals(NamedTuple):
       x: (M, I).
       projections: As given, weights packed.
       xa: `scaling * x @ a` of all adapters side by side, each filled up with zeros to a
-        multiple of eight columns; None without adapters.
+        multiple of eight columns, and all to one of 64 if they are more; None without
+        adapters.
     """
 
     x: jax.Array
@@ -76,7 +84,7 @@ def check(
         return
     if len({is_packed(p) for p in projections}) > 1:
         raise UnsupportedOp("some weights of the group are packed, others are not")
-    if sum(_widths(projections)) > MAX_RANK:
+    if sum(widths_of(projections)) > MAX_RANK:
         raise UnsupportedOp(f"the ranks of the group exceed {MAX_RANK}")
     tiles_for(x.shape[0], [p.weight.shape[1] for p in projections])
     tiles_for(x.shape[0], [x.shape[1]])
@@ -95,16 +103,6 @@ def forward(
     return many_rows_forward(x, projections, added)
 
 
-def scaled_down(
-    projections: Projections, dtype: jax.typing.DTypeLike
-) -> jax.Array | None:
-    """Returns `(scaling * a)^T` of all adapters, one under the other; None of none."""
-    if not any(_widths(projections)):
-        return None
-    downs = [_down(p) * p.scale for p in projections if p.has_adapter]
-    return jnp.concatenate(downs).astype(dtype)
-
-
 def many_rows_forward(
     x: jax.Array,
     projections: Projections,
@@ -115,25 +113,26 @@ def many_rows_forward(
 
     `xa`, where it is there already, is the product of `x` with `scaled_down`.
     """
-    down = scaled_down(projections, x.dtype)
-    if down is not None:
-        if xa is None:
+    shared, beside = None, []
+    if xa is None:
+        down = scaled_down(projections, x.dtype)
+        if down is not None:
             xa = low_rank_product(x, down, blocks=multiprocessors())
+    if xa is not None:
         xa = checkpoint_name(_used_twice(xa), RESIDUAL_NAMES[0])
-    narrow = _with_ones(xa, x, projections)
-    sums = []
-    for index, projection in enumerate(projections):
-        terms = [(x, _stored(projection, x.dtype))]
-        if narrow is not None:
-            up = _narrow_weight(projections, index, x.dtype)
-            terms.append((_filled(narrow, axis=1), up))
-        sums.append(terms)
+    narrow = with_ones(xa, x, projections)
+    if narrow is not None:
+        beside.append(joined_ups(projections, narrow.shape[1], x.dtype))
+    weights, made = stored_weights(projections, x.dtype, beside)
+    if narrow is not None:
+        shared = narrow, made[0][0]
     tiles = tiles_for(x.shape[0], [p.weight.shape[1] for p in projections])
     outputs = accumulated_products(
-        sums,
+        [[(x, weight)] for weight in weights],
         is_transposed=is_packed(projections[0]),
         tiles=tiles,
         blocks=multiprocessors(),
+        shared=shared,
         added=added if tiles.has_parts else (),
     )
     if not tiles.has_parts:
@@ -184,7 +183,7 @@ class NarrowCotangents(NamedTuple):
     """What the adapters need of the cotangents of the outputs.
 
     Attributes:
-      dxa: Of `x @ a` of all adapters side by side; None without adapters.
+      dxa: Of `x @ a` of all adapters, side by side as there; None without adapters.
       db: Of each `b`.
     """
 
@@ -197,17 +196,16 @@ def input_terms(
 ) -> tuple[list[Term], NarrowCotangents]:
     """Returns what is summed up for the cotangent of the input."""
     dtype = douts[0].dtype
-    terms = [
-        (dout, _stored(p, dtype)) for dout, p in zip(douts, projections, strict=True)
-    ]
     if xa is None:
-        return terms, NarrowCotangents(None, [None] * len(projections))
-    dxa, db = _narrow_cotangents(douts, xa, projections)
-    down = jnp.concatenate([_down(p) for p in projections if p.has_adapter])
-    down = _filled(down.astype(dtype), axis=0)
-    down = down if is_packed(projections[0]) else down.T
-    terms.append((_filled(dxa, axis=1), down))
-    return terms, NarrowCotangents(dxa, db)
+        weights, _ = stored_weights(projections, dtype)
+        none = NarrowCotangents(None, [None] * len(projections))
+        return [*zip(douts, weights, strict=True)], none
+    narrow = _narrow_cotangents(douts, xa, projections)
+    is_long_first = not is_packed(projections[0])
+    work = joined_downs(projections, dtype, is_long_first=is_long_first)
+    weights, ((down,),) = stored_weights(projections, dtype, [work])
+    assert narrow.dxa is not None
+    return [*zip(douts, weights, strict=True), (narrow.dxa, down)], narrow
 
 
 def gradients(
@@ -243,34 +241,56 @@ def _used_twice(results: Any) -> Any:
 
 def _narrow_cotangents(
     douts: tuple[jax.Array, ...], xa: jax.Array, projections: Projections
-) -> tuple[jax.Array, list[jax.Array | None]]:
+) -> NarrowCotangents:
     """Returns `scaling * dout @ b^T` of all adapters side by side, and each one's db.
 
     db is `(scaling * x @ a)^T @ dout`, in the dtype of `b`.
     """
-    parts = []
-    db: list[jax.Array | None] = []
-    starts, widths = _starts(projections), _widths(projections)
-    for dout, p, start, width in zip(douts, projections, starts, widths, strict=True):
-        if p.lora_b is None:
-            db.append(None)
-            continue
-        up = _padded(p.lora_b.astype(jnp.float32) * p.scale).astype(dout.dtype)
-        part, gradient = _both_products(dout, up, xa[:, start : start + width])
-        parts.append(part)
-        db.append(gradient.T[: p.lora_b.shape[0]].astype(p.lora_b.dtype))
-    return jnp.concatenate(parts, axis=1), db
+    starts, widths = starts_of(projections), widths_of(projections)
+    adapted = [i for i, p in enumerate(projections) if p.has_adapter]
+    ups = [up_rows(projections[i]) for i in adapted]
+    scales = [projections[i].scale for i in adapted]
+    parts, products = _both_products(
+        [douts[i] for i in adapted], ups, scales, xa, tuple(starts[i] for i in adapted)
+    )
+    db: list[jax.Array | None] = [None] * len(projections)
+    for i, gradient in zip(adapted, products, strict=True):
+        b = projections[i].lora_b
+        assert b is not None
+        db[i] = gradient.T[: b.shape[0]].astype(b.dtype)
+    parts = [p[:, : widths[i]] for i, p in zip(adapted, parts, strict=True)]
+    return NarrowCotangents(filled_columns(jnp.concatenate(parts, axis=1)), db)
 
 
 def _both_products(
-    dout: jax.Array, up: jax.Array, xa: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns `dout @ up^T` and `dout^T @ xa`, reading `dout` once if it can."""
-    blocks = multiprocessors()
-    if up.shape[0] <= MAX_COTANGENT_RANK:
-        return low_rank_cotangents(dout, up, xa, blocks=blocks)
-    product = low_rank_product(dout, up, blocks=blocks)
-    return product, low_rank_gradient(dout, xa, blocks=blocks)
+    douts: list[jax.Array],
+    ups: list[jax.Array],
+    scales: list[jax.Array],
+    xa: jax.Array,
+    starts: tuple[int, ...],
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Returns `dout @ (scale * up)^T` and `dout^T @ xa`, reading `dout` once if it can.
+
+    Of each; columns that the others have more of come after its own.
+    """
+    blocks, rank = multiprocessors(), max(up.shape[0] for up in ups)
+    if rank <= MAX_GROUPED_RANK:
+        ups = [jnp.pad(up, ((0, rank - up.shape[0]), (0, 0))) for up in ups]
+        return low_rank_cotangents(douts, ups, scales, xa, starts=starts, blocks=blocks)
+    products, gradients = [], []
+    for dout, up, scale, start in zip(douts, ups, scales, starts, strict=True):
+        if up.shape[0] <= MAX_COTANGENT_RANK:
+            (part,), (gradient,) = low_rank_cotangents(
+                (dout,), (up,), (scale,), xa, starts=(start,), blocks=blocks
+            )
+        else:
+            rounded = (up * scale).astype(dout.dtype)
+            part = low_rank_product(dout, rounded, blocks=blocks)
+            own = xa[:, start : start + up.shape[0]]
+            gradient = low_rank_gradient(dout, own, blocks=blocks)
+        products.append(part)
+        gradients.append(gradient)
+    return products, gradients
 
 
 def _down_gradients(
@@ -279,7 +299,7 @@ def _down_gradients(
     """Returns `x^T @ dxa` of each adapter, in the dtype of its `a`."""
     joined = low_rank_gradient(x, dxa, blocks=multiprocessors())
     gradients: list[jax.Array | None] = []
-    for projection, start in zip(projections, _starts(projections), strict=True):
+    for projection, start in zip(projections, starts_of(projections), strict=True):
         a = projection.lora_a
         gradients.append(
             None if a is None else joined[:, start : start + a.shape[1]].astype(a.dtype)
@@ -287,89 +307,7 @@ def _down_gradients(
     return gradients
 
 
-def _stored(projection: Projection, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Returns the weight as it lies in memory: (O, I) of a packed one, else (I, O)."""
-    weight = dense(projection.weight, dtype)
-    return weight.T if is_packed(projection) else weight
-
-
-def _narrow_weight(
-    projections: Projections, index: int, dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """Returns what the narrow columns are multiplied with for one projection.
-
-    Rows that stand for the other projections' adapters are zero.
-    """
-    projection, widths = projections[index], _widths(projections)
-    outputs = projection.weight.shape[1]
-    up = jnp.zeros((0, outputs), dtype)
-    if projection.lora_b is not None:
-        up = _padded(projection.lora_b.astype(dtype))
-    before, after = sum(widths[:index]), sum(widths[index + 1 :])
-    rows = [jnp.pad(up, ((before, after), (0, 0)))]
-    if any(p.bias is not None for p in projections):
-        rows.append(_bias_rows(projection.bias, outputs, dtype))
-    joined = _filled(jnp.concatenate(rows), axis=0)
-    return joined.T if is_packed(projection) else joined
-
-
-def _filled(narrow: jax.Array, *, axis: int) -> jax.Array:
-    """Fills up with zeros to a width that the copy engine takes in tiles of 64."""
-    size = narrow.shape[axis]
-    missing = 0 if size <= _TILE else -size % _TILE
-    return jnp.pad(narrow, [(0, missing if i == axis else 0) for i in range(2)])
-
-
-def _with_ones(
-    xa: jax.Array | None, x: jax.Array, projections: Projections
-) -> jax.Array | None:
-    """Returns `xa` with columns of ones beside it if a projection has a bias."""
-    if all(p.bias is None for p in projections):
-        return xa
-    ones = jnp.ones((x.shape[0], _PAD), x.dtype)
-    return ones if xa is None else jnp.concatenate([xa, ones], axis=1)
-
-
-def _bias_rows(
-    bias: jax.Array | None, outputs: int, dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """Returns rows whose sum is the bias: three 16-bit parts of a float32 number."""
-    if bias is None:
-        return jnp.zeros((_PAD, outputs), dtype)
-    info = jnp.finfo(dtype)
-    rest, parts = bias.astype(jnp.float32), []
-    for _ in range(3):
-        parts.append(jax.lax.reduce_precision(rest, int(info.nexp), int(info.nmant)))
-        rest = rest - parts[-1]
-    return _padded(jnp.stack(parts)).astype(dtype)
-
-
-def _down(projection: Projection) -> jax.Array:
-    """Returns `a^T` in float32, its rows filled up."""
-    assert projection.lora_a is not None
-    return _padded(projection.lora_a.astype(jnp.float32).T)
-
-
-def _padded(rows: jax.Array) -> jax.Array:
-    return jnp.pad(rows, ((0, -rows.shape[0] % _PAD), (0, 0)))
-
-
-def _widths(projections: Projections) -> list[int]:
-    """Returns how many of the narrow columns each adapter has."""
-    ranks = [0 if p.lora_a is None else p.lora_a.shape[1] for p in projections]
-    return [-(-rank // _PAD) * _PAD for rank in ranks]
-
-
-def _starts(projections: Projections) -> list[int]:
-    return list(itertools.accumulate(_widths(projections), initial=0))[:-1]
-
-
 def _sum_rows(dout: jax.Array, bias: jax.Array | None) -> jax.Array | None:
     if bias is None:
         return None
     return jnp.sum(dout.astype(jnp.float32), axis=0).astype(bias.dtype)
-
-
-def is_packed(projection: Projection) -> bool:
-    """Whether the weight lies in memory as (O, I)."""
-    return isinstance(projection.weight, NF4Array)

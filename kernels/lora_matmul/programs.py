@@ -1,6 +1,7 @@
 """LoRA products at real shapes, for the compile check, the benchmark and the tuner."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from kernels.nf4 import mosaic_gpu as nf4
 from kernels.nf4 import quantize
 from kernels.program import Program, nbytes
 
-from . import accumulate, few_rows, mosaic_gpu, skinny, xla
+from . import accumulate, few_rows, mosaic_gpu, operands, skinny, xla
 from .api import lora_matmul_group
 from .cases import DECIDING, RATED, Case
 from .projection import Projection
@@ -114,14 +115,10 @@ def _cotangent_arguments(case: Case) -> tuple[Any, ...]:
 
 
 def _saved_arguments(case: Case) -> tuple[Any, ...]:
-    """Returns what the backward pass reads: `x @ a` of the forward pass too."""
-    x, projections, douts = _cotangent_arguments(case)
-    keys = jax.random.split(jax.random.key(2), len(case.ranks))
-    xa = tuple(
-        jax.random.normal(key, (*case.lead, rank), jnp.bfloat16)
-        for key, rank in zip(keys, case.ranks, strict=True)
-    )
-    return x, projections, douts, xa
+    """Returns what the backward pass reads: all `x @ a` of the forward pass too."""
+    shape = (*case.lead, sum(case.ranks))
+    xa = jax.random.normal(jax.random.key(2), shape, jnp.bfloat16)
+    return *_cotangent_arguments(case), operands.filled_columns(xa)
 
 
 def _ready_arguments(case: Case, is_dx: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -163,18 +160,20 @@ def _dx(
     x: jax.Array,
     projections: tuple[Projection, ...],
     douts: tuple[jax.Array, ...],
-    xa: tuple[jax.Array, ...],
+    xa: jax.Array,
     *,
     implementation: str,
 ) -> jax.Array:
     """Returns the cotangent of x; a kernel that makes it makes those of `b` too."""
     nothing = (None,) * len(projections)
     if implementation == "xla":
-        saved = xla.Residuals(x, projections, nothing, xa, nothing)
-        return xla.backward(0.0, saved, douts)[0]
+        borders = [*itertools.accumulate(operands.widths_of(projections))]
+        parts = tuple(jnp.split(xa, borders, axis=1)[: len(projections)])
+        apart = xla.Residuals(x, projections, nothing, parts, nothing)
+        return xla.backward(0.0, apart, douts)[0]
     mosaic_gpu.check(0.0, x, projections, nothing)
-    joined = mosaic_gpu.Residuals(x, projections, jnp.concatenate(xa, axis=1))
-    return mosaic_gpu.backward(0.0, joined, douts)[0]
+    saved = mosaic_gpu.Residuals(x, projections, xa)
+    return mosaic_gpu.backward(0.0, saved, douts)[0]
 
 
 def _ready_forward(

@@ -11,7 +11,9 @@ functions are compiled ones, so that equal calls in a program are lowered once.
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,9 @@ MAX_RANK = 256
 
 _LINE = 64  # elements of 16 bits in a swizzled line
 MAX_COTANGENT_RANK = _LINE
+MAX_GROUPED_RANK = 32
+"""Above, `low_rank_cotangents` of several matrices has too few registers."""
+
 _ROWS = 64
 _COLUMNS = 128
 _SLAB = 512
@@ -162,48 +167,80 @@ def _line_gradient(x: jax.Array, t: jax.Array, blocks: int) -> jax.Array:
     return jnp.sum(parts, axis=0)
 
 
-@functools.partial(jax.jit, static_argnames=("blocks",))
+@functools.partial(jax.jit, static_argnames=("starts", "blocks"))
 def low_rank_cotangents(
-    dout: Float[Array, "M N"],
-    up: Float[Array, "R N"],
-    xa: Float[Array, "M R"],
+    douts: Sequence[Float[Array, "M _"]],
+    ups: Sequence[Float32[Array, "R _"]],
+    scales: Sequence[Float32[Array, ""]],
+    xa: Float[Array, "M W"],
     *,
+    starts: tuple[int, ...],
     blocks: int,
-) -> tuple[Float[Array, "M R"], Float32[Array, "N R"]]:
-    """Returns `dout @ up^T` in the dtype of `dout` and `dout^T @ xa` in float32.
+) -> tuple[list[Float[Array, "M R"]], list[Float32[Array, "_ R"]]]:
+    """Returns `dout @ (scale * up)^T` and, in float32, `dout^T @ xa` of each `dout`.
 
-    A block goes down the rows of a slab of columns. The second product of a slab stays
-    in registers; the first one's parts, one for each slab, are added afterwards.
+    In one launch. A block goes down the rows of a slab of columns. The second product
+    of a slab stays in registers; the first one's parts, one for each slab, are added
+    afterwards.
+
+    Args:
+      douts: Of 16 bits.
+      ups: Scaled ones are rounded to the dtype of `douts`.
+      scales: Of each of `ups`.
+      xa: What each of `douts` is multiplied with, side by side.
+      starts: Where in `xa` the R columns of each one begin.
+      blocks: As many as the device has multiprocessors.
 
     Raises:
       UnsupportedOp: Sizes are no multiples of the tiles, or the rank exceeds a line.
     """
-    (rows, columns), rank = dout.shape, up.shape[0]
-    slab = math.gcd(columns, _SLAB)
+    rows, rank, dtype = douts[0].shape[0], ups[0].shape[0], douts[0].dtype
+    widths = [dout.shape[1] for dout in douts]
+    slab = math.gcd(_SLAB, *widths)
     if rows % _ROWS or slab % _COLUMNS or rank % 8 or rank > MAX_COTANGENT_RANK:
-        raise UnsupportedOp(f"{dout.shape=} and {rank=} do not suit the tiles")
-    splits = _splits(columns // slab, rows // _ROWS, blocks)
+        raise UnsupportedOp(f"{rows=}, {widths=} and {rank=} do not suit the tiles")
+    ends = [0, *itertools.accumulate(width // slab for width in widths)]
+    splits = _splits(ends[-1], rows // _ROWS, blocks)
     steps = rows // _ROWS // splits
-    my_columns = slab // 2
+    my_columns, count = slab // 2, len(douts)
+    narrow = [_on_a_line(xa, start, rank) for start in starts]
 
-    def body(dout_gmem, up_gmem, xa_gmem, dxa_gmem, db_gmem, up_smem, ready):
+    def body(*refs):
+        *matrices, dxa_gmem, db_gmem, up_smem, ready = refs
         index, part = lax.axis_index("row"), lax.axis_index("part")
         warpgroup = lax.axis_index("warpgroup")
-        columns_of_slab = pl.ds(index * slab, slab)
         some_rows = pl.ds(part * steps * _ROWS, steps * _ROWS)
 
-        def finish(run):
+        def place(up_gmem, scale_gmem, slab_of_up):
+            """Writes this warpgroup's columns of a slab to shared memory, rounded."""
+            columns = range(0, my_columns, _LINE)
+            # Loads pass no store: one by one, their latencies would add up.
+            for batch in itertools.batched(columns, max(1, _LINE // rank)):
+                own = [warpgroup * my_columns + column for column in batch]
+                pieces = [
+                    plgpu.load(
+                        up_gmem.at[:, pl.ds(slab_of_up * slab + column, _LINE)].T,
+                        layout=plgpu.Layout.WGMMA_TRANSPOSED,
+                        optimized=False,
+                    )
+                    for column in own
+                ]
+                for column, piece in zip(own, pieces, strict=True):
+                    values = (piece * scale_gmem[0]).astype(up_smem.dtype)
+                    up_smem.at[:, pl.ds(column, _LINE)].T[...] = values
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(ready)
+            plgpu.barrier_wait(ready)
+
+        def finish(place_own, offset, run):
+            place_own()
+
             @functools.partial(pl.run_scoped, acc=accumulator(my_columns, _LINE))
             def _(acc):
-                @pl.when(warpgroup == 0)
-                def _():
-                    up = up_gmem.at[:, columns_of_slab]
-                    plgpu.copy_gmem_to_smem(up, up_smem, ready)
-
-                plgpu.barrier_wait(ready)
                 run(acc)
                 first = index * slab + warpgroup * my_columns
-                db_gmem[part, pl.ds(first, my_columns)] = acc[...][:, :rank]
+                own = acc[...][:, offset : offset + rank]
+                db_gmem[part, pl.ds(first, my_columns)] = own
 
         def multiply(indices, dout_smem, xa_smem, acc):
             (step,) = indices
@@ -222,34 +259,57 @@ def low_rank_cotangents(
             plgpu.wgmma_wait(0)
             return acc
 
-        _pipeline(
-            multiply,
-            finish,
-            steps,
-            ((_ROWS, slab), lambda k: (k, 0)),
-            ((_ROWS, _LINE), lambda k: (k, 0)),  # beyond the rank it reads zeros
-            multipliers=2,
-        )(
-            dout_gmem.at[some_rows, columns_of_slab],
-            xa_gmem.at[some_rows],
-        )
+        def go_down(own, own_slab, start):
+            dout_gmem, up_gmem, scale_gmem, xa_gmem = own
+            line, offset = divmod(start, _LINE)
+            place_own = functools.partial(place, up_gmem, scale_gmem, own_slab)
+            _pipeline(
+                multiply,
+                functools.partial(finish, place_own, offset),
+                steps,
+                ((_ROWS, slab), lambda k: (k, 0)),
+                ((_ROWS, _LINE), lambda k: (k, line)),  # beyond the end it reads zeros
+                multipliers=2,
+            )(
+                dout_gmem.at[some_rows, pl.ds(own_slab * slab, slab)],
+                xa_gmem.at[some_rows],
+            )
+
+        for i, (first, end) in enumerate(itertools.pairwise(ends)):
+
+            @pl.when((index >= first) & (index < end))
+            def _(i=i, first=first):
+                own = matrices[i::count]
+                go_down(own, index - first, start=narrow[i][1])
 
     dxa, db = _launch(
         COTANGENTS_NAME,
         body,
-        [(columns // slab, rows, rank), (splits, columns, rank)],
+        [(ends[-1], rows, rank), (splits, sum(widths), rank)],
         jnp.float32,
-        (columns // slab, splits),
-        dout,
-        up,
-        xa,
+        (ends[-1], splits),
+        *douts,
+        *ups,
+        *(scale.reshape(1) for scale in scales),
+        *(array for array, _ in narrow),
         multipliers=2,
         scratch_types=[
-            plgpu.SMEM((rank, slab), up.dtype, transforms=swizzled(_LINE, up.dtype)),
-            plgpu.Barrier(),
+            plgpu.SMEM((rank, slab), dtype, transforms=swizzled(_LINE, dtype)),
+            plgpu.Barrier(num_arrivals=2),
         ],
     )
-    return jnp.sum(dxa, axis=0).astype(dout.dtype), jnp.sum(db, axis=0)
+    pairs = [*itertools.pairwise(ends)]
+    return (
+        [jnp.sum(dxa[i:j], axis=0).astype(dtype) for i, j in pairs],
+        [jnp.sum(db[:, i * slab : j * slab], axis=0) for i, j in pairs],
+    )
+
+
+def _on_a_line(xa: jax.Array, start: int, rank: int) -> tuple[jax.Array, int]:
+    """Returns an array with these columns of `xa` within 64, and where they begin."""
+    if start % _LINE + rank <= _LINE:
+        return xa, start
+    return xa[:, start : start + rank], 0
 
 
 def _launch(

@@ -3,14 +3,17 @@
 A block of one warpgroup decodes a chunk of 8,192 elements. In step j of eight, thread t
 reads the word of eight codes number `128 j + t` and writes 16 bytes: both accesses of a
 warp are contiguous. The chunk has 128 scales, so each thread computes one, the one of
-which its own warp is in need, and shuffles hand them round.
+which its own warp is in need, and shuffles hand them round, as they do the codebook's
+sixteen values. Several matrices are one launch.
 
-Bytes an element: 0.5 codes, 0.016 scales, 2 out. Budget: 2 KiB shared memory for the
-codebook, no pipeline (blocks of the grid overlap one another).
+Bytes an element: 0.5 codes, 0.016 scales, 2 out. Budget: no shared memory, no pipeline
+(blocks of the grid overlap one another).
 """
 
 import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 from jaxtyping import Array, Float
 
 from kernels.device import require_hopper
 from kernels.dispatch import UnsupportedOp
+from kernels.joint_launch import Work, joint_launch
 from kernels.stand_in import stand_in
 
 from . import ptx, rounding
@@ -41,42 +45,48 @@ _SCALES = _CHUNK // _BLOCK_SIZE  # one a thread
 _CHUNKS_A_NESTED_BLOCK = 2  # 256 scales
 _MAX_ELEMENTS = 2**31  # offsets are 32-bit integers
 
-_CODES_LAYOUT = plgpu.Layout.WG_STRIDED((_CHUNK // 2,), 4)
-_TABLE_LAYOUT = plgpu.Layout.WG_STRIDED((16 * ptx.LANES,), 4)
-_OUT_LAYOUT = plgpu.Layout.WG_STRIDED((_CHUNK,), _CODES_A_WORD)
+_STEP = _CHUNK // _STEPS
+_WARPS = _THREADS // _LANES
+_SCALES_A_STEP = _SCALES // _STEPS // _WARPS  # and warp
+_CODES_LAYOUT = plgpu.Layout.WG_STRIDED((_STEP // 2,), 4)
+_THREAD_LAYOUT = plgpu.Layout.WG_STRIDED((_THREADS,), 1)
+_OUT_LAYOUT = plgpu.Layout.WG_STRIDED((_STEP,), _CODES_A_WORD)
 
 
-def dequantize(w: NF4Array) -> Float[Array, "*L I O"]:
-    """Returns the same bits as the reference.
+def dequantize(
+    weights: Sequence[NF4Array], beside: Sequence[Work] = ()
+) -> tuple[list[Float[Array, "*L I O"]], list[list[Array]]]:
+    """Returns the same bits as the reference, and the results of what runs beside.
 
     Raises:
       UnsupportedOp: Another device, or sizes or dtypes that the kernel lacks.
     """
     require_hopper()
-    _check(w)
-    return _launch(w)
+    for w in weights:
+        _check(w)
+    # The short pieces first, so that none of them is left over at the end.
+    works = (*beside, *map(_work, weights))
+    results = joint_launch(works, name=KERNEL_NAME)
+    matrices = [
+        values.reshape(*w.codes.shape[:-1], *w.shape[::-1]).swapaxes(-1, -2)
+        for w, (values,) in zip(weights, results[len(beside) :], strict=True)
+    ]
+    return matrices, results[: len(beside)]
 
 
-@jax.jit
-def _launch(w: NF4Array) -> jax.Array:
-    """Runs the kernel. Compiled, so that equal calls in a program are lowered once."""
-    lead = w.codes.shape[:-1]
-    matrices, chunks = math.prod(lead), w.size // _CHUNK
+def _work(w: NF4Array) -> Work:
+    matrices, chunks = math.prod(w.codes.shape[:-1]), w.size // _CHUNK
     scales = [w.absmax.reshape(-1)]
     if w.nested_absmax is not None and w.nested_offset is not None:
         scales += [w.nested_absmax.reshape(-1), w.nested_offset.reshape(-1)]
         scales += [jnp.asarray(DYNAMIC_MAP)]
-    table = np.repeat(CODEBOOKS[w.code], ptx.LANES)
-    values = plgpu.kernel(
-        functools.partial(_body, w=w, chunks=chunks),
-        out_type=jax.ShapeDtypeStruct((matrices * w.size,), w.dtype),
-        grid=(matrices * chunks,),
-        grid_names=("chunk",),
-        kernel_name=KERNEL_NAME,
-        scratch_types={"table_smem": plgpu.SMEM((table.size,), jnp.float32)},
-        compiler_params=plgpu.CompilerParams(),
-    )(w.codes.reshape(-1), jnp.asarray(table), *scales)
-    return values.reshape(*lead, *w.shape[::-1]).swapaxes(-1, -2)
+    codebook = np.tile(CODEBOOKS[w.code], _THREADS // ptx.CODES)
+    return Work(
+        operands=(w.codes.reshape(-1), jnp.asarray(codebook), *scales),
+        results=(jax.ShapeDtypeStruct((matrices * w.size,), w.dtype),),
+        blocks=matrices * chunks,
+        run=_Decode(dtype=w.dtype, chunks=chunks),
+    )
 
 
 def _check(w: NF4Array) -> None:
@@ -92,104 +102,149 @@ def _check(w: NF4Array) -> None:
         raise UnsupportedOp(f"{w.codes.shape=} must hold fewer than 2**31 elements")
 
 
-def _body(
-    codes_gmem,
-    table_gmem,
-    absmax_gmem,
-    *rest,
-    table_smem,
-    w: NF4Array,
-    chunks: int,
-) -> None:
-    *nested_gmem, out_gmem = rest
-    chunk = lax.axis_index("chunk")
-    codes = plgpu.load(
-        codes_gmem.at[pl.ds(chunk * (_CHUNK // 2), _CHUNK // 2)], layout=_CODES_LAYOUT
-    )
-    table_smem[...] = plgpu.load(table_gmem, layout=_TABLE_LAYOUT)
-    plgpu.commit_smem()
-    scales = [absmax_gmem.at[pl.ds(chunk * _SCALES, _SCALES)]]
-    if nested_gmem:
-        nested_absmax, offset, dynamic_map = nested_gmem
-        matrix = lax.div(chunk, jnp.int32(chunks))
-        chunk_of_matrix = lax.rem(chunk, jnp.int32(chunks))
-        nested_blocks = -(-chunks // _CHUNKS_A_NESTED_BLOCK)
-        nested = lax.div(chunk_of_matrix, jnp.int32(_CHUNKS_A_NESTED_BLOCK))
-        nested += matrix * nested_blocks
-        scales += [nested_absmax.at[pl.ds(nested, 1)], offset.at[pl.ds(matrix, 1)]]
-        scales += [dynamic_map]
-    out_gmem[pl.ds(chunk * _CHUNK, _CHUNK)] = _decode(codes, table_smem, scales, w)
+@dataclass(frozen=True, kw_only=True)
+class _Decode:
+    """A block that decodes a chunk.
+
+    Attributes:
+      dtype: Of the values.
+      chunks: Of a matrix.
+    """
+
+    dtype: str
+    chunks: int
+
+    def __call__(
+        self, chunk, codes_gmem, codebook_gmem, absmax_gmem, *nested_and_out
+    ) -> None:
+        *nested_gmem, out_gmem = nested_and_out
+        codes = [
+            plgpu.load(
+                codes_gmem.at[
+                    pl.ds((chunk * _STEPS + step) * (_STEP // 2), _STEP // 2)
+                ],
+                layout=_CODES_LAYOUT,
+            )
+            for step in range(_STEPS)
+        ]
+        codebook = plgpu.load(codebook_gmem, layout=_THREAD_LAYOUT)
+        scales = [absmax_gmem.at[pl.ds(chunk * _SCALES, _SCALES)]]
+        if nested_gmem:
+            nested_absmax, offset, dynamic_map = nested_gmem
+            matrix = lax.div(chunk, jnp.int32(self.chunks))
+            chunk_of_matrix = lax.rem(chunk, jnp.int32(self.chunks))
+            nested_blocks = -(-self.chunks // _CHUNKS_A_NESTED_BLOCK)
+            nested = lax.div(chunk_of_matrix, jnp.int32(_CHUNKS_A_NESTED_BLOCK))
+            nested += matrix * nested_blocks
+            scales += [nested_absmax.at[pl.ds(nested, 1)], offset.at[pl.ds(matrix, 1)]]
+            scales += [dynamic_map]
+        scale = _scales_by_thread(scales)
+        for step, own in enumerate(codes):
+            values = _decode(own, codebook, scale, step, self.dtype)
+            out_gmem[pl.ds((chunk * _STEPS + step) * _STEP, _STEP)] = values
 
 
-def _decode(codes, table, scales, w: NF4Array) -> Array:
-    """Returns a chunk's values in `_OUT_LAYOUT` from its codes and references."""
+def _scales_by_thread(references) -> Array:
+    """Returns the scales of a chunk in `_THREAD_LAYOUT`, as threads compute them.
+
+    Warp w decodes blocks `16 j + 4 w + k` with k < 4 in step j; lane `4 j + k` has it.
+    """
 
     @plgpu.inline_mgpu(
-        arg_types=(_CODES_LAYOUT, *[plgpu.RefType()] * (1 + len(scales))),
-        return_type=plgpu.ShapeDtypeStruct((_CHUNK,), jnp.dtype(w.dtype), _OUT_LAYOUT),
+        arg_types=[plgpu.RefType()] * len(references),
+        return_type=plgpu.ShapeDtypeStruct((_THREADS,), jnp.float32, _THREAD_LAYOUT),
     )
-    @stand_in(functools.partial(_decode_in_jnp, w=w))
-    def decode(_, codes, *references):
-        return _machine_code(codes, *references, w=w)
+    @stand_in(_scales_in_jnp)
+    def scales(_, absmax, *nested):
+        thread = arith.remui(mgpu.utils.thread_idx(), _i32(_THREADS))
+        return _in_a_register(_scale(_scale_of_thread(thread), absmax, nested))
 
-    return decode(codes, table, *scales)
+    return scales(*references)
 
 
-def _decode_in_jnp(
-    codes: Array, table: Array, absmax: Array, *nested: Array, w: NF4Array
-) -> Array:
-    """What `_machine_code` computes."""
+def _scales_in_jnp(absmax: Array, *nested: Array) -> Array:
     scales = absmax
     if nested:
         nested_absmax, offset, dynamic_map = nested
         factor = jnp.broadcast_to(nested_absmax, absmax.shape)
         scales = rounding.product(dynamic_map[absmax], factor) + offset
-    nibbles = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)
-    values = table.reshape(-1, ptx.LANES)[:, 0][nibbles]
-    return (values * jnp.repeat(scales, _BLOCK_SIZE)).astype(w.dtype)
+    by_step = scales.reshape(_STEPS, _WARPS, _SCALES_A_STEP)
+    return by_step.swapaxes(0, 1).reshape(_THREADS)
 
 
-def _machine_code(codes, table, absmax, *nested, w: NF4Array) -> mgpu.FragmentedArray:
-    """Emits the decoding of a chunk; `codes` has one register a step."""
-    i32 = ir.IntegerType.get_signless(32)
-    pair = ir.VectorType.get((2,), ir.Type.parse(_MLIR_NAMES[w.dtype]))
-    thread = arith.remui(mgpu.utils.thread_idx(), _i32(_THREADS))
-    lane = arith.remui(thread, _i32(_LANES))
-    scale = _scale(_scale_of_thread(thread), absmax, nested)
-    column = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(table))
-    column = arith.addi(column, arith.muli(lane, _i32(4)))
-    assembly = ptx.decode_word(w.dtype)
-    struct = llvm.StructType.get_literal([i32] * 4)
-    registers = np.empty((_STEPS,), dtype=object)
-    for step in range(_STEPS):
-        # Eight threads share a block: theirs is number `lane / 8` of the warp's four.
-        owner = arith.addi(_i32(4 * step), arith.divui(lane, _i32(8)))
-        shuffled = nvvm.shfl_sync(
-            _i32(-1), scale, owner, _i32(_LANES - 1), nvvm.ShflKind.idx
-        )
-        word = mgpu.utils.bitcast(codes.registers[step], i32)
-        outputs = llvm.inline_asm(
-            struct, [word, column, shuffled], assembly, ptx.CONSTRAINTS
-        )
-        registers[step] = mgpu.utils.vector_concat(
-            [
-                mgpu.utils.bitcast(llvm.extractvalue(i32, outputs, [i]), pair)
-                for i in range(4)
-            ]
-        )
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=_OUT_LAYOUT.to_mgpu(), _is_signed=None
+def _decode(codes, codebook, scale, step: int, dtype: str) -> Array:
+    """Returns the values of a step in `_OUT_LAYOUT`."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(_CODES_LAYOUT, _THREAD_LAYOUT, _THREAD_LAYOUT),
+        return_type=plgpu.ShapeDtypeStruct((_STEP,), jnp.dtype(dtype), _OUT_LAYOUT),
     )
+    @stand_in(functools.partial(_decode_in_jnp, step=step, dtype=dtype))
+    def decode(_, *registers):
+        return _machine_code(*registers, step=step, dtype=dtype)
+
+    return decode(codes, codebook, scale)
+
+
+def _decode_in_jnp(
+    codes: Array, codebook: Array, scale: Array, *, step: int, dtype: str
+) -> Array:
+    """What `_machine_code` computes."""
+    by_warp = scale.reshape(_WARPS, _STEPS, _SCALES_A_STEP)
+    scales = jnp.repeat(by_warp[:, step].reshape(-1), _BLOCK_SIZE)
+    nibbles = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)
+    return (codebook[nibbles] * scales).astype(dtype)
+
+
+def _machine_code(codes, codebook, scale, *, step: int, dtype: str):
+    """Emits the decoding of a step."""
+    i32 = ir.IntegerType.get_signless(32)
+    pair = ir.VectorType.get((2,), ir.Type.parse(_MLIR_NAMES[dtype]))
+    lane = arith.remui(mgpu.utils.thread_idx(), _i32(_LANES))
+    # Eight threads share a block: theirs is number `lane / 8` of the warp's four.
+    owner = arith.addi(_i32(_SCALES_A_STEP * step), arith.divui(lane, _i32(8)))
+    shuffled = nvvm.shfl_sync(
+        _i32(-1),
+        _first(scale.registers[0]),
+        owner,
+        _i32(_LANES - 1),
+        nvvm.ShflKind.idx,
+    )
+    word = mgpu.utils.bitcast(codes.registers[0], i32)
+    value = _first(codebook.registers[0])
+    outputs = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * 4),
+        [word, value, shuffled],
+        ptx.decode_word(dtype),
+        ptx.CONSTRAINTS,
+    )
+    pairs = [
+        mgpu.utils.bitcast(llvm.extractvalue(i32, outputs, [i]), pair) for i in range(4)
+    ]
+    return _in_a_register(mgpu.utils.vector_concat(pairs), _OUT_LAYOUT)
+
+
+def _in_a_register(value, layout=_THREAD_LAYOUT) -> mgpu.FragmentedArray:
+    """Returns the array of which `value` is this thread's part."""
+    if not isinstance(value.type, ir.VectorType):
+        value = vector.broadcast(ir.VectorType.get((1,), value.type), value)
+    registers = np.empty((1,), dtype=object)
+    registers[0] = value
+    return mgpu.FragmentedArray(
+        _registers=registers, _layout=layout.to_mgpu(), _is_signed=None
+    )
+
+
+def _first(register):
+    position = ir.DenseI64ArrayAttr.get([0])
+    return vector.extract(register, dynamic_position=[], static_position=position)
 
 
 _MLIR_NAMES = {"bfloat16": "bf16", "float16": "f16"}
 
 
 def _scale_of_thread(thread):
-    """Returns which of the chunk's scales a thread computes.
-
-    Warp w decodes blocks `16 j + 4 w + k` with k < 4 in step j; lane `4 j + k` has it.
-    """
+    """Returns which of the chunk's scales a thread computes."""
     lane = arith.remui(thread, _i32(_LANES))
     warp = arith.divui(thread, _i32(_LANES))
     step, k = arith.divui(lane, _i32(4)), arith.remui(lane, _i32(4))

@@ -1,42 +1,40 @@
 """PTX that decodes 4-bit codes, each product of value and scale rounded once.
 
-`decode_word` takes eight codes at a time. The codebook lies in shared memory once for
-each of the 32 banks, so that the lanes of a warp read 32 different entries in one
-access. A product is formed in float32 (`mul.rn`) and rounded to 16 bits in pairs
-(`cvt.rn`): the rounding of `reference.py`. Per code: 3 integer operations for the
-address, 1 load, 1 multiplication, 1/2 conversion.
+`decode_word` takes eight codes at a time. Each half of a warp holds the codebook, a
+value a lane, and a shuffle fetches that of a code: it looks at the low four bits of a
+register alone. A product is formed in float32 (`mul.rn`) and rounded to 16 bits in
+pairs (`cvt.rn`): the rounding of `reference.py`. Per code: 1 shift, 1 shuffle,
+1 multiplication, 1/2 conversion.
 
 `look_up` takes two codes at a time, whose pair of 16-bit values, not scaled, lies once
 for each bank in a table of 256 entries. Per code: 1/2 permutation of bytes, which forms
 the address, and 1/2 load.
 """
 
-CONSTRAINTS = "=r,=r,=r,=r,r,r,f"
-"""Out: four pairs of 16-bit values. In: a word of eight codes, where the lane's column
-of the table starts, the block's scale."""
+CONSTRAINTS = "=r,=r,=r,=r,r,f,f"
+"""Out: four pairs of 16-bit values. In: a word of eight codes, the value of the code
+that is the lane's number modulo 16, the block's scale."""
 
 FORMATS = {"bfloat16": "bf16x2", "float16": "f16x2"}
 """Formats that the values can be rounded to."""
 
 LANES = 32
+CODES = 16
 
-_ENTRY_SHIFT = 7  # an entry fills 32 banks of 4 bytes
-_MASK = 15 << _ENTRY_SHIFT
+_WITHIN_HALF_A_WARP = 0x101F
+_ALL_LANES = 0xFFFFFFFF
 # Word bits 4..7 are the first code, 0..3 the second, 12..15 the third, and so on.
 _NIBBLES = (1, 0, 3, 2, 5, 4, 7, 6)
 
 
 def decode_word(dtype: str) -> str:
-    """Returns PTX from word `$4`, table `$5` and scale `$6` to pairs `$0` to `$3`."""
+    """Returns PTX from word `$4`, value `$5` and scale `$6` to pairs `$0` to `$3`."""
     lines = [".reg .b32 t<8>;", ".reg .f32 f<8>;"]
     for i, nibble in enumerate(_NIBBLES):
-        shift = _ENTRY_SHIFT - 4 * nibble
-        direction = "shl.b32" if shift > 0 else "shr.u32"
+        place = f"{_WITHIN_HALF_A_WARP:#x}, {_ALL_LANES:#x}"
         lines += [
-            f"{direction} t{i}, $4, {abs(shift)};",
-            f"and.b32 t{i}, t{i}, {_MASK:#x};",
-            f"add.u32 t{i}, t{i}, $5;",
-            f"ld.shared.f32 f{i}, [t{i}];",
+            f"shr.u32 t{i}, $4, {4 * nibble};",
+            f"shfl.sync.idx.b32 f{i}, $5, t{i}, {place};",
             f"mul.rn.f32 f{i}, f{i}, $6;",
         ]
     for i in range(4):

@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,13 @@ from safetensors.flax import load_file
 from kernels.device import HOPPER, assume_compute_capability, compute_capability
 from kernels.dispatch import UnsupportedOp
 from kernels.interpret import interpreted
+from kernels.lora_matmul.narrow import Part, narrow_work
 from kernels.nf4 import (
     CODEBOOKS,
     DYNAMIC_MAP,
     NF4Array,
     dequantize,
+    dequantize_group,
     quantize,
     rounding,
 )
@@ -199,6 +202,26 @@ def test_the_kernel_takes_float32_scales_and_float16(code: str) -> None:
     w = _quantize(w, code=code, double_quant=False)
     with interpreted():
         _assert_kernel_is_exact(w)
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla"])
+def test_a_group_is_dequantised_with_work_beside(implementation: str) -> None:
+    weights = tuple(map(_random, INTERPRETED[:2]))
+    source = jax.random.normal(jax.random.key(0), (128, 8))
+
+    def run(weights: tuple[NF4Array, ...], source: jax.Array) -> Any:
+        part = Part(source=source, is_long_first=True)
+        work = narrow_work(
+            [part], length=128, width=8, is_long_first=True, dtype="bfloat16"
+        )
+        return dequantize_group(weights, beside=[work], implementation=implementation)
+
+    with interpreted():
+        found, ((copied,),) = jax.jit(run)(weights, source)
+    for actual, w in zip(found, weights, strict=True):
+        expected = _dequantize(w, implementation="reference")
+        np.testing.assert_array_equal(_bits(actual), _bits(expected))
+    np.testing.assert_array_equal(copied, source.astype(jnp.bfloat16))
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kernels.nf4 import CODEBOOKS
-from kernels.nf4.ptx import ENTRY_WORDS, LANES, decode_word, look_up
+from kernels.nf4.ptx import CODES, ENTRY_WORDS, LANES, decode_word, look_up
 
 WORDS = 512
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -23,6 +23,14 @@ def prmt(a, b, selector):
         picked = np.take_along_axis(source, nibble[:, None].astype(np.int64), 1)[:, 0]
         chosen |= picked.astype(np.uint32) << np.uint32(8 * byte)
     return chosen
+
+
+def fetched(value, source, place, members):
+    """Returns the value of lane `source` modulo 16 in the own half of the warp."""
+    assert (place == 0x101F).all()
+    assert (members == 2**32 - 1).all()
+    lane = np.arange(WORDS)
+    return value[lane // 16 * 16 + source % 16]
 
 
 def execute(assembly, registers, memory, dtype):
@@ -43,9 +51,9 @@ def execute(assembly, registers, memory, dtype):
         "mul.rn.f32": lambda a, b: a * b,
         "cvt.rn.bf16x2.f32": packed,
         "cvt.rn.f16x2.f32": packed,
-        "ld.shared.f32": lambda address: memory[address // 4],
         "ld.shared.b32": lambda address: memory[address // 4],
         "prmt.b32": prmt,
+        "shfl.sync.idx.b32": fetched,
         "and.b32": np.bitwise_and,
         "add.u32": np.add,
         "shl.b32": np.left_shift,
@@ -65,13 +73,9 @@ def test_every_code_is_scaled_and_rounded_once(code, dtype):
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**32, WORDS, dtype=np.uint32)
     scales = rng.lognormal(sigma=2, size=WORDS).astype(np.float32)
-    base = 1024
-    table = np.concatenate(
-        [np.full(base // 4, np.nan, np.float32), np.repeat(CODEBOOKS[code], LANES)]
-    )
-    column = base + 4 * rng.integers(0, LANES, WORDS, dtype=np.uint32)
-    registers = {"$4": words, "$5": column, "$6": scales}
-    execute(decode_word(dtype), registers, table, DTYPES[dtype])
+    values = np.tile(CODEBOOKS[code], WORDS // CODES)
+    registers = {"$4": words, "$5": values, "$6": scales}
+    execute(decode_word(dtype), registers, None, DTYPES[dtype])
     _assert_decoded(registers, words, scales, code, dtype)
 
 
