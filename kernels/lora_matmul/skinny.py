@@ -23,9 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from kernels.dispatch import UnsupportedOp
-from kernels.streaming import launch
-from kernels.streaming import num_parts as _splits
-from kernels.streaming import streamed as _pipeline
+from kernels.streaming import LINE, ROWS, launch, num_parts, streamed
 from kernels.wgmma import accumulator, swizzled
 
 PRODUCT_NAME = "low_rank_product"
@@ -35,12 +33,10 @@ COTANGENTS_NAME = "low_rank_cotangents"
 MAX_RANK = 256
 """Ranks of a group together: columns of one wgmma instruction."""
 
-_LINE = 64  # elements of 16 bits in a swizzled line
-MAX_COTANGENT_RANK = _LINE
+MAX_COTANGENT_RANK = LINE
 MAX_GROUPED_RANK = 32
 """Above, `low_rank_cotangents` of several matrices has too few registers."""
 
-_ROWS = 64
 _COLUMNS = 128
 _SLAB = 512
 
@@ -59,19 +55,19 @@ def low_rank_product(
     """
     rows, contracted = x.shape
     rank = down.shape[0]
-    tile_c = math.gcd(contracted, 256 if rank <= _LINE else 128)
-    if rows % _ROWS or tile_c % _LINE or rank % 8 or rank > MAX_RANK:
+    tile_c = math.gcd(contracted, 256 if rank <= LINE else 128)
+    if rows % ROWS or tile_c % LINE or rank % 8 or rank > MAX_RANK:
         raise UnsupportedOp(f"{x.shape=} and {rank=} do not suit the tiles")
-    splits = _splits(rows // _ROWS, contracted // tile_c, blocks)
+    splits = num_parts(rows // ROWS, contracted // tile_c, blocks)
     steps = contracted // tile_c // splits
     is_split = splits > 1
 
     def body(x_gmem, down_gmem, out_gmem):
-        row = pl.ds(lax.axis_index("row") * _ROWS, _ROWS)
+        row = pl.ds(lax.axis_index("row") * ROWS, ROWS)
         part = lax.axis_index("part")
 
         def finish(run):
-            @functools.partial(pl.run_scoped, acc=accumulator(_ROWS, rank))
+            @functools.partial(pl.run_scoped, acc=accumulator(ROWS, rank))
             def _(acc):
                 run(acc)
                 out_gmem[part, row] = acc[...].astype(out_gmem.dtype)
@@ -82,21 +78,20 @@ def low_rank_product(
             return acc
 
         columns = pl.ds(part * steps * tile_c, steps * tile_c)
-        _pipeline(
+        streamed(
             multiply,
             finish,
             steps,
-            ((_ROWS, tile_c), lambda k: (0, k)),
+            ((ROWS, tile_c), lambda k: (0, k)),
             ((rank, tile_c), lambda k: (0, k)),
         )(x_gmem.at[row, columns], down_gmem.at[:, columns])
 
     dtype = jnp.float32 if is_split else x.dtype
-    (parts,) = _launch(
+    (parts,) = launch(
         PRODUCT_NAME,
         body,
-        [(splits, rows, rank)],
-        dtype,
-        (rows // _ROWS, splits),
+        [jax.ShapeDtypeStruct((splits, rows, rank), dtype)],
+        (rows // ROWS, splits),
         x,
         down,
     )
@@ -116,11 +111,11 @@ def low_rank_gradient(
       UnsupportedOp: Sizes are no multiples of the tiles.
     """
     rows, columns = x.shape
-    if rows % _ROWS or columns % _COLUMNS or t.shape[1] % 8:
+    if rows % ROWS or columns % _COLUMNS or t.shape[1] % 8:
         raise UnsupportedOp(f"{x.shape=} and {t.shape=} do not suit the tiles")
     parts = [
-        _line_gradient(x, t[:, start : start + _LINE], blocks)
-        for start in range(0, t.shape[1], _LINE)
+        _line_gradient(x, t[:, start : start + LINE], blocks)
+        for start in range(0, t.shape[1], LINE)
     ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
@@ -128,15 +123,15 @@ def low_rank_gradient(
 def _line_gradient(x: jax.Array, t: jax.Array, blocks: int) -> jax.Array:
     """Returns `x^T @ t` of up to 64 columns."""
     (rows, columns), rank = x.shape, t.shape[1]
-    splits = _splits(columns // _COLUMNS, rows // _ROWS, blocks)
-    steps = rows // _ROWS // splits
+    splits = num_parts(columns // _COLUMNS, rows // ROWS, blocks)
+    steps = rows // ROWS // splits
 
     def body(x_gmem, t_gmem, out_gmem):
         column = pl.ds(lax.axis_index("row") * _COLUMNS, _COLUMNS)
         part = lax.axis_index("part")
 
         def finish(run):
-            @functools.partial(pl.run_scoped, acc=accumulator(_COLUMNS, _LINE))
+            @functools.partial(pl.run_scoped, acc=accumulator(_COLUMNS, LINE))
             def _(acc):
                 run(acc)
                 out_gmem[part, column] = acc[...][:, :rank]
@@ -146,20 +141,19 @@ def _line_gradient(x: jax.Array, t: jax.Array, blocks: int) -> jax.Array:
             plgpu.wgmma_wait(min(1, steps - 1))
             return acc
 
-        some_rows = pl.ds(part * steps * _ROWS, steps * _ROWS)
-        _pipeline(
+        some_rows = pl.ds(part * steps * ROWS, steps * ROWS)
+        streamed(
             multiply,
             finish,
             steps,
-            ((_ROWS, _COLUMNS), lambda k: (k, 0)),
-            ((_ROWS, _LINE), lambda k: (k, 0)),  # beyond the rank it reads zeros
+            ((ROWS, _COLUMNS), lambda k: (k, 0)),
+            ((ROWS, LINE), lambda k: (k, 0)),  # beyond the rank it reads zeros
         )(x_gmem.at[some_rows, column], t_gmem.at[some_rows])
 
-    (parts,) = _launch(
+    (parts,) = launch(
         GRADIENT_NAME,
         body,
-        [(splits, columns, rank)],
-        jnp.float32,
+        [jax.ShapeDtypeStruct((splits, columns, rank), jnp.float32)],
         (columns // _COLUMNS, splits),
         x,
         t,
@@ -197,11 +191,11 @@ def low_rank_cotangents(
     rows, rank, dtype = douts[0].shape[0], ups[0].shape[0], douts[0].dtype
     widths = [dout.shape[1] for dout in douts]
     slab = math.gcd(_SLAB, *widths)
-    if rows % _ROWS or slab % _COLUMNS or rank % 8 or rank > MAX_COTANGENT_RANK:
+    if rows % ROWS or slab % _COLUMNS or rank % 8 or rank > MAX_COTANGENT_RANK:
         raise UnsupportedOp(f"{rows=}, {widths=} and {rank=} do not suit the tiles")
     ends = [0, *itertools.accumulate(width // slab for width in widths)]
-    splits = _splits(ends[-1], rows // _ROWS, blocks)
-    steps = rows // _ROWS // splits
+    splits = num_parts(ends[-1], rows // ROWS, blocks)
+    steps = rows // ROWS // splits
     my_columns, count = slab // 2, len(douts)
     narrow = [_on_a_line(xa, start, rank) for start in starts]
 
@@ -209,17 +203,17 @@ def low_rank_cotangents(
         *matrices, dxa_gmem, db_gmem, up_smem, ready = refs
         index, part = lax.axis_index("row"), lax.axis_index("part")
         warpgroup = lax.axis_index("warpgroup")
-        some_rows = pl.ds(part * steps * _ROWS, steps * _ROWS)
+        some_rows = pl.ds(part * steps * ROWS, steps * ROWS)
 
         def place(up_gmem, scale_gmem, slab_of_up):
             """Writes this warpgroup's columns of a slab to shared memory, rounded."""
-            columns = range(0, my_columns, _LINE)
+            columns = range(0, my_columns, LINE)
             # Loads pass no store: one by one, their latencies would add up.
-            for batch in itertools.batched(columns, max(1, _LINE // rank)):
+            for batch in itertools.batched(columns, max(1, LINE // rank)):
                 own = [warpgroup * my_columns + column for column in batch]
                 pieces = [
                     plgpu.load(
-                        up_gmem.at[:, pl.ds(slab_of_up * slab + column, _LINE)].T,
+                        up_gmem.at[:, pl.ds(slab_of_up * slab + column, LINE)].T,
                         layout=plgpu.Layout.WGMMA_TRANSPOSED,
                         optimized=False,
                     )
@@ -227,7 +221,7 @@ def low_rank_cotangents(
                 ]
                 for column, piece in zip(own, pieces, strict=True):
                     values = (piece * scale_gmem[0]).astype(up_smem.dtype)
-                    up_smem.at[:, pl.ds(column, _LINE)].T[...] = values
+                    up_smem.at[:, pl.ds(column, LINE)].T[...] = values
             plgpu.commit_smem()
             plgpu.barrier_arrive(ready)
             plgpu.barrier_wait(ready)
@@ -235,7 +229,7 @@ def low_rank_cotangents(
         def finish(place_own, offset, run):
             place_own()
 
-            @functools.partial(pl.run_scoped, acc=accumulator(my_columns, _LINE))
+            @functools.partial(pl.run_scoped, acc=accumulator(my_columns, LINE))
             def _(acc):
                 run(acc)
                 first = index * slab + warpgroup * my_columns
@@ -250,10 +244,10 @@ def low_rank_cotangents(
             # The warpgroups take turns.
             @pl.when(lax.rem(step, 2) == warpgroup)
             def _():
-                @functools.partial(pl.run_scoped, narrow=accumulator(_ROWS, rank))
+                @functools.partial(pl.run_scoped, narrow=accumulator(ROWS, rank))
                 def _(narrow):
                     plgpu.wgmma(narrow, dout_smem, up_smem.transpose((1, 0)))
-                    row = pl.ds((part * steps + step) * _ROWS, _ROWS)
+                    row = pl.ds((part * steps + step) * ROWS, ROWS)
                     dxa_gmem[index, row] = narrow[...]
 
             plgpu.wgmma_wait(0)
@@ -261,14 +255,14 @@ def low_rank_cotangents(
 
         def go_down(own, own_slab, start):
             dout_gmem, up_gmem, scale_gmem, xa_gmem = own
-            line, offset = divmod(start, _LINE)
+            line, offset = divmod(start, LINE)
             place_own = functools.partial(place, up_gmem, scale_gmem, own_slab)
-            _pipeline(
+            streamed(
                 multiply,
                 functools.partial(finish, place_own, offset),
                 steps,
-                ((_ROWS, slab), lambda k: (k, 0)),
-                ((_ROWS, _LINE), lambda k: (k, line)),  # beyond the end it reads zeros
+                ((ROWS, slab), lambda k: (k, 0)),
+                ((ROWS, LINE), lambda k: (k, line)),  # beyond the end it reads zeros
                 multipliers=2,
             )(
                 dout_gmem.at[some_rows, pl.ds(own_slab * slab, slab)],
@@ -282,11 +276,13 @@ def low_rank_cotangents(
                 own = matrices[i::count]
                 go_down(own, index - first, start=narrow[i][1])
 
-    dxa, db = _launch(
+    dxa, db = launch(
         COTANGENTS_NAME,
         body,
-        [(ends[-1], rows, rank), (splits, sum(widths), rank)],
-        jnp.float32,
+        [
+            jax.ShapeDtypeStruct((ends[-1], rows, rank), jnp.float32),
+            jax.ShapeDtypeStruct((splits, sum(widths), rank), jnp.float32),
+        ],
         (ends[-1], splits),
         *douts,
         *ups,
@@ -294,7 +290,7 @@ def low_rank_cotangents(
         *(array for array, _ in narrow),
         multipliers=2,
         scratch_types=[
-            plgpu.SMEM((rank, slab), dtype, transforms=swizzled(_LINE, dtype)),
+            plgpu.SMEM((rank, slab), dtype, transforms=swizzled(LINE, dtype)),
             plgpu.Barrier(num_arrivals=2),
         ],
     )
@@ -307,28 +303,6 @@ def low_rank_cotangents(
 
 def _on_a_line(xa: jax.Array, start: int, rank: int) -> tuple[jax.Array, int]:
     """Returns an array with these columns of `xa` within 64, and where they begin."""
-    if start % _LINE + rank <= _LINE:
+    if start % LINE + rank <= LINE:
         return xa, start
     return xa[:, start : start + rank], 0
-
-
-def _launch(
-    name: str,
-    body,
-    shapes,
-    dtype,
-    grid: tuple[int, int],
-    *operands,
-    multipliers: int = 1,
-    scratch_types=(),
-):
-    out_type = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    return launch(
-        name,
-        body,
-        out_type,
-        grid,
-        *operands,
-        multipliers=multipliers,
-        scratch_types=scratch_types,
-    )
