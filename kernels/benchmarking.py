@@ -4,7 +4,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,10 +17,12 @@ from .numerics import relative_error
 from .program import Program
 
 Timer = Literal["cupti", "wall"]
+Call = Callable[[], Any]
 
 _ITERATIONS = {"cupti": 20, "wall": 100}
 _LEAST_ITERATIONS = 3
 _ENOUGH_SECONDS = 0.5
+_ROUNDS, _TURN_SECONDS, _MOST_CALLS = 3, 0.3, 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,8 @@ def choices(programs: Iterable[Program], timer: Timer) -> Iterator[dict[str, Any
 
     The times of programs with the same choice are added up, so that a kernel may lose
     on the forward what it wins on the backward. An implementation that cannot run one
-    of them has no time.
+    of them has no time. With "cupti" the implementations take turns, each without a
+    pause, so that all meet the clock that the power limit leaves a training step.
     """
     groups: dict[str, list[Program]] = {}
     for program in programs:
@@ -180,6 +183,26 @@ def kernel_seconds(call: Callable[[], Any], calls: int) -> list[float]:
     return [sum(times[i : i + each]) for i in range(0, len(times), each)]
 
 
+def in_turn(
+    calls: Sequence[Call], counts: Sequence[int], *, pause_seconds: float = 0.0
+) -> list[float]:
+    """Returns the median milliseconds of each, called so many times in turn.
+
+    Args:
+      calls: Of programs that have run before.
+      counts: How often each is called without a pause, in each of several rounds.
+      pause_seconds: Before each of them, which is called once more before it.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(_ROUNDS):
+        for call, count, own in zip(calls, counts, times, strict=True):
+            if pause_seconds:
+                jax.block_until_ready(call())
+                time.sleep(pause_seconds)
+            own += kernel_seconds(call, count)
+    return [1e3 * statistics.median(own) for own in times]
+
+
 def largest_error(actual: Any, expected: Any) -> float:
     """Returns the largest relative error among the leaves."""
     errors = jax.tree.map(relative_error, actual, expected)
@@ -194,15 +217,21 @@ def run_of(program: Program, implementation: str) -> Callable[..., Any]:
 def _times(program: Program, timer: Timer) -> dict[str, float]:
     """Returns implementation -> seconds of those that can run here."""
     arguments = jax.jit(program.arguments)()
-    times = {}
+    able: dict[str, Callable[..., Any]] = {}
     for name in program.implementations:
         run = run_of(program, name)
         try:
             jax.block_until_ready(run(*arguments))
         except UnsupportedOp:
             continue
-        times[name] = seconds(run, arguments, timer)
-    return times
+        able[name] = run
+    if timer == "wall":
+        return {name: seconds(run, arguments, timer) for name, run in able.items()}
+    once = [_wall_seconds(run, arguments, 1) for run in able.values()]
+    counts = [max(1, min(int(_TURN_SECONDS / each), _MOST_CALLS)) for each in once]
+    calls = [functools.partial(run, *arguments) for run in able.values()]
+    times = in_turn(calls, counts)
+    return {name: each / 1e3 for name, each in zip(able, times, strict=True)}
 
 
 def _compiled(function: Callable[..., Any], *arguments: jax.Array) -> Any:

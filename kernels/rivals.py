@@ -6,8 +6,6 @@ regime may lose in the other.
 """
 
 import functools
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,16 +13,13 @@ from typing import Any
 
 import jax
 
-from .benchmarking import kernel_seconds
+from .benchmarking import Call, in_turn
 from .dispatch import UnsupportedOp
 from .program import Program
 
 _COMPILERS = 8  # threads
-_ROUNDS = 3
 _BURST_CALLS = 8
 _PAUSE_SECONDS = 0.2
-
-Call = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +74,9 @@ def compare(programs: Sequence[Program], seconds: float) -> Iterator[Rivalry]:
     for (program, rival), both in zip(pairs, compiled, strict=True):
         calls = [one.call() for one in both]
         bursts = [_BURST_CALLS] * len(calls)
-        ms, rival_ms = _in_turn(calls, bursts, pause_seconds=_PAUSE_SECONDS)
+        ms, rival_ms = in_turn(calls, bursts, pause_seconds=_PAUSE_SECONDS)
         counts = [max(1, int(seconds * 1e3 / each)) for each in (ms, rival_ms)]
-        sustained_ms, rival_sustained_ms = _in_turn(calls, counts)
+        sustained_ms, rival_sustained_ms = in_turn(calls, counts)
         yield Rivalry(
             program=program.name,
             implementation=both[0].implementation,
@@ -108,20 +103,3 @@ def _compile(program: Program) -> _Compiled:
             continue
         return _Compiled(implementation=name, arguments=arguments, run=compiled)
     raise UnsupportedOp(f"no implementation of {program.name} can run here")
-
-
-def _in_turn(
-    calls: Sequence[Call], counts: Sequence[int], *, pause_seconds: float = 0.0
-) -> list[float]:
-    """Returns the median milliseconds of each, called so many times in turn.
-
-    With a pause each is called once more before it.
-    """
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(_ROUNDS):
-        for call, count, own in zip(calls, counts, times, strict=True):
-            if pause_seconds:
-                jax.block_until_ready(call())
-                time.sleep(pause_seconds)
-            own += kernel_seconds(call, count)
-    return [1e3 * statistics.median(own) for own in times]
