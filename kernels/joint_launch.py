@@ -30,7 +30,7 @@ class Work:
       results: Of what they write.
       blocks: How many they are.
       run: Called in each of them with its number and the references of operands and
-        results; equal for equal work.
+        results. Hashed by value, so that equal work is lowered once.
     """
 
     operands: tuple[jax.Array, ...]
@@ -53,8 +53,8 @@ def joint_launch(works: Sequence[Work], *, name: str) -> list[list[jax.Array]]:
     ends = [0, *itertools.accumulate(work.blocks for work in works)]
 
     def body(*refs: Any) -> None:
-        block, inputs, outputs = lax.axis_index("block"), iter(refs), iter(refs)
-        next(itertools.islice(outputs, len(operands), len(operands)), None)
+        block, inputs = lax.axis_index("block"), iter(refs[: len(operands)])
+        outputs = iter(refs[len(operands) :])
         for work, (first, end) in zip(works, itertools.pairwise(ends), strict=True):
             own = [
                 *itertools.islice(inputs, len(work.operands)),

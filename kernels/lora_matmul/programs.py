@@ -19,7 +19,7 @@ from .projection import Projection
 
 _LARGE = (nf4.KERNEL_NAME, accumulate.KERNEL_NAME)
 _KERNELS = {
-    "forward": (*_LARGE, skinny.PRODUCT_NAME),
+    "forward": (*_LARGE, skinny.PRODUCT_NAME, operands.NARROW_NAME),
     "dx": (*_LARGE, skinny.COTANGENTS_NAME),
     "gradients": (*_LARGE, skinny.COTANGENTS_NAME, skinny.GRADIENT_NAME),
 }
