@@ -253,31 +253,26 @@ class ProductBlock:
             target = self.b_smem.at[slot, pl.ds(copy * size, size)]
             plgpu.copy_gmem_to_smem(source.at[at], target, full)
 
-    def pieces(
-        self, part: int, first: Any, matrices: int
-    ) -> Iterator[tuple[int, int, list[Any]]]:
-        """Yields this warpgroup's pieces of a part, and frees their places.
+    def pieces(self, part: int, step: Any) -> Iterator[tuple[int, int, Any]]:
+        """Yields this warpgroup's pieces of a part, and frees its place.
 
-        Each as its first row and column, and the values of each matrix there.
+        Each as its first row and column, and the values there.
 
         Args:
           part: That `stream_part` brought.
-          first: Step of the ring of the first matrix; the others' follow.
-          matrices: How many.
+          step: Of the ring.
         """
         is_transposed, own = self.product.is_transposed, part * PIECE
-        slots = [lax.rem(first + i, self.product.stages) for i in range(matrices)]
-        for slot in slots:
-            plgpu.barrier_wait(self.full.at[slot])
+        slot = lax.rem(step, self.product.stages)
+        plgpu.barrier_wait(self.full.at[slot])
         for place in (0, PIECE):
             along = pl.ds(lax.axis_index("warpgroup") * self.columns + place, PIECE)
             at = (along,) if is_transposed else (slice(None), along)
-            values = [self.b_smem.at[slot, *at][...] for slot in slots]
+            values = self.b_smem.at[slot, *at][...]
             if place == PIECE:
                 # Copies to come do not wait for these loads otherwise.
                 plgpu.commit_smem()
-                for slot in slots:
-                    plgpu.barrier_arrive(self.empty.at[slot])
+                plgpu.barrier_arrive(self.empty.at[slot])
             if is_transposed:
                 yield place, own, values
             else:

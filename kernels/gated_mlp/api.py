@@ -71,8 +71,8 @@ def gated_mlp(
       residual: Like `x`; None adds nothing.
       dropout_rate: Of the adapters' inputs.
       dropout_keys: One for each of `gate_up` and one for `down`; None drops nothing.
-      implementation: "mosaic_gpu" has the unit's gradient in the epilogue of a product,
-        "xla" and "reference" have it beside; None takes the fastest able.
+      implementation: "mosaic_gpu" makes adapters' products with the unit and with its
+        gradient, "xla" and "reference" beside them; None takes the fastest able.
       product_implementation: Of the products, as in `lora_matmul`.
 
     Raises:

@@ -1,26 +1,29 @@
-"""The gated network on Hopper, its unit's gradient in the epilogue of a product.
+"""The gated network on Hopper, its adapters' products beside the unit's gradient.
 
 Saved for the backward pass: `x`, gate and up (`RESIDUAL_NAMES`), 4 F bytes a token in
 16 bits, and what `kernels.lora_matmul` saves of its adapters. The unit's result, which
-the gradient of the last adapter reads, is made again in the same epilogue that makes
-the cotangents of gate and up: the cotangent of the result itself is never in memory.
+the gradient of the last adapter reads, is made again where the cotangents of gate and
+up are made, and with them all narrow products in one reading (`unit_cotangents`). Ranks
+that this kernel does not take, and no adapter of gate or up, have the unit's gradient
+from XLA and the adapters' kernels after it.
 """
 
 import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.device import multiprocessors
 from kernels.dispatch import UnsupportedOp
 from kernels.lora_matmul import Projection
 from kernels.lora_matmul import mosaic_gpu as lora
-from kernels.lora_matmul.operands import is_packed, scaled_down
+from kernels.lora_matmul.operands import scaled_down, up_rows, widths_of
 from kernels.lora_matmul.xla import Added, Keys, Projections
 
-from . import mosaic_gpu_vjp, reference
-from .mosaic_gpu_vjp import gated_cotangents
+from . import reference, vjp
+from .unit_cotangents import suits, unit_cotangents
 from .unit_product import MAX_RANK, gated_unit_product
 from .vjp import RESIDUAL_NAMES
 
@@ -67,10 +70,7 @@ def gated_mlp(
         raise UnsupportedOp("gate and up are one weight")
     if x.shape[0] <= lora.MAX_ROWS:
         raise UnsupportedOp(f"{x.shape[0]} rows are few: {lora.MAX_ROWS} or less")
-    features, multiple = down.weight.shape[0], mosaic_gpu_vjp.TILES.tile_n
-    if features % multiple:
-        raise UnsupportedOp(f"{features=} must be a multiple of {multiple}")
-    out = jax.ShapeDtypeStruct((x.shape[0], features), x.dtype)
+    out = jax.ShapeDtypeStruct((x.shape[0], down.weight.shape[0]), x.dtype)
     keys = dropout_keys if dropout_rate else (None,) * len(dropout_keys)
     lora.check(dropout_rate, x, gate_up, keys[:-1])
     lora.check(dropout_rate, out, (down,), keys[-1:])
@@ -124,19 +124,54 @@ def _unit(
 def _backward(
     activation: str, num_added: int, residuals: Residuals, dy: jax.Array
 ) -> tuple[jax.Array, Projections, Projection, Added]:
-    saved, gate, up, down, xa = residuals
-    terms, narrow = lora.input_terms((down,), xa, (dy,))
-    dgate, dup, out = gated_cotangents(
-        terms,
+    down = residuals.down
+    dout, narrow = lora.input_cotangent((down,), residuals.xa, (dy,))
+    with jax.named_scope("gated_mlp"):
+        unit = _unit_gradient(activation, residuals, dout, narrow.dxa)
+    (ddown,) = lora.gradients((down,), (dy,), [unit.da], narrow.db)
+    dx, dgate_up = lora.backward(0.0, residuals.gate_up, unit.douts, unit.narrow)
+    return dx, dgate_up, ddown, (dy,) * num_added
+
+
+class _UnitGradient(NamedTuple):
+    """What follows from the cotangent of the unit's result.
+
+    Attributes:
+      douts: Cotangents of gate and up.
+      narrow: What their adapters need of them; None where it is still to be made.
+      da: Cotangent of the last projection's `a`.
+    """
+
+    douts: tuple[jax.Array, jax.Array]
+    narrow: lora.NarrowCotangents | None
+    da: jax.Array | None
+
+
+def _unit_gradient(
+    activation: str, residuals: Residuals, dout: jax.Array, dxa: jax.Array | None
+) -> _UnitGradient:
+    (_, projections, xa), gate, up, down, _ = residuals
+    gate_rank, up_rank = widths_of(projections)
+    ranks = (gate_rank, up_rank, 0 if dxa is None else dxa.shape[1])
+    if not suits(ranks):
+        unit = functools.partial(vjp.gated_activation, activation=activation)
+        out, pullback = jax.vjp(unit, gate, up)
+        (da,) = lora.down_gradients(out, (down,), dxa)
+        return _UnitGradient(pullback(dout), None, da)
+    ups = [up_rows(p) * p.scale for p in projections if p.has_adapter]
+    made = unit_cotangents(
         gate,
         up,
+        dout,
+        jnp.concatenate(ups).astype(dout.dtype),
+        jnp.concatenate([own for own in (xa, dxa) if own is not None], axis=1),
+        ranks=ranks,
         activation=activation,
-        is_transposed=not is_packed(down),
         blocks=multiprocessors(),
     )
-    (ddown,) = lora.gradients(out, (down,), (dy,), narrow)
-    dx, dgate_up = lora.backward(0.0, saved, (dgate, dup))
-    return dx, dgate_up, ddown, (dy,) * num_added
+    *db, da = made.sums
+    narrow = lora.NarrowCotangents(made.dxa, [*map(lora.up_gradient, projections, db)])
+    return _UnitGradient((made.dgate, made.dup), narrow, lora.down_gradient(down, da))
 
 
 _mlp.defvjp(_forward, _backward)

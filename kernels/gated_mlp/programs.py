@@ -1,4 +1,4 @@
-"""The gated activation, alone and with a product, and the network, at real shapes."""
+"""The gated activation, beside narrow products too, and the network at real shapes."""
 
 import functools
 import math
@@ -9,20 +9,23 @@ import jax.numpy as jnp
 
 from kernels.device import multiprocessors, require_hopper
 from kernels.lora_matmul import Projection
+from kernels.lora_matmul.skinny import low_rank_cotangents, low_rank_gradient
 from kernels.nf4 import quantize
 from kernels.program import Program, nbytes
 
-from . import reference, unit_product
+from . import reference, unit_product, vjp
 from .api import gated_activation, gated_mlp
 from .cases import GPU_CASES, GPU_NETWORKS, GatedCase, NetworkCase
-from .mosaic_gpu_vjp import KERNEL_NAME
+from .unit_cotangents import KERNEL_NAME, UnitCotangents, unit_cotangents
 
 _WEIGHT_DEVIATION = 0.02
 
 
 def programs() -> tuple[Program, ...]:
     """Returns every program of the op."""
-    of_networks = (run(case) for case in GPU_NETWORKS for run in (_product, _network))
+    of_networks = (
+        run(case) for case in GPU_NETWORKS for run in (_product, _cotangents, _network)
+    )
     return (*_activations(), *of_networks)
 
 
@@ -110,6 +113,91 @@ def _unit_product(
     return h, jnp.dot(h, down.T)
 
 
+def _cotangents(case: NetworkCase) -> Program:
+    """Returns the gradient of the unit with the narrow products of it."""
+    arguments = functools.partial(_cotangent_arguments, case)
+    run = functools.partial(_unit_cotangents, case)
+    shapes = jax.eval_shape(arguments)
+    results = jax.eval_shape(functools.partial(run, implementation="xla"), *shapes)
+    return Program(
+        name=f"gated_mlp.unit_cotangents/{case.name}",
+        run=run,
+        arguments=arguments,
+        bytes_moved=nbytes((shapes, results)),
+        kernels=(KERNEL_NAME,),
+        implementations=("mosaic_gpu", "separate", "xla"),
+    )
+
+
+def _cotangent_arguments(case: NetworkCase) -> tuple[jax.Array, ...]:
+    """Returns what `unit_cotangents` takes."""
+    wide, ranks = (case.rows, case.features), sum(case.ranks)
+    shapes = (
+        wide,
+        wide,
+        wide,
+        (sum(case.ranks[:2]), case.features),
+        (case.rows, ranks),
+    )
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return tuple(
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys, shapes, strict=True)
+    )
+
+
+def _unit_cotangents(
+    case: NetworkCase,
+    gate: jax.Array,
+    up: jax.Array,
+    dout: jax.Array,
+    ups: jax.Array,
+    narrow: jax.Array,
+    *,
+    implementation: str,
+) -> UnitCotangents:
+    """Does as `unit_cotangents`; "separate" has a loop or a kernel for each product."""
+    gate_rank, up_rank, rank = case.ranks
+    if implementation != "xla":
+        require_hopper()
+    if implementation == "mosaic_gpu":
+        return unit_cotangents(
+            gate,
+            up,
+            dout,
+            ups,
+            narrow,
+            ranks=(gate_rank, up_rank, rank),
+            activation=case.activation,
+            blocks=multiprocessors(),
+        )
+    unit = functools.partial(vjp.gated_activation, activation=case.activation)
+    out, pullback = jax.vjp(unit, gate, up)
+    dgate, dup = pullback(dout)
+    *xas, dxa = jnp.split(narrow, [gate_rank, gate_rank + up_rank], axis=1)
+    own_ups = jnp.split(ups, [gate_rank])
+    if implementation == "separate":
+        blocks = multiprocessors()
+        parts, db = low_rank_cotangents(
+            (dgate, dup),
+            [own.astype(jnp.float32) for own in own_ups],
+            [jnp.float32(1)] * 2,
+            narrow,
+            starts=(0, gate_rank),
+            blocks=blocks,
+        )
+        da = low_rank_gradient(out, dxa, blocks=blocks)
+    else:
+        parts = [jnp.dot(dgate, own_ups[0].T), jnp.dot(dup, own_ups[1].T)]
+        db = map(_transposed_product, (dgate, dup), xas)
+        da = _transposed_product(out, dxa)
+    return UnitCotangents(dgate, dup, jnp.concatenate(parts, axis=1), (*db, da))
+
+
+def _transposed_product(x: jax.Array, t: jax.Array) -> jax.Array:
+    return jnp.dot(x.T, t, preferred_element_type=jnp.float32)
+
+
 def _network(case: NetworkCase) -> Program:
     """Returns the forward and the backward pass."""
     arguments = functools.partial(_network_arguments, case)
@@ -123,7 +211,7 @@ def _network(case: NetworkCase) -> Program:
         arguments=arguments,
         bytes_moved=nbytes((shapes, results)),
         flops=12 * math.prod(sizes.values()),
-        kernels=(KERNEL_NAME,),
+        kernels=(KERNEL_NAME, unit_product.KERNEL_NAME),
         decides=("gated_mlp", sizes),
     )
 

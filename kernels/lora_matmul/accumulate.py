@@ -207,7 +207,7 @@ def _body(
 
     def sums(step, values):
         for part in range(PARTS):
-            for i, j, (other,) in block.pieces(part, step + part, matrices=1):
+            for i, j, other in block.pieces(part, step + part):
                 own = values[i : i + PIECE, j : j + PIECE]
                 yield i, j, own + other.astype(jnp.float32)
 

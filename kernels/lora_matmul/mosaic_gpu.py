@@ -34,6 +34,7 @@ from .operands import (
     with_ones,
 )
 from .products import product
+from .projection import Projection
 from .skinny import (
     MAX_COTANGENT_RANK,
     MAX_GROUPED_RANK,
@@ -164,19 +165,18 @@ def backward(
     dropout_rate: float,
     residuals: Residuals | xla.Residuals,
     douts: tuple[jax.Array, ...],
+    narrow: "NarrowCotangents | None" = None,
 ) -> tuple[jax.Array, Projections]:
-    """Returns the cotangents of `x` and of all that is trained."""
+    """Returns the cotangents of `x` and of all that is trained.
+
+    `narrow` is given by whoever made it together with `douts`.
+    """
     if isinstance(residuals, xla.Residuals):
         return xla.backward(dropout_rate, residuals, douts)
     x, projections, xa = residuals
-    terms, narrow = input_terms(projections, xa, douts)
-    (dx,) = accumulated_products(
-        [terms],
-        is_transposed=not is_packed(projections[0]),
-        tiles=tiles_for(x.shape[0], [x.shape[1]]),
-        blocks=multiprocessors(),
-    )
-    return dx, gradients(x, projections, douts, narrow)
+    dx, narrow = input_cotangent(projections, xa, douts, narrow)
+    da = down_gradients(x, projections, narrow.dxa)
+    return dx, gradients(projections, douts, da, narrow.db)
 
 
 class NarrowCotangents(NamedTuple):
@@ -191,40 +191,46 @@ class NarrowCotangents(NamedTuple):
     db: list[jax.Array | None]
 
 
-def input_terms(
-    projections: Projections, xa: jax.Array | None, douts: tuple[jax.Array, ...]
-) -> tuple[list[Term], NarrowCotangents]:
-    """Returns what is summed up for the cotangent of the input."""
-    dtype = douts[0].dtype
-    if xa is None:
-        weights, _ = stored_weights(projections, dtype)
-        none = NarrowCotangents(None, [None] * len(projections))
-        return [*zip(douts, weights, strict=True)], none
-    narrow = _narrow_cotangents(douts, xa, projections)
-    is_long_first = not is_packed(projections[0])
-    work = joined_downs(projections, dtype, is_long_first=is_long_first)
-    weights, ((down,),) = stored_weights(projections, dtype, [work])
-    assert narrow.dxa is not None
-    return [*zip(douts, weights, strict=True), (narrow.dxa, down)], narrow
+def input_cotangent(
+    projections: Projections,
+    xa: jax.Array | None,
+    douts: tuple[jax.Array, ...],
+    narrow: NarrowCotangents | None = None,
+) -> tuple[jax.Array, NarrowCotangents]:
+    """Returns the cotangent of the input, and `narrow`, made here if it is None."""
+    dtype, is_long_first = douts[0].dtype, not is_packed(projections[0])
+    if narrow is None:
+        narrow = _narrow_cotangents(douts, xa, projections)
+    beside = []
+    if narrow.dxa is not None:
+        beside.append(joined_downs(projections, dtype, is_long_first=is_long_first))
+    weights, made = stored_weights(projections, dtype, beside)
+    terms: list[Term] = [*zip(douts, weights, strict=True)]
+    if narrow.dxa is not None:
+        terms.append((narrow.dxa, made[0][0]))
+    (dx,) = accumulated_products(
+        [terms],
+        is_transposed=is_long_first,
+        tiles=tiles_for(douts[0].shape[0], [projections[0].weight.shape[0]]),
+        blocks=multiprocessors(),
+    )
+    return dx, narrow
 
 
 def gradients(
-    x: jax.Array,
     projections: Projections,
     douts: tuple[jax.Array, ...],
-    narrow: NarrowCotangents,
+    da: list[jax.Array | None],
+    db: list[jax.Array | None],
 ) -> Projections:
-    """Returns the cotangents of all that is trained."""
-    da: list[jax.Array | None] = [None] * len(projections)
-    if narrow.dxa is not None:
-        da = _down_gradients(x, narrow.dxa, projections)
+    """Returns the cotangents of all that is trained; those of adapters are given."""
     return tuple(
         dataclasses.replace(
             projection,
             weight=None,
             bias=_sum_rows(dout, projection.bias),
             lora_a=da[i],
-            lora_b=narrow.db[i],
+            lora_b=db[i],
             scaling=None,
         )
         for i, (projection, dout) in enumerate(zip(projections, douts, strict=True))
@@ -240,12 +246,14 @@ def _used_twice(results: Any) -> Any:
 
 
 def _narrow_cotangents(
-    douts: tuple[jax.Array, ...], xa: jax.Array, projections: Projections
+    douts: tuple[jax.Array, ...], xa: jax.Array | None, projections: Projections
 ) -> NarrowCotangents:
     """Returns `scaling * dout @ b^T` of all adapters side by side, and each one's db.
 
     db is `(scaling * x @ a)^T @ dout`, in the dtype of `b`.
     """
+    if xa is None:
+        return NarrowCotangents(None, [None] * len(projections))
     starts, widths = starts_of(projections), widths_of(projections)
     adapted = [i for i, p in enumerate(projections) if p.has_adapter]
     ups = [up_rows(projections[i]) for i in adapted]
@@ -255,11 +263,21 @@ def _narrow_cotangents(
     )
     db: list[jax.Array | None] = [None] * len(projections)
     for i, gradient in zip(adapted, products, strict=True):
-        b = projections[i].lora_b
-        assert b is not None
-        db[i] = gradient.T[: b.shape[0]].astype(b.dtype)
+        db[i] = up_gradient(projections[i], gradient)
     parts = [p[:, : widths[i]] for i, p in zip(adapted, parts, strict=True)]
     return NarrowCotangents(filled_columns(jnp.concatenate(parts, axis=1)), db)
+
+
+def up_gradient(projection: Projection, gradient: jax.Array) -> jax.Array | None:
+    """Returns the cotangent of `b`, given transposed and filled up in float32."""
+    b = projection.lora_b
+    return None if b is None else gradient.T[: b.shape[0]].astype(b.dtype)
+
+
+def down_gradient(projection: Projection, gradient: jax.Array) -> jax.Array | None:
+    """Returns the cotangent of `a`, given filled up in float32."""
+    a = projection.lora_a
+    return None if a is None else gradient[:, : a.shape[1]].astype(a.dtype)
 
 
 def _both_products(
@@ -293,18 +311,17 @@ def _both_products(
     return products, gradients
 
 
-def _down_gradients(
-    x: jax.Array, dxa: jax.Array, projections: Projections
+def down_gradients(
+    x: jax.Array, projections: Projections, dxa: jax.Array | None
 ) -> list[jax.Array | None]:
     """Returns `x^T @ dxa` of each adapter, in the dtype of its `a`."""
+    if dxa is None:
+        return [None] * len(projections)
     joined = low_rank_gradient(x, dxa, blocks=multiprocessors())
-    gradients: list[jax.Array | None] = []
-    for projection, start in zip(projections, starts_of(projections), strict=True):
-        a = projection.lora_a
-        gradients.append(
-            None if a is None else joined[:, start : start + a.shape[1]].astype(a.dtype)
-        )
-    return gradients
+    return [
+        down_gradient(projection, joined[:, start:])
+        for projection, start in zip(projections, starts_of(projections), strict=True)
+    ]
 
 
 def _sum_rows(dout: jax.Array, bias: jax.Array | None) -> jax.Array | None:

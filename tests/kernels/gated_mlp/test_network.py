@@ -175,6 +175,22 @@ def test_gate_and_up_are_saved_by_name():
     assert launches(*RESIDUAL_NAMES) < launches()
 
 
+@pytest.mark.parametrize(
+    ("ranks", "is_one"), [((64, 64, 64), False), ((0, 0, 4), False), ((20, 0, 0), True)]
+)
+def test_ranks_decide_where_the_narrow_products_are(ranks, is_one):
+    case = dataclasses.replace(INTERPRETED_NETWORKS[0], ranks=ranks)
+    hidden, trained, frozen, _ = _arguments(case)
+
+    def loss(trained):
+        y = _network(case, hidden, trained, frozen, implementation="mosaic_gpu")
+        return jnp.sum(y.astype(jnp.float32))
+
+    with assume_compute_capability(HOPPER):
+        traced = str(jax.make_jaxpr(jax.grad(loss))(trained))
+    assert ("unit_cotangents" in traced) == is_one
+
+
 @pytest.mark.parametrize(("rows", "expected"), [(2048, "mosaic_gpu"), (2050, "xla")])
 def test_the_choice_on_hopper(rows, expected):
     case = INTERPRETED_NETWORKS[0]
@@ -214,10 +230,6 @@ def test_the_kernel_says_what_it_lacks():
     with assume_compute_capability(HOPPER):
         with pytest.raises(UnsupportedOp, match="gate and up are one weight"):
             run(dataclasses.replace(case, ranks=(0, 0)))
-        with pytest.raises(
-            UnsupportedOp, match="features=384 must be a multiple of 256"
-        ):
-            run(dataclasses.replace(case, features=384))
         with pytest.raises(UnsupportedOp, match="lora_matmul is to run by 'xla'"):
             run(case, product_implementation="xla")
         keys = tuple(jax.random.split(jax.random.key(0), 3))
