@@ -22,7 +22,7 @@ from fastjax.optimizer_config import Schedule as Schedule
 from fastjax.report_config import ReportConfig as ReportConfig
 
 DType = Literal["bfloat16", "float16", "float32"]
-RematPolicy = Literal["none", "attention", "layer", "offload", "layer_offload"]
+RematPolicy = Literal["none", "norms", "attention", "layer", "offload", "layer_offload"]
 RematChoice = Literal[RematPolicy, "auto"]
 DataFormat = Literal[
     "auto",
@@ -214,9 +214,9 @@ class TrainConfig:
         None makes room for `max_length`.
       full_finetuning: Train every weight instead of adapters.
       dtype: Of activations and matrix products; sums are always float32.
-      remat: What the backward pass recomputes: "none" only norms and activations,
-        "attention" the attention blocks too, "layer" everything but layer inputs,
-        "offload" as much, and keeps these and attention's output in host memory,
+      remat: What the backward pass recomputes: "none" only activations, "norms" norms
+        too, "attention" the attention blocks, "layer" all but layer inputs, "offload"
+        as much, and keeps these and attention's output in host memory,
         "layer_offload" the layer inputs alone; "auto" measures them and picks for each
         layer what is fastest within the memory.
       unroll_layers: Write layers that keep much out in the program, for a faster step,

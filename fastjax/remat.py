@@ -5,13 +5,14 @@ and 8 key heads of 128):
 
 | policy | kept on the device besides the layer's input | bytes |
 | --- | --- | --- |
-| none | q, k, v, attention's output and statistics, residual, gate, up | 93 K |
+| none | all of the next row, and the normed inputs | 109 K |
+| norms | q, k, v, attention's output and statistics, residual, gate, up | 93 K |
 | attention | residual, gate, up | 73 K |
 | layer | nothing | 8 K |
 | offload | nothing, and the input is in host memory | 0 K |
 | layer_offload | the same | 0 K |
 
-`x @ lora_a`, 2 R bytes a token and linear, is kept by the first two as well. No
+`x @ lora_a`, 2 R bytes a token and linear, is kept by the first three as well. No
 policy ever keeps a dequantised weight: the matmul's own VJP keeps the packed one.
 
 "offload" also holds in host memory q, k and v, the residual after the attention, kept
@@ -40,7 +41,11 @@ LAYER_INPUT = "layer_input"
 QUERY, KEY, VALUE = "query", "key", "value"
 QUERY_RAW, KEY_RAW = "query_raw", "key_raw"
 ATTENTION_RESIDUAL = "attention_residual"
+NORMED = "normed"
 HANDED = "handed"
+
+KEEPING: tuple[RematPolicy, ...] = ("none", "norms", "attention")
+"""Policies that keep what the feed-forward half is made of on the device."""
 
 _MLP_NAMES = (ATTENTION_RESIDUAL, *MLP_RESIDUALS, *LORA_RESIDUALS)
 _PROJECTION_NAMES = (QUERY, KEY, VALUE, QUERY_RAW, KEY_RAW)
@@ -70,7 +75,7 @@ class RematPlan:
         The others keep so little that a scan copies next to nothing, and of what is
         written out XLA moves hardly anything to the host.
         """
-        return self.is_unrolled and policy in ("none", "attention")
+        return self.is_unrolled and policy in KEEPING
 
     def __str__(self) -> str:
         counts = collections.Counter(self.policies)
@@ -135,7 +140,8 @@ def _saveable(policy: RematPolicy) -> Callable[..., Any]:
             offload_src="device",
             offload_dst="pinned_host",
         )
-    names = policies.save_only_these_names(*_MLP_NAMES, *_ATTENTION_NAMES)
+    own = (NORMED,) if policy == "none" else ()
+    names = policies.save_only_these_names(*own, *_MLP_NAMES, *_ATTENTION_NAMES)
 
     def saveable(primitive: Any, *args: Any, **params: Any) -> bool:
         fused_attention = str(primitive) in ATTENTION_PRIMITIVES

@@ -27,6 +27,7 @@ _GIB = 2**30
 _FORMULA_ERROR = 0.1
 _LEANER: tuple[RematPolicy, ...] = (
     "none",
+    "norms",
     "attention",
     "layer",
     "offload",

@@ -27,9 +27,10 @@ from fastjax.train.memory_plan import BatchShape, saved_bytes
 from fastjax.train.remat_choice import Choice, PolicyCost, fastest, written_out
 
 # "attention" frees less memory for its time than the others do, so none is left to it.
-_POLICIES: tuple[RematPolicy, ...] = ("offload", "layer", "none")
+_POLICIES: tuple[RematPolicy, ...] = ("offload", "layer", "norms")
 _PASSES: dict[RematPolicy, tuple[float, float]] = {
     "none": FRUGAL_PASSES,
+    "norms": FRUGAL_PASSES,
     "layer": (3.0, 4.5),
     "offload": (2.6, 3.5),
     "layer_offload": (3.1, 4.5),
@@ -107,7 +108,7 @@ def _automatic(
         is_unrolled=is_unrolled,
     )
     leanest: RematPolicy = next(
-        policy for policy in ("layer_offload", *_POLICIES) if policy in costs
+        policy for policy in ("layer_offload", *_POLICIES, "none") if policy in costs
     )
     for is_last in (False, False, True):
         choice = None if is_last else find(costs, limit_bytes=room)

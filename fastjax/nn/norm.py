@@ -2,8 +2,10 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from fastjax import remat
 from fastjax.nn.variables import abstract, variable
 from kernels.rms_norm import add_rms_norm, rms_norm
 
@@ -57,4 +59,7 @@ def normed_and_input(
     norm: RMSNorm | None, x: Float[Array, "*B D"]
 ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
     """Returns `norm.and_input(x)`, or `x` twice where there is no norm."""
-    return (x, x) if norm is None else norm.and_input(x)
+    if norm is None:
+        return x, x
+    normed, x = norm.and_input(x)
+    return checkpoint_name(normed, remat.NORMED), x

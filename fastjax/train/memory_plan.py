@@ -17,7 +17,7 @@ from fastjax.config import OptimizerConfig, RematPolicy
 from fastjax.models.build import DecoderSpec, abstract_decoder, layer_linears
 from fastjax.nn.feed_forward import chunk_tokens
 from fastjax.nn.variables import abstract
-from fastjax.remat import RematPlan
+from fastjax.remat import KEEPING, RematPlan
 from fastjax.train.host_states import PIECE_BYTES, bytes_by_place
 from fastjax.train.optimizer import make_optimizer
 from kernels import dispatch
@@ -162,11 +162,13 @@ def saved_bytes(spec: DecoderSpec, layer: int, policy: RematPolicy) -> tuple[int
     if policy == "layer_offload":
         return 0, width * wide
     kept = wide
-    if policy in ("attention", "none"):
+    if policy in KEEPING:
         kept += wide + 2 * config.intermediate_size + ranks
-    if policy != "none":
+    if policy not in ("none", "norms"):
         return width * kept, 0
-    return width * (kept + attention) + statistics, 0
+    keeps_normed = policy == "none" and config.norm_placement != "after"
+    normed = 2 * wide if keeps_normed else 0
+    return width * (kept + normed + attention) + statistics, 0
 
 
 def _workspace(
@@ -190,7 +192,7 @@ def _workspace(
     loss = logits + 2 * width * tokens * wide
     # Gate, up, their product and the cotangents of all; the first two may be saved, or
     # all are made for a chunk of tokens at a time.
-    keeping = {"none", "attention"}
+    keeping = set(KEEPING)
     recomputed = 6 * chunk_tokens(tokens) if set(remat.policies) - keeping else 0
     kept = 4 * tokens if set(remat.policies) & keeping else 0
     rows = max(recomputed, kept) * inner + _RESIDUAL_ROWS * tokens * wide

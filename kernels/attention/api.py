@@ -74,7 +74,7 @@ def attention(
     )
     return dispatch.run(
         "attention",
-        _implementations(case, visits),
+        _implementations(case, visits, has_window=window is not None),
         implementation,
         q,
         k,
@@ -135,12 +135,13 @@ _SEEN_ON_GPU = {
     "window": (96, 128, 256),
     "softcap": (128, 256),
     "packed softcap": (128, 256),
+    "packed window": (128,),
 }
 """Head sizes that the Hopper kernels were timed and checked with on a GPU, by case."""
 
 
 def _implementations(
-    case: Case, visits: Visits | None
+    case: Case, visits: Visits | None, *, has_window: bool
 ) -> dict[str, Callable[..., Array]]:
     """Returns name to function, the default first.
 
@@ -153,7 +154,11 @@ def _implementations(
         "mosaic_gpu_cudnn": functools.partial(mixed.attention, visits=visits),
     }
     slow = {"reference": reference.attention}
-    if int(case["head_size"]) not in _SEEN_ON_GPU[str(case["rows"])]:
+    rows = str(case["rows"])
+    seen = _SEEN_ON_GPU[
+        "packed window" if has_window and rows.startswith("packed") else rows
+    ]
+    if int(case["head_size"]) not in seen:
         return library | plain | kernels | slow
     return fastest_first("attention", case, library | kernels | plain | slow)
 

@@ -112,9 +112,10 @@ def _unit(
     gate: jax.Array, up: jax.Array, down: Projection, activation: str
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the unit, and its product with the adapter if one kernel makes both."""
-    narrow = scaled_down((down,), gate.dtype)
-    if narrow is None or narrow.shape[0] > MAX_RANK:
+    (width,) = widths_of((down,))
+    if not width or width > MAX_RANK:
         return reference.gated_activation(gate, up, activation=activation), None
+    narrow = scaled_down((down,), gate.dtype)
     return gated_unit_product(
         gate, up, narrow, activation=activation, blocks=multiprocessors()
     )

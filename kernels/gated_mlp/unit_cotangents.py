@@ -32,7 +32,7 @@ from .gates import gates
 
 KERNEL_NAME = "unit_cotangents"
 
-MAX_RANK = 32
+MAX_RANK = 16
 """Of an adapter: more accumulators leave room for narrow slabs alone."""
 
 _TILE = 64  # rows and columns

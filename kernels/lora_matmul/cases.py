@@ -108,6 +108,14 @@ INTERPRETED = (
         ranks=(0,),
         is_quantized=True,
     ),
+    Case(
+        name="unequal_ranks",
+        lead=(128,),
+        inputs=128,
+        outputs=(128, 128),
+        ranks=(24, 8),
+        is_quantized=True,
+    ),
 )
 """Small ones that the Mosaic GPU kernels can run."""
 

@@ -53,14 +53,14 @@ def planner() -> Planner:
         "b2-s4096-layer-16-documents",
         "b2-s4096-offload",
         "b1-s32768-offload",
-        "b1-s32768-none-unrolled",
+        "b1-s32768-norms-unrolled",
     ],
 )
 def test_the_formula_meets_measured_peaks(planner: Planner, case: str) -> None:
     measured = json.loads((RESULTS / f"step-llama3-8b-{case}.json").read_text())
-    planned = planner.plan(
-        measured["remat"], rows=measured["batch"], tokens=measured["seq"]
-    )
+    # The policy that was called "none" when some of them were measured.
+    policy = "norms" if "norms" in case else measured["remat"]
+    planned = planner.plan(policy, rows=measured["batch"], tokens=measured["seq"])
     assert planned.peak == pytest.approx(measured["peak_gib"] * GIB, rel=0.1)  # pyright: ignore[reportArgumentType]
 
 

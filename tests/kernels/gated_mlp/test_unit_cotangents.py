@@ -15,6 +15,7 @@ from kernels.numerics import relative_error, tolerance
 
 ROWS = 192
 CASES = (
+    ((16, 8, 8), 256, "silu"),
     ((8, 0, 16), 256, "silu"),
     ((0, 8, 0), 384, "gelu_pytorch_tanh"),
 )
