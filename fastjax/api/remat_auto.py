@@ -29,13 +29,11 @@ from fastjax.train.remat_choice import Choice, PolicyCost, fastest, written_out
 # "attention" frees less memory for its time than the others do, so none is left to it.
 _POLICIES: tuple[RematPolicy, ...] = ("offload", "layer", "norms")
 _PASSES: dict[RematPolicy, tuple[float, float]] = {
-    "none": FRUGAL_PASSES,
-    "norms": FRUGAL_PASSES,
     "layer": (3.0, 4.5),
     "offload": (2.6, 3.5),
     "layer_offload": (3.1, 4.5),
 }
-"""Forward passes of products and of attention that a layer's time amounts to."""
+"""Forward passes of products and of attention that a leaner layer amounts to."""
 _FEW, _MORE = 2, 4
 _WARM_UP_SECONDS, _TIMED = 1.0, 7
 _MOST_SECONDS = 2.0
@@ -96,7 +94,7 @@ def _automatic(
     is_timed = bool(costs)
     if not is_timed:
         note("remat auto: layers are not timed here, the plan goes by their products")
-        costs = _counted(planner)
+        costs = _counted(planner, policies[-1])
     resident = model.weights + model.trained + model.optimizer
     resident += model.gradients if shape.accumulation > 1 else 0
     most = _MARGIN * limit_bytes
@@ -169,17 +167,24 @@ def described(choice: Choice, shape: BatchShape) -> str:
     return text if speed is None else f"{text} and {speed:,.0f} tokens/s"
 
 
-def _counted(planner: Planner) -> dict[RematPolicy, PolicyCost]:
-    """Returns the costs by the closed formula: operations in the place of seconds."""
+def _counted(planner: Planner, richest: RematPolicy) -> dict[RematPolicy, PolicyCost]:
+    """Returns the costs by the closed formula: operations in the place of seconds.
+
+    Of the policies that project nothing again `richest` alone: by count they are alike.
+    """
+    all_passes: dict[RematPolicy, tuple[float, float]] = {
+        **_PASSES,
+        richest: FRUGAL_PASSES,
+    }
     return {
         policy: PolicyCost(
             base_seconds=0.0,
             base_bytes=planner.plan(policy).workspace,
-            layer_seconds=_flops(planner, _PASSES[policy]),
+            layer_seconds=_flops(planner, passes),
             layer_bytes=kept,
             layer_host_bytes=host,
         )
-        for policy in _PASSES
+        for policy, passes in all_passes.items()
         for kept, host in [_kept_bytes(planner, policy)]
     }
 

@@ -13,6 +13,7 @@ _EARLIEST_FIRST: tuple[RematPolicy, ...] = (
     "layer_offload",
     "layer",
     "attention",
+    "norms",
     "none",
 )
 """Order of the layers of a plan.

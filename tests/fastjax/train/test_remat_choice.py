@@ -1,6 +1,9 @@
 """The fastest plan that fits."""
 
 import dataclasses
+from typing import get_args
+
+import pytest
 
 from fastjax.config import RematPolicy
 from fastjax.remat import RematPlan
@@ -35,6 +38,13 @@ def test_a_layer_gives_way_before_its_neighbours_do() -> None:
     # One layer of the other policies frees 7 bytes, or 8 and costs the graphs too.
     assert _choice(41.0).remat.policies == ("layer", "none", "none", "none")
     assert str(_choice(41.0).remat) == "1 x layer, 3 x none"
+
+
+@pytest.mark.parametrize("policy", get_args(RematPolicy))
+def test_every_policy_may_be_chosen(policy: RematPolicy) -> None:
+    choice = fastest({policy: COSTS["layer"]}, num_layers=2, limit_bytes=99.0)
+    assert choice is not None
+    assert choice.remat.policies == (policy,) * 2
 
 
 def test_the_host_has_its_limit_too() -> None:
