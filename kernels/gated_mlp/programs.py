@@ -15,7 +15,7 @@ from kernels.program import Program, nbytes
 
 from . import reference, unit_product, vjp
 from .api import gated_activation, gated_mlp
-from .cases import GPU_CASES, GPU_NETWORKS, GatedCase, NetworkCase
+from .cases import GPU_CASES, GPU_NETWORKS, NetworkCase
 from .unit_cotangents import KERNEL_NAME, UnitCotangents, unit_cotangents
 
 _WEIGHT_DEVIATION = 0.02
@@ -34,7 +34,7 @@ def _activations() -> tuple[Program, ...]:
         Program(
             name=f"gated_mlp.{what}/{case.name}",
             run=functools.partial(run, case.activation),
-            arguments=functools.partial(_arguments, case, inputs),
+            arguments=functools.partial(_normals, *[case.shape] * inputs),
             bytes_moved=arrays * 2 * math.prod(case.shape),
             implementations=("xla",),
         )
@@ -46,9 +46,12 @@ def _activations() -> tuple[Program, ...]:
     )
 
 
-def _arguments(case: GatedCase, inputs: int) -> tuple[jax.Array, ...]:
-    keys = jax.random.split(jax.random.key(0), inputs)
-    return tuple(jax.random.normal(key, case.shape, jnp.bfloat16) for key in keys)
+def _normals(*shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return tuple(
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys, shapes, strict=True)
+    )
 
 
 def _forward(
@@ -73,7 +76,8 @@ def _backward(
 
 def _product(case: NetworkCase) -> Program:
     """Returns the unit with the product of the last adapter."""
-    arguments = functools.partial(_product_arguments, case)
+    wide, down = (case.rows, case.features), (case.ranks[-1], case.features)
+    arguments = functools.partial(_normals, wide, wide, down)
     run = functools.partial(_unit_product, case.activation)
     shapes = jax.eval_shape(arguments)
     results = jax.eval_shape(functools.partial(run, implementation="xla"), *shapes)
@@ -83,16 +87,6 @@ def _product(case: NetworkCase) -> Program:
         arguments=arguments,
         bytes_moved=nbytes((shapes, results)),
         kernels=(unit_product.KERNEL_NAME,),
-    )
-
-
-def _product_arguments(case: NetworkCase) -> tuple[jax.Array, ...]:
-    """Returns gate, up and the adapter's down projection, (R, F)."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    heights = (case.rows, case.rows, case.ranks[-1])
-    return tuple(
-        jax.random.normal(key, (height, case.features), jnp.bfloat16)
-        for key, height in zip(keys, heights, strict=True)
     )
 
 
@@ -115,7 +109,10 @@ def _unit_product(
 
 def _cotangents(case: NetworkCase) -> Program:
     """Returns the gradient of the unit with the narrow products of it."""
-    arguments = functools.partial(_cotangent_arguments, case)
+    ups = sum(case.ranks[:2]), case.features
+    narrow = case.rows, sum(case.ranks)
+    wide = [(case.rows, case.features)] * 3
+    arguments = functools.partial(_normals, *wide, ups, narrow)
     run = functools.partial(_unit_cotangents, case)
     shapes = jax.eval_shape(arguments)
     results = jax.eval_shape(functools.partial(run, implementation="xla"), *shapes)
@@ -126,23 +123,6 @@ def _cotangents(case: NetworkCase) -> Program:
         bytes_moved=nbytes((shapes, results)),
         kernels=(KERNEL_NAME,),
         implementations=("mosaic_gpu", "separate", "xla"),
-    )
-
-
-def _cotangent_arguments(case: NetworkCase) -> tuple[jax.Array, ...]:
-    """Returns what `unit_cotangents` takes."""
-    wide, ranks = (case.rows, case.features), sum(case.ranks)
-    shapes = (
-        wide,
-        wide,
-        wide,
-        (sum(case.ranks[:2]), case.features),
-        (case.rows, ranks),
-    )
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return tuple(
-        jax.random.normal(key, shape, jnp.bfloat16)
-        for key, shape in zip(keys, shapes, strict=True)
     )
 
 

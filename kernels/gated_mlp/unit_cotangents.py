@@ -33,19 +33,19 @@ from .gates import gates
 KERNEL_NAME = "unit_cotangents"
 
 MAX_RANK = 16
-"""Of an adapter: more accumulators leave room for narrow slabs alone."""
+"""Of an adapter: a slab has this room for accumulators in registers."""
 
 _TILE = 64  # rows and columns
 _PIECE = 32  # rows computed at a time
-_MAX_OWN = 4  # tiles of a row of the slab, for each warpgroup that computes
-_ACCUMULATED = 256  # columns of accumulators; each takes half a register of a thread
 _MATRICES = 3  # gate, up and their unit's cotangent; then what replaces them
 _WORKERS = 2
 _LOADER = _WORKERS
 _LOADER_REGISTERS, _WORKER_REGISTERS = 24, 240
-_MAX_STAGES = 6  # with more on their way, memory is slower
+_SLAB = 512  # columns of a block, at most
+# Even: each place is always the same warpgroup's. Two for each at least: one is freed
+# when the next one is computed. With more on their way, memory is slower.
+_STAGES = 6
 _NARROW_STAGES = 2
-_SHARED_BYTES = 224 * 1024
 
 
 class UnitCotangents(NamedTuple):
@@ -85,7 +85,7 @@ class _Plan:
     @property
     def slab(self) -> int:
         """Columns of a block."""
-        return _slab(self.features, self.ranks)
+        return _slab(self.features)
 
     @property
     def tiles(self) -> int:
@@ -106,19 +106,6 @@ class _Plan:
     def ups(self) -> int:
         """Ranks of gate and up together."""
         return self.starts[2]
-
-    @property
-    def stages(self) -> int:
-        """Steps of the ring.
-
-        Even: each place is always the same warpgroup's. Two for each at least: one is
-        freed when the next one is computed.
-        """
-        narrow = _NARROW_STAGES * self.starts[3] * _TILE * 2
-        rest = self.ups * self.slab * 2 + narrow + _TILE * self.ups * 4
-        stages = (_SHARED_BYTES - rest) // (_MATRICES * _TILE * _TILE * 2)
-        assert stages >= 2 * _WORKERS
-        return min(stages // _WORKERS * _WORKERS, _MAX_STAGES)
 
 
 @functools.partial(jax.jit, static_argnames=("ranks", "activation", "blocks"))
@@ -154,7 +141,7 @@ def unit_cotangents(
     if rows % _TILE or features % (_WORKERS * _TILE) or not suits(ranks):
         raise UnsupportedOp(f"{gate.shape=} and {ranks=} do not suit the tiles")
     rows //= _TILE
-    slabs = features // _slab(features, ranks)
+    slabs = features // _slab(features)
     splits = max(1, min(rows, blocks // slabs))
     plan = _Plan(
         rows=rows, features=features, ranks=ranks, splits=splits, activation=activation
@@ -174,11 +161,9 @@ def suits(ranks: tuple[int, int, int]) -> bool:
     return any(ranks[:2]) and all(rank % 8 == 0 and rank <= MAX_RANK for rank in ranks)
 
 
-def _slab(features: int, ranks: tuple[int, int, int]) -> int:
-    """Returns the columns of a block: as many as have accumulators in registers."""
-    most = (_ACCUMULATED - ranks[0] - ranks[1]) // sum(ranks)
-    own = min(1 << (most.bit_length() - 1), _MAX_OWN)
-    return math.gcd(features, own * _WORKERS * _TILE)
+def _slab(features: int) -> int:
+    """Returns the columns of a block."""
+    return math.gcd(features, _SLAB)
 
 
 def _launch(plan: _Plan, *operands: jax.Array) -> list[jax.Array]:
@@ -195,15 +180,15 @@ def _launch(plan: _Plan, *operands: jax.Array) -> list[jax.Array]:
         ],
         scratch_types={
             "ring": plgpu.SMEM(
-                (plan.stages, _MATRICES, _TILE, _TILE), dtype, transforms=tiled
+                (_STAGES, _MATRICES, _TILE, _TILE), dtype, transforms=tiled
             ),
             "ups_smem": plgpu.SMEM((plan.ups, plan.slab), dtype, transforms=tiled),
             "narrow_smem": plgpu.SMEM(
                 (_NARROW_STAGES, all_ranks, _TILE), dtype, transforms=tiled
             ),
             "half_smem": plgpu.SMEM((_TILE, plan.ups), jnp.float32),
-            "full": plgpu.Barrier(num_arrivals=_MATRICES, num_barriers=plan.stages),
-            "empty": plgpu.Barrier(num_barriers=plan.stages),
+            "full": plgpu.Barrier(num_arrivals=_MATRICES, num_barriers=_STAGES),
+            "empty": plgpu.Barrier(num_barriers=_STAGES),
             "ups_full": plgpu.Barrier(),
             "narrow_full": plgpu.Barrier(num_barriers=_NARROW_STAGES),
             "narrow_empty": plgpu.Barrier(
@@ -297,9 +282,9 @@ class _Block:
 
             def load_tile(tile, _):
                 step = row * self.plan.tiles + tile
-                slot = lax.rem(step, self.plan.stages)
+                slot = lax.rem(step, _STAGES)
 
-                @pl.when(step >= self.plan.stages)
+                @pl.when(step >= _STAGES)
                 def _():
                     plgpu.barrier_wait(self.empty.at[slot])
 
@@ -315,7 +300,7 @@ class _Block:
         lax.fori_loop(0, self._count, load_row, None)
         self._wait_for_all(self.narrow_empty, _NARROW_STAGES, self._count)
         steps = self._count * self.plan.tiles
-        self._wait_for_all(self.empty, self.plan.stages, steps)
+        self._wait_for_all(self.empty, _STAGES, steps)
 
     def _wait_for_all(self, empty: Any, places: int, used: Any) -> None:
         """Waits for the places that were used to be free."""
@@ -367,7 +352,7 @@ class _Block:
 
     def _work_step(self, row: Any, step: Any, accs: Any, outputs: Any) -> None:
         """Takes a tile: its cotangents go to memory and into the narrow products."""
-        slot = lax.rem(step, self.plan.stages)
+        slot = lax.rem(step, _STAGES)
         # The tile is a function of the row too, lest all that follows from it is kept
         # in registers through all rows.
         tile = lax.rem(step, self.plan.tiles)
@@ -386,7 +371,7 @@ class _Block:
 
         @pl.when(step >= 0)
         def _():
-            plgpu.barrier_arrive(self.empty.at[lax.rem(step, self.plan.stages)])
+            plgpu.barrier_arrive(self.empty.at[lax.rem(step, _STAGES)])
 
     def _ranks(self, matrix: int) -> Any:
         return pl.ds(self.plan.starts[matrix], self.plan.ranks[matrix])
