@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kernels.interpret import interpreted
-from kernels.lora_matmul.few_rows import _values, few_rows_product
+from kernels.lora_matmul.few_rows import few_rows_product
+from kernels.lora_matmul.few_rows_registers import value_words
 from kernels.nf4 import CODEBOOKS, dequantize, quantize
 from kernels.numerics import relative_error
 
@@ -18,7 +19,7 @@ from kernels.numerics import relative_error
     [("nf4", "bfloat16", 7e-4), ("nf4", "float16", 7e-5), ("fp4", "bfloat16", 1e-7)],
 )
 def test_both_values_of_a_byte_are_near_its_codes(code, dtype, moved):
-    words, factor = _values(code, dtype)
+    words, factor = value_words(code, dtype)
     pairs = words[:, None].view(jnp.dtype(dtype)).astype(np.float64) / factor
     octets = np.arange(256)
     expected = CODEBOOKS[code][np.stack([octets >> 4, octets & 15], axis=-1)]
