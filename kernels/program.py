@@ -1,5 +1,6 @@
 """An op at a real shape, as the compile check, the benchmark and the tuner run it."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,13 @@ class Program:
     def baseline(self) -> str:
         """The implementation that kernels must beat."""
         return self.implementations[-1]
+
+
+def moved_bytes(run: Callable[..., Any], arguments: Callable[[], Any]) -> int:
+    """Returns the bytes of the arguments and of what "xla" makes of them."""
+    shapes = jax.eval_shape(arguments)
+    results = jax.eval_shape(functools.partial(run, implementation="xla"), *shapes)
+    return nbytes((shapes, results))
 
 
 def nbytes(tree: Any) -> int:

@@ -11,7 +11,7 @@ from kernels.device import multiprocessors, require_hopper
 from kernels.lora_matmul import Projection
 from kernels.lora_matmul.skinny import low_rank_cotangents, low_rank_gradient
 from kernels.nf4 import quantize
-from kernels.program import Program, nbytes
+from kernels.program import Program, moved_bytes
 
 from . import reference, unit_product, vjp
 from .api import gated_activation, gated_mlp
@@ -79,13 +79,11 @@ def _product(case: NetworkCase) -> Program:
     wide, down = (case.rows, case.features), (case.ranks[-1], case.features)
     arguments = functools.partial(_normals, wide, wide, down)
     run = functools.partial(_unit_product, case.activation)
-    shapes = jax.eval_shape(arguments)
-    results = jax.eval_shape(functools.partial(run, implementation="xla"), *shapes)
     return Program(
         name=f"gated_mlp.unit_product/{case.name}",
         run=run,
         arguments=arguments,
-        bytes_moved=nbytes((shapes, results)),
+        bytes_moved=moved_bytes(run, arguments),
         kernels=(unit_product.KERNEL_NAME,),
     )
 
@@ -114,13 +112,11 @@ def _cotangents(case: NetworkCase) -> Program:
     wide = [(case.rows, case.features)] * 3
     arguments = functools.partial(_normals, *wide, ups, narrow)
     run = functools.partial(_unit_cotangents, case)
-    shapes = jax.eval_shape(arguments)
-    results = jax.eval_shape(functools.partial(run, implementation="xla"), *shapes)
     return Program(
         name=f"gated_mlp.unit_cotangents/{case.name}",
         run=run,
         arguments=arguments,
-        bytes_moved=nbytes((shapes, results)),
+        bytes_moved=moved_bytes(run, arguments),
         kernels=(KERNEL_NAME,),
         implementations=("mosaic_gpu", "separate", "xla"),
     )
@@ -182,14 +178,12 @@ def _network(case: NetworkCase) -> Program:
     """Returns the forward and the backward pass."""
     arguments = functools.partial(_network_arguments, case)
     run = functools.partial(_network_gradients, case.activation)
-    shapes = jax.eval_shape(arguments)
-    results = jax.eval_shape(functools.partial(run, implementation="xla"), *shapes)
     sizes = {"rows": case.rows, "inputs": case.inputs, "outputs": case.features}
     return Program(
         name=f"gated_mlp.network/{case.name}",
         run=run,
         arguments=arguments,
-        bytes_moved=nbytes((shapes, results)),
+        bytes_moved=moved_bytes(run, arguments),
         flops=12 * math.prod(sizes.values()),
         kernels=(KERNEL_NAME, unit_product.KERNEL_NAME),
         decides=("gated_mlp", sizes),

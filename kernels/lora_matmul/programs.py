@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kernels.nf4 import mosaic_gpu as nf4
 from kernels.nf4 import quantize
-from kernels.program import Program, nbytes
+from kernels.program import Program, moved_bytes
 
 from . import accumulate, few_rows, mosaic_gpu, operands, skinny, xla
 from .api import lora_matmul_group
@@ -72,14 +72,12 @@ def _program(
     case: Case, what: str, run: Any, arguments: Any, **options: Any
 ) -> Program:
     arguments = functools.partial(arguments, case)
-    shapes = jax.eval_shape(arguments)
-    results = jax.eval_shape(functools.partial(run, implementation="xla"), *shapes)
     products = math.prod(case.lead) * case.inputs * sum(case.outputs)
     return Program(
         name=f"lora_matmul.{what}/{case.name}",
         run=run,
         arguments=arguments,
-        bytes_moved=nbytes((shapes, results)),
+        bytes_moved=moved_bytes(run, arguments),
         flops=2 * products,
         **{"implementations": ("xla",), **options},
     )
