@@ -33,6 +33,18 @@ def num_parts(tiles: int, steps: int, blocks: int) -> int:
     return math.gcd(steps, 1 << (wanted.bit_length() - 1))
 
 
+def parts_type(
+    parts: int, shape: tuple[int, int], dtype: jax.typing.DTypeLike
+) -> jax.ShapeDtypeStruct:
+    """Returns what a launch writes of a product: the only part is the product."""
+    return jax.ShapeDtypeStruct((parts, *shape), jnp.float32 if parts > 1 else dtype)
+
+
+def sum_of_parts(parts: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns the product, its parts added in float32 in a fixed order."""
+    return jnp.sum(parts, axis=0).astype(dtype) if len(parts) > 1 else parts[0]
+
+
 def streamed(
     work: Callable[..., Any],
     context: Callable[[Callable[[Any], Any]], None],

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from kernels.device import multiprocessors, require_hopper
 from kernels.lora_matmul import Projection
-from kernels.lora_matmul.skinny import low_rank_cotangents, low_rank_gradient
+from kernels.lora_matmul.low_rank_cotangents import low_rank_cotangents
+from kernels.lora_matmul.skinny import low_rank_gradient
 from kernels.nf4 import quantize
 from kernels.program import Program, moved_bytes
 

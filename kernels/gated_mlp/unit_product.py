@@ -21,7 +21,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from kernels.dispatch import UnsupportedOp
-from kernels.streaming import ROWS, launch, num_parts, streamed
+from kernels.streaming import (
+    ROWS,
+    launch,
+    num_parts,
+    parts_type,
+    streamed,
+    sum_of_parts,
+)
 from kernels.wgmma import accumulator
 
 from .gates import gates
@@ -57,52 +64,12 @@ def gated_unit_product(
         raise UnsupportedOp(f"{gate.shape=} and {rank=} do not suit the tiles")
     parts = num_parts(rows // ROWS, features // _COLUMNS, blocks)
     steps = features // _COLUMNS // parts
-
-    def body(gate_gmem, up_gmem, down_gmem, h_gmem, xa_gmem):
-        row = pl.ds(lax.axis_index("row") * ROWS, ROWS)
-        part = lax.axis_index("part")
-        columns = pl.ds(part * steps * _COLUMNS, steps * _COLUMNS)
-        gate, up, h = (ref.at[row, columns] for ref in (gate_gmem, up_gmem, h_gmem))
-
-        def context(run):
-            @functools.partial(pl.run_scoped, acc=accumulator(ROWS, rank))
-            def _(acc):
-                run(acc)
-                xa_gmem[part, row] = acc[...].astype(xa_gmem.dtype)
-                plgpu.wait_smem_to_gmem(0)
-
-        def work(indices, gate_smem, up_smem, down_smem, acc):
-            (step,) = indices
-            active, _ = gates(_in_float32(gate_smem), activation)
-            unit = active * _in_float32(up_smem)
-            h_smem = gate_smem
-            h_smem[...] = unit.astype(h_gmem.dtype)
-            plgpu.commit_smem()
-            plgpu.wgmma(acc, h_smem, down_smem.transpose((1, 0)))
-            here = pl.ds(step * _COLUMNS, _COLUMNS)
-            plgpu.copy_smem_to_gmem(h_smem, h.at[:, here])
-            # The tiles of the step before are free now; of a single step, its own.
-            plgpu.wgmma_wait(min(1, steps - 1))
-            plgpu.wait_smem_to_gmem(min(1, steps - 1), wait_read_only=True)
-            return acc
-
-        streamed(
-            work,
-            context,
-            steps,
-            ((ROWS, _COLUMNS), lambda k: (0, k)),
-            ((ROWS, _COLUMNS), lambda k: (0, k)),
-            ((rank, _COLUMNS), lambda k: (0, k)),
-            max_stages=_STAGES,
-        )(gate, up, down_gmem.at[:, columns])
-
-    dtype = jnp.float32 if parts > 1 else gate.dtype
     h, xa = launch(
         KERNEL_NAME,
-        body,
+        functools.partial(_body, steps=steps, activation=activation),
         [
             jax.ShapeDtypeStruct(gate.shape, gate.dtype),
-            jax.ShapeDtypeStruct((parts, rows, rank), dtype),
+            parts_type(parts, (rows, rank), gate.dtype),
         ],
         (rows // ROWS, parts),
         gate,
@@ -110,7 +77,49 @@ def gated_unit_product(
         down,
         approx_math=True,
     )
-    return h, jnp.sum(xa, axis=0).astype(gate.dtype) if parts > 1 else xa[0]
+    return h, sum_of_parts(xa, gate.dtype)
+
+
+def _body(
+    gate_gmem, up_gmem, down_gmem, h_gmem, xa_gmem, *, steps: int, activation: str
+) -> None:
+    rank = down_gmem.shape[0]
+    row = pl.ds(lax.axis_index("row") * ROWS, ROWS)
+    part = lax.axis_index("part")
+    columns = pl.ds(part * steps * _COLUMNS, steps * _COLUMNS)
+    gate, up, h = (ref.at[row, columns] for ref in (gate_gmem, up_gmem, h_gmem))
+
+    def context(run):
+        @functools.partial(pl.run_scoped, acc=accumulator(ROWS, rank))
+        def _(acc):
+            run(acc)
+            xa_gmem[part, row] = acc[...].astype(xa_gmem.dtype)
+            plgpu.wait_smem_to_gmem(0)
+
+    def work(indices, gate_smem, up_smem, down_smem, acc):
+        (step,) = indices
+        active, _ = gates(_in_float32(gate_smem), activation)
+        unit = active * _in_float32(up_smem)
+        h_smem = gate_smem
+        h_smem[...] = unit.astype(h_gmem.dtype)
+        plgpu.commit_smem()
+        plgpu.wgmma(acc, h_smem, down_smem.transpose((1, 0)))
+        here = pl.ds(step * _COLUMNS, _COLUMNS)
+        plgpu.copy_smem_to_gmem(h_smem, h.at[:, here])
+        # The tiles of the step before are free now; of a single step, its own.
+        plgpu.wgmma_wait(min(1, steps - 1))
+        plgpu.wait_smem_to_gmem(min(1, steps - 1), wait_read_only=True)
+        return acc
+
+    streamed(
+        work,
+        context,
+        steps,
+        ((ROWS, _COLUMNS), lambda k: (0, k)),
+        ((ROWS, _COLUMNS), lambda k: (0, k)),
+        ((rank, _COLUMNS), lambda k: (0, k)),
+        max_stages=_STAGES,
+    )(gate, up, down_gmem.at[:, columns])
 
 
 def _in_float32(tile):

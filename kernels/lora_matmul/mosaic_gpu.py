@@ -21,6 +21,11 @@ from kernels.persistent_product import tiles_for
 from . import xla
 from .accumulate import Term, accumulated_products
 from .few_rows import MAX_ROWS, check_few_rows, few_rows_product
+from .low_rank_cotangents import (
+    MAX_COTANGENT_RANK,
+    MAX_GROUPED_RANK,
+    low_rank_cotangents,
+)
 from .operands import (
     filled_columns,
     is_packed,
@@ -35,14 +40,7 @@ from .operands import (
 )
 from .products import product
 from .projection import Projection
-from .skinny import (
-    MAX_COTANGENT_RANK,
-    MAX_GROUPED_RANK,
-    MAX_RANK,
-    low_rank_cotangents,
-    low_rank_gradient,
-    low_rank_product,
-)
+from .skinny import MAX_RANK, low_rank_gradient, low_rank_product
 from .xla import RESIDUAL_NAMES, Added, Keys, Projections
 
 _DTYPES = ("bfloat16", "float16")

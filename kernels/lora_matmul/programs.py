@@ -12,7 +12,15 @@ from kernels.nf4 import mosaic_gpu as nf4
 from kernels.nf4 import quantize
 from kernels.program import Program, moved_bytes
 
-from . import accumulate, few_rows, mosaic_gpu, operands, skinny, xla
+from . import (
+    accumulate,
+    few_rows,
+    low_rank_cotangents,
+    mosaic_gpu,
+    operands,
+    skinny,
+    xla,
+)
 from .api import lora_matmul_group
 from .cases import DECIDING, RATED, Case
 from .projection import Projection
@@ -20,8 +28,8 @@ from .projection import Projection
 _LARGE = (nf4.KERNEL_NAME, accumulate.KERNEL_NAME)
 _KERNELS = {
     "forward": (*_LARGE, skinny.PRODUCT_NAME, operands.NARROW_NAME),
-    "dx": (*_LARGE, skinny.COTANGENTS_NAME),
-    "gradients": (*_LARGE, skinny.COTANGENTS_NAME, skinny.GRADIENT_NAME),
+    "dx": (*_LARGE, low_rank_cotangents.KERNEL_NAME),
+    "gradients": (*_LARGE, low_rank_cotangents.KERNEL_NAME, skinny.GRADIENT_NAME),
 }
 _WEIGHT_DEVIATION = 0.02
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.interpret import interpreted
-from kernels.lora_matmul.skinny import low_rank_cotangents
+from kernels.lora_matmul.low_rank_cotangents import low_rank_cotangents
 from kernels.numerics import relative_error, tolerance
 
 
