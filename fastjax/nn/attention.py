@@ -33,6 +33,7 @@ class TokenContext:
       max_segments: Upper bound of the documents in a row, when known.
       is_prefill: No token sees a cache, though one may be written.
       visits: What layers with one window make of the documents, if made before them.
+      is_lean: The backward pass spends time rather than memory.
     """
 
     positions: Int[Array, "B T"]
@@ -42,6 +43,7 @@ class TokenContext:
     max_segments: int | None = dataclasses.field(metadata={"static": True})
     is_prefill: bool = dataclasses.field(metadata={"static": True})
     visits: Visits | None = None
+    is_lean: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def with_rope(self, index: int | Int[Array, ""]) -> "TokenContext":
         """Returns what a layer with that kind of RoPE knows."""
@@ -129,6 +131,7 @@ class Attention(nnx.Module):
             window=window,
             max_segments=context.max_segments,
             visits=context.visits,
+            keeps_dscores=not context.is_lean,
             scale=self.scale,
             softcap=self.softcap,
             implementation=self.implementations.attention,

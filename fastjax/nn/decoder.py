@@ -1,5 +1,6 @@
 """The whole decoder: embedding, segments of scanned layers, norm and head."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ from fastjax.nn.kv_cache import (
 from fastjax.nn.norm import RMSNorm
 from fastjax.nn.rope import RotaryEmbedding
 from fastjax.nn.variables import Frozen
-from fastjax.remat import Remat, RematPlan, remat_plan, rematerialised
+from fastjax.remat import KEEPING, Remat, RematPlan, remat_plan, rematerialised
 
 
 class Segment(nnx.Module):
@@ -93,7 +94,10 @@ class Segment(nnx.Module):
             pick = _summed_layer_of if is_offloading else _layer_of
             held, window, rope = jax.tree.map(functools.partial(pick, index), stacks)
             block = nnx.merge(graphdef, trained, held)
-            own_context = context.with_rope(self.rope if rope is None else rope)
+            own_context = dataclasses.replace(
+                context.with_rope(self.rope if rope is None else rope),
+                is_lean=policy not in KEEPING,
+            )
             window = self.window if window is None else window
             if policy == "offload":
                 x, handed = hidden

@@ -21,6 +21,7 @@ from fastjax.remat import KEEPING, RematPlan
 from fastjax.train.host_states import PIECE_BYTES, bytes_by_place
 from fastjax.train.optimizer import make_optimizer
 from kernels import dispatch
+from kernels.attention import dscores_bytes
 from kernels.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
 from kernels.device import Capability, compute_capability
 
@@ -32,6 +33,7 @@ _RESIDUAL_ROWS = 5  # rows of D: the stream, its cotangent, norms and what they 
 _ATTENTION_ROWS = 3  # of D: input and cotangent, and what comes from the host next
 _QUERY_ROWS, _KEY_ROWS = 4, 6  # heads, outputs and cotangents; k and v before RoPE too
 _WITH_CUDNN = (None, "cudnn", "mosaic_gpu_cudnn")  # whose sums are in float32
+_WITH_DSCORES = (None, "mosaic_gpu")  # kernels that keep gradients of scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,7 +213,12 @@ def _attention_bytes(spec: DecoderSpec, remat: RematPlan, shape: BatchShape) -> 
     is_cudnn = spec.implementations.attention in _WITH_CUDNN and shape.documents == 1
     if is_cudnn and width < _FLOAT32:
         row += 2 * _FLOAT32 * queries
-    return row * shape.micro_batch_tokens
+    heads = (config.num_attention_heads, config.head_dim)
+    q = abstract((shape.rows, shape.tokens, *heads), jnp.dtype(spec.compute_dtype))
+    is_lean = not set(remat.policies) & set(KEEPING) or width == _FLOAT32
+    by_kernels = spec.implementations.attention in _WITH_DSCORES and not is_lean
+    dscores = dscores_bytes(q, softcap=config.attention_softcap) if by_kernels else 0
+    return row * shape.micro_batch_tokens + dscores
 
 
 @functools.cache

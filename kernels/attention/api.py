@@ -27,6 +27,7 @@ def attention(
     scale: float | None = None,
     max_segments: int | None = None,
     visits: Visits | None = None,
+    keeps_dscores: bool = True,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns `softmax(scale * q kᵀ) v` over the keys that each query may see.
@@ -54,6 +55,8 @@ def attention(
         Queries of a document above it become NaN there.
       visits: What the Hopper kernels know of these documents and this window, from
         `attention_visits`; None makes it here.
+      keeps_dscores: The Hopper kernels may hold the gradients of the scores in memory
+        between two kernels of the backward pass, where that is faster: `dscores_bytes`.
       implementation: "mosaic_gpu", "cudnn", "mosaic_gpu_cudnn" (forward by the one,
         backward by the other), "xla" or "reference"; None takes the fastest able, as
         measured.
@@ -74,7 +77,12 @@ def attention(
     )
     return dispatch.run(
         "attention",
-        _implementations(case, visits, has_window=window is not None),
+        _implementations(
+            case,
+            has_window=window is not None,
+            visits=visits,
+            keeps_dscores=keeps_dscores,
+        ),
         implementation,
         q,
         k,
@@ -110,6 +118,17 @@ def attention_visits(
         return None
 
 
+def dscores_bytes(
+    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, softcap: float | None = None
+) -> int:
+    """Returns what the Hopper kernels hold more while they compute a gradient.
+
+    These are the gradients of the scores, if `attention` may keep them; 0 where it
+    would not. They grow with the square of the row.
+    """
+    return flash.dscores_bytes(q, has_softcap=softcap is not None)
+
+
 def choice_case(
     head_size: int,
     tokens: int,
@@ -141,7 +160,7 @@ _SEEN_ON_GPU = {
 
 
 def _implementations(
-    case: Case, visits: Visits | None, *, has_window: bool
+    case: Case, *, has_window: bool, visits: Visits | None, keeps_dscores: bool
 ) -> dict[str, Callable[..., Array]]:
     """Returns name to function, the default first.
 
@@ -150,7 +169,9 @@ def _implementations(
     library = {"cudnn": cudnn.attention}
     plain = {"xla": vjp.attention}
     kernels = {
-        "mosaic_gpu": functools.partial(flash.attention, visits=visits),
+        "mosaic_gpu": functools.partial(
+            flash.attention, visits=visits, keeps_dscores=keeps_dscores
+        ),
         "mosaic_gpu_cudnn": functools.partial(mixed.attention, visits=visits),
     }
     slow = {"reference": reference.attention}

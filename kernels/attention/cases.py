@@ -141,6 +141,15 @@ INTERPRETED_CASES = (
         softcap=3.0,
     ),
     AttentionCase(
+        name="keys_not_shared",
+        batch=1,
+        tokens=256,
+        heads=2,
+        kv_heads=2,
+        head_size=128,
+        window=60,
+    ),
+    AttentionCase(
         name="wide",
         batch=1,
         tokens=128,
@@ -156,6 +165,7 @@ GPU_CASES = (
     AttentionCase(name="llama3_8b", tokens=4096, heads=32, kv_heads=8, head_size=128),
     AttentionCase(name="llama3_1b", tokens=2048, heads=32, kv_heads=8, head_size=64),
     AttentionCase(name="uneven_length", tokens=1022, heads=8, kv_heads=2, head_size=64),
+    AttentionCase(name="llama2_7b", tokens=1022, heads=32, kv_heads=32, head_size=128),
     AttentionCase(
         name="llama3_8b_padded",
         tokens=2048,

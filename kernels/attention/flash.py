@@ -2,8 +2,8 @@
 
 Saved: q, k, v, the output and the log-sum-exp, 4 bytes a query and head, under the
 names of `vjp.RESIDUAL_NAMES`, and which keys each query sees, 8 bytes, unless all
-layers share them. Recomputed: the weights, by both kernels of the backward. Rows are
-padded to whole blocks.
+layers share them. Recomputed: the weights, by one kernel of the backward or by both.
+Rows are padded to whole blocks.
 """
 
 import functools
@@ -18,6 +18,7 @@ from kernels.device import require_hopper
 from kernels.dispatch import UnsupportedOp
 
 from .mosaic_gpu import attention_forward
+from .mosaic_gpu_dscores import kept_bytes
 from .mosaic_gpu_vjp import attention_backward
 from .mosaic_tiles import TileConfig, tile_config
 from .spans import Spans, causal_spans
@@ -35,11 +36,13 @@ class FlashOptions:
       scale: Of the scores.
       softcap: Bound of the scores, or None.
       tiles: Blocks of the kernels.
+      keeps_dscores: See `api.attention`.
     """
 
     scale: float
     softcap: float | None
     tiles: TileConfig
+    keeps_dscores: bool
 
 
 def attention(
@@ -55,6 +58,7 @@ def attention(
     scale: float,
     max_segments: int | None,
     visits: Visits | None,
+    keeps_dscores: bool,
 ) -> Float[Array, "B T N H"]:
     """Returns attention by the Hopper kernels; see `api.attention`.
 
@@ -70,7 +74,9 @@ def attention(
         visits = row_visits(
             q, segment_ids=segment_ids, window=window, has_softcap=softcap is not None
         )
-    return visited_attention(q, k, v, visits, scale=scale, softcap=softcap)[0]
+    return visited_attention(
+        q, k, v, visits, scale=scale, softcap=softcap, keeps_dscores=keeps_dscores
+    )[0]
 
 
 def row_visits(
@@ -89,7 +95,20 @@ def row_visits(
     batch, tokens, _, head_size = q.shape
     tiles = tile_config(head_size, has_softcap=has_softcap)
     spans = causal_spans(batch, tokens, tokens, segment_ids=segment_ids, window=window)
-    return visits_of(spans, tokens, tiles)
+    return visits_of(spans, tokens, tiles, is_chunk=False)
+
+
+def dscores_bytes(
+    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, has_softcap: bool
+) -> int:
+    """Returns the bytes of the gradients of scores; 0 where they are not kept."""
+    try:
+        tiles = tile_config(q.shape[3], has_softcap=has_softcap)
+    except UnsupportedOp:
+        return 0
+    batch, tokens, heads, head_size = q.shape
+    whole = (batch, tokens + -tokens % tiles.tokens, heads, head_size)
+    return kept_bytes(jax.ShapeDtypeStruct(whole, q.dtype), tiles)
 
 
 def chunk_attention(
@@ -111,7 +130,7 @@ def chunk_attention(
       UnsupportedOp: The kernels lack this case, or there is no such device.
     """
     tiles = tile_config(q.shape[3], has_softcap=softcap is not None)
-    visits = visits_of(spans, k.shape[1], tiles)
+    visits = visits_of(spans, k.shape[1], tiles, is_chunk=True)
     return visited_attention(q, k, v, visits, scale=scale, softcap=softcap)
 
 
@@ -123,11 +142,14 @@ def visited_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    keeps_dscores: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
     """Does as `chunk_attention`, with visits made before."""
     _check(q, k, scale)
     tiles = tile_config(q.shape[3], has_softcap=softcap is not None)
-    options = FlashOptions(scale=scale, softcap=softcap, tiles=tiles)
+    options = FlashOptions(
+        scale=scale, softcap=softcap, tiles=tiles, keeps_dscores=keeps_dscores
+    )
     return _attention(q, k, v, visits, options)
 
 
@@ -190,6 +212,7 @@ def _backward(
         scale=options.scale,
         softcap=options.softcap,
         tiles=options.tiles,
+        keeps_dscores=options.keeps_dscores,
     )
     return dq[:, :q_tokens], dk[:, :k_tokens], dv[:, :k_tokens], None
 

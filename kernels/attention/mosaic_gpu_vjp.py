@@ -1,17 +1,18 @@
-"""Gradient of attention on Hopper: one kernel for dq, one for dk and dv.
+"""Gradient of attention on Hopper: one kernel for dk and dv, one for dq.
 
 With p the weights, dp = dout vᵀ and delta = sum(out * dout) (2307.08691 section 3),
 
     ds = p * (dp - delta),    dq = scale ds k,    dk = scale dsᵀ q,    dv = pᵀ dout.
 
-Both kernels recompute p from the log-sum-exp. A thread block of dq holds queries and
-streams keys; one of dk/dv holds keys and streams the queries of all heads that share
-them, and works on transposed scores, so that p and ds leave one product as registers
-and enter the next. Every sum has one owner and one order: no atomics, and the same
-bits each time.
+Both kernels recompute p from the log-sum-exp, unless dk/dv leaves ds in memory, from
+which `mosaic_gpu_dscores` makes dq. A thread block of dq holds queries and streams
+keys; one of dk/dv holds keys and streams the queries of all heads that share them, and
+works on transposed scores, so that p and ds leave one product as registers and enter
+the next. Every sum has one owner and one order: no atomics, and the same bits each
+time.
 
-Budget at H 128: dq takes 192 KiB of shared memory, dk/dv 130; both 240 registers a
-thread, of which dk/dv hold 128 in the two gradients.
+Budget at H 128: dq takes 192 KiB of shared memory, dk/dv 130, and 32 more where it
+leaves ds; both 240 registers a thread, of which dk/dv hold 128 in the two gradients.
 """
 
 import functools
@@ -24,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
+from .mosaic_gpu_dscores import Outbox, dq_of_dscores, dscores_shape, kept_bytes
 from .mosaic_tiles import (
     WARPGROUP_ROWS,
     Ring,
@@ -52,16 +54,23 @@ def attention_backward(
     scale: float,
     softcap: float | None,
     tiles: TileConfig,
+    keeps_dscores: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Returns dq, dk, dv from (q, k, v, dout) and (lse, delta).
 
     T and S are whole blocks. A gradient of the log-sum-exp is subtracted from delta.
     """
     lse, delta = statistics
-    statistics = (lse * LOG2_E, delta)
+    # Else XLA sums up delta anew for each block of the pairs that dk/dv streams.
+    statistics = lax.optimization_barrier((lse * LOG2_E, delta))
     options = {"scale": scale, "softcap": softcap, "tiles": tiles}
-    dq = _dq(*arrays, statistics, visits, **options)
-    dk, dv = _dkv(*arrays, statistics, visits, **options)
+    q, k, _, _ = arrays
+    if not keeps_dscores or visits.dscores is None or not kept_bytes(q, tiles):
+        dq = _dq(*arrays, statistics, visits, **options)
+        dk, dv = _dkv(*arrays, statistics, visits, **options)
+        return dq, dk, dv
+    dk, dv, dscores = _dkv(*arrays, statistics, visits, **options, keeps_dscores=True)
+    dq = dq_of_dscores(dscores, k, visits.dscores, heads=q.shape[2], scale=scale)
     return dq, dk, dv
 
 
@@ -205,8 +214,7 @@ def _dq_body(
 
             return pl.run_scoped(products, accumulator(head_size), accumulator(block_k))
 
-        zeros = jnp.zeros((WARPGROUP_ROWS, head_size), jnp.float32)
-        dq = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        dq = _zeros(head_size, jnp.float32)
         masked = functools.partial(step, is_masked=True)
         dq = lax.fori_loop(0, visit.full_steps, step, dq)
         dq = lax.fori_loop(visit.full_steps, visit.steps, masked, dq)
@@ -229,7 +237,9 @@ def _dkv(
     scale: float,
     softcap: float | None,
     tiles: TileConfig,
-) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    keeps_dscores: bool = False,
+) -> tuple[Array, ...]:
+    """Returns dk, dv and, if they are to be kept, the gradients of the scores."""
     batch, k_tokens, kv_heads, head_size = k.shape
     tile = functools.partial(operand, dtype=q.dtype, step=tiles.dkv_q)
     rows = tile((tiles.dkv_k // WARPGROUP_ROWS, WARPGROUP_ROWS, head_size))
@@ -237,10 +247,14 @@ def _dkv(
     pairs = (tiles.dkv_stages, 2, tiles.dkv_q)
     body = functools.partial(_dkv_body, scale=scale, softcap=softcap, tiles=tiles)
     free = plgpu.Barrier(num_arrivals=2, num_barriers=tiles.dkv_stages)
-    like_k = jax.ShapeDtypeStruct(k.shape, k.dtype)
+    results = [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2
+    outbox_memory = {}
+    if keeps_dscores:
+        results.append(jax.ShapeDtypeStruct(dscores_shape(q), q.dtype))
+        outbox_memory = Outbox.memory(tiles.dkv_stages, q.dtype)
     return plgpu.kernel(
         body,
-        out_type=(like_k, like_k),
+        out_type=tuple(results),
         scratch_types={
             "k_smem": rows,
             "v_smem": rows,
@@ -254,6 +268,7 @@ def _dkv(
             "q_free": free,
             "dout_free": free,
             "done": plgpu.Barrier(num_arrivals=2),
+            **outbox_memory,
         },
         grid=(k_tokens // tiles.dkv_k, batch, kv_heads),
         grid_names=("block", "batch", "head"),
@@ -282,6 +297,7 @@ def _dkv_body(
     ranges_gmem,
     dk_gmem,
     dv_gmem,
+    dscores_gmem=None,
     *,
     scale: float,
     softcap: float | None,
@@ -298,6 +314,7 @@ def _dkv_body(
     q_free,
     dout_free,
     done,
+    **outbox_memory,
 ) -> None:
     # Early keys are seen by most queries: they start first.
     block, batch = lax.axis_index("block"), lax.axis_index("batch")
@@ -308,6 +325,9 @@ def _dkv_body(
     shares_rows = tiles.dkv_k == WARPGROUP_ROWS
     columns = head_size // 2 if shares_rows else head_size
     row_group = 0 if shares_rows else group
+    first_head = (batch * k_gmem.shape[2] + kv_head) * heads
+    place = (k_gmem.shape[1], visit, block, first_head, heads)
+    outbox = Outbox(dscores_gmem, *place, **outbox_memory) if outbox_memory else None
 
     def keys(row_group):
         start = block * tiles.dkv_k + row_group * WARPGROUP_ROWS
@@ -331,18 +351,20 @@ def _dkv_body(
             step, i = head * visit.steps + turn, visit.block(turn)
             q_head = kv_head * heads + head
             source = (batch, pl.ds(i * tiles.dkv_q, tiles.dkv_q), q_head)
-            statistics = statistics_gmem.at[batch, q_head, i]
-            queries_ring.fill(
-                step, q_gmem.at[source], statistics, spans_gmem.at[batch, i]
-            )
+            facts = (statistics_gmem.at[batch, q_head, i], spans_gmem.at[batch, i])
+            queries_ring.fill(step, q_gmem.at[source], *facts)
             dout_ring.fill(step, dout_gmem.at[source])
+            if outbox is not None:
+                outbox.send(step - tiles.dkv_stages)
 
         def over_head(head, _):
             lax.fori_loop(0, visit.steps, functools.partial(load, head), None)
 
         lax.fori_loop(0, heads, over_head, None)
-        queries_ring.drain(heads * visit.steps)
-        dout_ring.drain(heads * visit.steps)
+        for ring in (queries_ring, dout_ring):
+            ring.drain(heads * visit.steps)
+        if outbox is not None:
+            outbox.drain()
 
     @pl.when(group < 2)
     def _compute():
@@ -388,9 +410,10 @@ def _dkv_body(
                 dscores *= weights.astype(jnp.float32)
                 if slope is not None:
                     dscores *= slope
-                plgpu.wgmma(
-                    dk_ref, dscores.astype(q_smem.dtype), q_smem.at[at, :, mine]
-                )
+                dscores = dscores.astype(q_smem.dtype)
+                if outbox is not None:
+                    outbox.put(head * visit.steps + turn, group, dscores)
+                plgpu.wgmma(dk_ref, dscores, q_smem.at[at, :, mine])
                 # The statistics were read, copies may overwrite. The fence takes a
                 # while: beside the last product it costs nothing.
                 plgpu.commit_smem()
@@ -406,8 +429,7 @@ def _dkv_body(
             gradients = lax.fori_loop(0, visit.full_steps, plain, gradients)
             return lax.fori_loop(visit.full_steps, visit.steps, masked, gradients)
 
-        zeros = jnp.zeros((WARPGROUP_ROWS, columns), jnp.float32)
-        zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        zeros = _zeros(columns, jnp.float32)
         dk, dv = lax.fori_loop(0, heads, over_head, (zeros, zeros))
         place = (batch, keys(row_group), kv_head)
         results = (
@@ -440,6 +462,12 @@ def _store(results, group, done) -> None:
         else:
             pl.when(group == i)(copy)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _zeros(columns: int, dtype):
+    return plgpu.layout_cast(
+        jnp.zeros((WARPGROUP_ROWS, columns), dtype), plgpu.Layout.WGMMA
+    )
 
 
 def _weights(scores, lse, axis: int, mask, scale: float, softcap: float | None):

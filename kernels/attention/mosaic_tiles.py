@@ -38,6 +38,8 @@ class TileConfig:
       stages: Buffers of keys and of values of the forward kernel.
       dq_stages: Those of the dq kernel.
       dkv_stages: Buffers of queries and of the output's gradient of the dkv kernel.
+      keeps_dscores: Gradients of scores may go from dkv to dq by way of memory: blocks
+        of 64 queries and 128 keys, and measured to be faster.
     """
 
     groups: int = 2
@@ -50,6 +52,7 @@ class TileConfig:
     stages: int = 2
     dq_stages: int = 2
     dkv_stages: int = 2
+    keeps_dscores: bool = False
 
     @property
     def block_q(self) -> int:
@@ -83,7 +86,10 @@ def tile_config(head_size: int, *, has_softcap: bool) -> TileConfig:
         )
     if has_softcap and head_size > 96:
         return TileConfig(dkv_k=64)
-    return TileConfig(dq_k=128 if head_size in (64, 128) else 64)
+    return TileConfig(
+        dq_k=128 if head_size in (64, 128) else 64,
+        keeps_dscores=head_size in (64, 96, 128),
+    )
 
 
 def operand(shape: tuple[int, ...], dtype: jnp.dtype, *, step: int = 64) -> Any:
@@ -122,11 +128,16 @@ class Ring(NamedTuple):
 
         Steps are counted from 0, over all blocks that the thread block works on.
         """
+        at = self.claim(step)
+        for source, buffer in zip(sources, self.buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[at], self.loaded.at[at])
+
+    def claim(self, step: Any) -> Any:
+        """Returns the stage of a step, once its last use is over."""
         at = self._stage(step)
         is_reused = step >= self.free.shape[0]
         pl.when(is_reused)(lambda: plgpu.barrier_wait(self.free.at[at]))
-        for source, buffer in zip(sources, self.buffers, strict=True):
-            plgpu.copy_gmem_to_smem(source, buffer.at[at], self.loaded.at[at])
+        return at
 
     def drain(self, steps: Any) -> None:
         """Waits until what so many steps brought was read."""

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 
 from kernels.program import Program, nbytes
 
-from . import mosaic_gpu, mosaic_gpu_vjp
-from .api import attention, attention_visits, choice_case
+from . import mosaic_gpu, mosaic_gpu_dscores, mosaic_gpu_vjp
+from .api import attention, attention_visits, choice_case, dscores_bytes
 from .cases import LARGE_CASES, AttentionCase
-
-_BACKWARD_KERNELS = (mosaic_gpu_vjp.DQ_KERNEL_NAME, mosaic_gpu_vjp.DKV_KERNEL_NAME)
 
 
 def programs() -> tuple[Program, ...]:
@@ -22,7 +20,7 @@ def programs() -> tuple[Program, ...]:
         for case in LARGE_CASES
         for program in (
             _program(case, "forward", _forward, products=2),
-            _program(case, "both", _both, products=7, kernels=_BACKWARD_KERNELS),
+            _program(case, "both", _both, products=7),
         )
     )
 
@@ -33,7 +31,6 @@ def _program(
     run: Any,
     *,
     products: int,
-    kernels: tuple[str, ...] = (),
 ) -> Program:
     """Builds a program that multiplies scores' worth of pairs `products` times."""
     arguments = functools.partial(_arguments, case, has_dout=what == "both")
@@ -47,6 +44,13 @@ def _program(
         has_window=case.window is not None,
         has_softcap=case.softcap is not None,
     )
+    kernels = ()
+    if what == "both":
+        q = jax.ShapeDtypeStruct(case.q_shape, jnp.bfloat16)
+        dq = mosaic_gpu_vjp.DQ_KERNEL_NAME
+        if dscores_bytes(q, softcap=case.softcap):
+            dq = mosaic_gpu_dscores.KERNEL_NAME
+        kernels = (dq, mosaic_gpu_vjp.DKV_KERNEL_NAME)
     return Program(
         name=f"attention.{what}/{case.name}",
         run=run,

@@ -81,6 +81,18 @@ def key_blocks(spans: Spans, block_q: int, block_k: int) -> Int32[Array, "B I 4"
     return jnp.stack([begin, full_begin, full_end, stop], axis=2)
 
 
+def visited_keys(spans: Spans, block_q: int, block_k: int) -> Int32[Array, "B I 2"]:
+    """Returns, for each block of queries, the key blocks that one of them sees.
+
+    The last axis is (begin, end), the same number twice where no key is seen.
+    """
+    first, end, sees = (_blocked(x, block_q) for x in (*spans, _sees(spans)))
+    lowest = jnp.min(jnp.where(sees, first, _LARGE), axis=2)
+    highest = jnp.max(jnp.where(sees, end, 0), axis=2)
+    begin = jnp.where(highest > 0, lowest // block_k, 0)
+    return jnp.stack([begin, -(-highest // block_k)], axis=2)
+
+
 def query_blocks(
     spans: Spans, k_tokens: int, block_q: int, block_k: int
 ) -> Int32[Array, "B J 4"]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Shaped
 
+from .mosaic_gpu_dscores import key_ranges
 from .mosaic_tiles import TileConfig
 from .spans import Spans, key_blocks, query_blocks
 
@@ -24,6 +25,8 @@ class Visits(NamedTuple):
       forward: Ranges of the blocks of queries in the forward kernel.
       dq: The same in the dq kernel.
       dkv: Ranges of the blocks of keys.
+      dscores: Ranges of the blocks of queries in the kernel that takes gradients of
+        scores from memory; None for chunks of rows, which make them anew.
     """
 
     spans: Spans
@@ -31,10 +34,20 @@ class Visits(NamedTuple):
     forward: Int32[Array, "B I 4"]
     dq: Int32[Array, "B I 4"]
     dkv: Int32[Array, "B J 4"]
+    dscores: Int32[Array, "B I 3 2"] | None
 
 
-def visits_of(spans: Spans, k_tokens: int, tiles: TileConfig) -> Visits:
-    """Returns the visits of rows of so many keys, which may be no whole blocks."""
+def visits_of(
+    spans: Spans, k_tokens: int, tiles: TileConfig, *, is_chunk: bool
+) -> Visits:
+    """Returns the visits of rows of so many keys, which may be no whole blocks.
+
+    Args:
+      spans: Of the queries.
+      k_tokens: Keys of a row.
+      tiles: Blocks of the kernels.
+      is_chunk: Queries may see keys at later places than their own.
+    """
     padding = ((0, 0), (0, -spans.first.shape[1] % tiles.tokens))
     spans = Spans(*(jnp.pad(x, padding) for x in spans))
     k_tokens += -k_tokens % tiles.tokens
@@ -44,6 +57,7 @@ def visits_of(spans: Spans, k_tokens: int, tiles: TileConfig) -> Visits:
         key_blocks(spans, tiles.block_q, tiles.forward_k),
         key_blocks(spans, tiles.block_q, tiles.dq_k),
         query_blocks(spans, k_tokens, tiles.dkv_q, tiles.dkv_k),
+        None if is_chunk else key_ranges(spans),
     )
 
 

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.attention import RESIDUAL_NAMES, attention, mosaic_gpu
+from kernels.attention import (
+    RESIDUAL_NAMES,
+    attention,
+    dscores_bytes,
+    mosaic_gpu,
+    mosaic_gpu_dscores,
+)
 from kernels.attention.cases import (
     GPU_CASES,
     INTERPRETED_CASES,
@@ -57,8 +63,8 @@ def output_and_gradients(function, arrays, *, times=1):
     return results if times > 1 else results[0]
 
 
-def check(case, run):
-    arrays, options = case.arrays(jnp.bfloat16), case.options()
+def check(case, run, **more):
+    arrays, options = case.arrays(jnp.bfloat16), case.options() | more
     floats = tuple(x.astype(jnp.float32) for x in arrays)
 
     def op(implementation):
@@ -75,16 +81,24 @@ def check(case, run):
         assert relative_error(got, want) < tolerance(jnp.bfloat16)
 
 
-@named(INTERPRETED_CASES)
-def test_matches_in_the_interpreter(case, monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "more"),
+    [
+        *((case, {}) for case in INTERPRETED_CASES),
+        (INTERPRETED_CASES[0], {"keeps_dscores": False}),
+    ],
+    ids=lambda value: value.name if isinstance(value, AttentionCase) else str(value),
+)
+def test_matches_in_the_interpreter(case, more, monkeypatch):
     # So few that a thread block takes several blocks of queries.
     monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(mosaic_gpu_dscores, "multiprocessors", lambda: 1)
 
     def run(function, arrays):
         with interpreted():
             return output_and_gradients(function, arrays)
 
-    check(case, run)
+    check(case, run, **more)
 
 
 @pytest.mark.gpu
@@ -93,6 +107,14 @@ def test_matches_at_real_shapes(case):
     if compute_capability() != HOPPER:
         pytest.skip("needs a Hopper GPU")
     check(case, output_and_gradients)
+
+
+@pytest.mark.gpu
+@named(GPU_CASES)
+def test_matches_with_scores_made_anew(case):
+    if compute_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    check(case, output_and_gradients, keeps_dscores=False)
 
 
 @pytest.mark.gpu
@@ -157,9 +179,39 @@ def test_saved_residuals_spare_the_forward_pass(saved, forwards):
     actual = launches(jax.value_and_grad(objective, argnums=(0, 1, 2)), *arrays)
     assert actual == {
         "attention_forward": forwards,
-        "attention_dq": 1,
+        "attention_dq_product": 1,
         "attention_dkv": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "dq"),
+    [
+        ({}, "attention_dq_product"),
+        ({"keeps_dscores": False}, "attention_dq"),
+        ({"softcap": 30.0}, "attention_dq"),
+    ],
+)
+def test_gradients_of_scores_are_kept_where_they_may_be(options, dq):
+    arrays = INTERPRETED_CASES[2].arrays(jnp.bfloat16)
+
+    def objective(*arrays):
+        out = attention(*arrays, implementation="mosaic_gpu", **options)
+        return out.astype(jnp.float32).sum()
+
+    kernels = launches(jax.grad(objective, argnums=(0, 1, 2)), *arrays)
+    assert kernels == {"attention_forward": 1, dq: 1, "attention_dkv": 1}
+
+
+def test_gradients_of_scores_are_kept_of_short_rows_only():
+    def kept(tokens, heads=32, head_size=128):
+        shape = (2, tokens, heads, head_size)
+        return dscores_bytes(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+
+    # Half of all pairs, and half a block more of the diagonal.
+    assert kept(4096) == 2 * 32 * 4096 * (4096 + 128) // 2 * 2
+    assert kept(4000) == kept(4096)
+    assert kept(8192) == kept(4096, heads=31) == kept(4096, head_size=80) == 0
 
 
 def test_layers_of_a_scan_may_differ_in_their_window():

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from kernels.attention.mask import visible
-from kernels.attention.spans import Spans, causal_spans, key_blocks, query_blocks
+from kernels.attention.spans import (
+    Spans,
+    causal_spans,
+    key_blocks,
+    query_blocks,
+    visited_keys,
+)
 
 TOKENS = 24
 SEGMENTS = {
@@ -35,6 +41,9 @@ def test_spans_and_blocks_are_those_of_the_mask(segments, window):
     assert np.array_equal((keys >= first) & (keys < end), mask)
     tiles = mask.reshape(6, 4, 3, 8).swapaxes(1, 2)
     check_ranges(np.asarray(key_blocks(spans, 4, 8))[0], tiles, is_never_empty=True)
+    for (begin, end), row in zip(visited_keys(spans, 4, 8)[0], tiles, strict=True):
+        seen = np.flatnonzero(row.any(axis=(1, 2)))
+        assert (begin, end) == (seen[0], seen[-1] + 1) if seen.size else begin == end
     tiles = tiles.swapaxes(0, 1)
     check_ranges(np.asarray(query_blocks(spans, TOKENS, 4, 8))[0], tiles)
 
