@@ -142,7 +142,7 @@ def test_every_row_of_the_benchmark_is_of_a_program_that_exists():
     [
         (64, "cudnn"),
         (80, "mosaic_gpu"),
-        (96, "mosaic_gpu_cudnn"),
+        (96, "mosaic_gpu"),
         (128, "mosaic_gpu"),
         (256, "mosaic_gpu_cudnn"),
     ],
