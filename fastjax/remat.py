@@ -121,9 +121,10 @@ def rematerialised(
     keeps = _saveable(policy)
     if is_scanned:
         return jax.checkpoint(body, policy=keeps, prevent_cse=False)
-    # The place stays a constant to XLA, so that kernels read stacks where they lie. The
+    # The place stays a constant to XLA, so that kernels read stacks where they lie, and
+    # both passes read what trains in that way, or the second one would have a copy. The
     # inner jit holds the body's constants, for which a tuple has no entries.
-    prevent_cse = (False, True, True, True)
+    prevent_cse = (False, True, False, True)
     return jax.checkpoint(jax.jit(body), policy=keeps, prevent_cse=prevent_cse)
 
 

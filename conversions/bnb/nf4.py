@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from conversions.bnb.quant_state import (
@@ -17,6 +16,7 @@ from conversions.bnb.quant_state import (
 from conversions.safetensors_header import TensorSpec
 from fastjax.errors import ModelError
 from fastjax.nn.linear import PackedFormat
+from kernels.line import as_lines
 from kernels.nf4 import CODEBOOKS, DYNAMIC_MAP, NF4Array
 
 _ABSMAX, _QUANT_MAP, _NESTED_ABSMAX, _NESTED_QUANT_MAP = COMPANIONS
@@ -54,7 +54,7 @@ def read_nf4(
         scales = read(key)
         _check_array(key, scales, np.dtype(np.float32), groups)
         nested = _on_device(scales)
-        offset = jnp.float32(state.nested_offset)
+        offset = as_lines(state.nested_offset)
     return NF4Array(
         codes=_on_device(codes),
         absmax=_on_device(absmax),
@@ -87,7 +87,7 @@ def nf4_tensors(weight: str, array: NF4Array) -> dict[str, np.ndarray]:
         weight + _QUANT_MAP: CODEBOOKS[array.code],
     }
     if array.nested_absmax is not None and array.nested_offset is not None:
-        offset = float(array.nested_offset)
+        offset = float(array.nested_offset[0])
         tensors[weight + _NESTED_ABSMAX] = np.asarray(array.nested_absmax)
         tensors[weight + _NESTED_QUANT_MAP] = DYNAMIC_MAP
     state = QuantState(

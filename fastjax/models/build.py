@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
@@ -21,6 +22,7 @@ from fastjax.nn.mlp import GatedMLP
 from fastjax.nn.norm import RMSNorm
 from fastjax.nn.rope import RotaryEmbedding
 from fastjax.rope_config import RopeConfig
+from kernels.line import as_lines
 from kernels.packed import PackedArray
 
 type Weights = dict[str, Array | PackedArray]
@@ -226,7 +228,7 @@ def _segment(spec: DecoderSpec, layers: range) -> Segment:
         if path[-1] == "lora_scaling":
             module = ".".join(map(str, path[:-1]))
             scalings = [spec.adapters[f"layers.{i}.{module}"].scaling for i in layers]
-            variable.set_value(jnp.asarray(scalings, jnp.float32))
+            variable.set_value(as_lines(np.asarray(scalings)))
         else:
             variable.set_value(_with_layer_axis(variable.get_value(), len(layers)))
     kinds = _kinds_of_rope(spec.config)

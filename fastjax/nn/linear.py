@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from fastjax.nn.variables import Frozen, LoRAParam, abstract, variable
 from kernels import int8, nf4
+from kernels.line import as_lines
 from kernels.lora_matmul import Projection, lora_matmul_group
 from kernels.packed import PackedArray
 
@@ -126,7 +127,7 @@ class Linear(nnx.Module):
         self.lora_magnitude = _parameter((out_features,), f32) if is_dora else None
         has_up_bias = adapter is not None and adapter.has_bias
         self.lora_b_bias = _parameter((out_features,), f32) if has_up_bias else None
-        self.lora_scaling = Frozen(jnp.float32(adapter.scaling)) if adapter else None
+        self.lora_scaling = Frozen(as_lines(adapter.scaling)) if adapter else None
         self.lora_dropout = adapter.dropout if adapter else 0.0
         self.implementation = implementation
 
@@ -164,7 +165,7 @@ class Linear(nnx.Module):
         own = _value(self.bias)
         if self.lora_b_bias is None or self.lora_scaling is None:
             return own
-        added = self.lora_scaling.get_value() * self.lora_b_bias.get_value()
+        added = self.lora_scaling.get_value()[0] * self.lora_b_bias.get_value()
         return added if own is None else own.astype(jnp.float32) + added
 
 

@@ -8,18 +8,27 @@ that this kernel does not take, and no adapter of gate or up, have the unit's gr
 from XLA and the adapters' kernels after it.
 """
 
+import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.device import multiprocessors
 from kernels.dispatch import UnsupportedOp
+from kernels.joint_launch import Work
 from kernels.lora_matmul import Projection
 from kernels.lora_matmul import mosaic_gpu as lora
-from kernels.lora_matmul.operands import scaled_down, up_rows, widths_of
+from kernels.lora_matmul.narrow import Part, narrow_work
+from kernels.lora_matmul.operands import (
+    scaled_down,
+    starts_of,
+    summed_up,
+    up_rows,
+    widths_of,
+)
 from kernels.lora_matmul.xla import Added, Keys, Projections
 
 from . import reference, vjp
@@ -125,54 +134,92 @@ def _unit(
 def _backward(
     activation: str, num_added: int, residuals: Residuals, dy: jax.Array
 ) -> tuple[jax.Array, Projections, Projection, Added]:
-    down = residuals.down
-    dout, narrow = lora.input_cotangent((down,), residuals.xa, (dy,))
-    with jax.named_scope("gated_mlp"):
-        unit = _unit_gradient(activation, residuals, dout, narrow.dxa)
-    (ddown,) = lora.gradients((down,), (dy,), [unit.da], narrow.db)
-    dx, dgate_up = lora.backward(0.0, residuals.gate_up, unit.douts, unit.narrow)
+    down, gate_up = residuals.down, residuals.gate_up
+    parts = lora.narrow_parts((down,), residuals.xa, (dy,))
+    gate_rank, up_rank, rank = widths_of((*gate_up.projections, down))
+    ranks = gate_rank, up_rank, rank
+    if suits(ranks):
+        dx, dgate_up, da, db = _joint_backward(activation, residuals, dy, parts, ranks)
+    else:
+        dout, narrow, _ = lora.input_cotangent((down,), (dy,), parts)
+        with jax.named_scope("gated_mlp"):
+            unit = functools.partial(vjp.gated_activation, activation=activation)
+            out, pullback = jax.vjp(unit, residuals.gate, residuals.up)
+            douts = pullback(dout)
+        (da,), db = lora.down_gradients(out, (down,), narrow.dxa), narrow.db
+        dx, dgate_up = lora.backward(0.0, gate_up, douts)
+    (ddown,) = lora.gradients((down,), (dy,), [da], db)
     return dx, dgate_up, ddown, (dy,) * num_added
 
 
-class _UnitGradient(NamedTuple):
-    """What follows from the cotangent of the unit's result.
+def _joint_backward(
+    activation: str,
+    residuals: Residuals,
+    dy: jax.Array,
+    parts: lora.NarrowParts,
+    ranks: tuple[int, int, int],
+) -> tuple[jax.Array, Projections, jax.Array | None, list[jax.Array | None]]:
+    """Returns dx, what gate and up train, and da and db of the last projection.
 
-    Attributes:
-      douts: Cotangents of gate and up.
-      narrow: What their adapters need of them; None where it is still to be made.
-      da: Cotangent of the last projection's `a`.
+    What `unit_cotangents` reads is laid out beside one dequantisation, what it leaves
+    in parts is added up beside the next one.
     """
-
-    douts: tuple[jax.Array, jax.Array]
-    narrow: lora.NarrowCotangents | None
-    da: jax.Array | None
-
-
-def _unit_gradient(
-    activation: str, residuals: Residuals, dout: jax.Array, dxa: jax.Array | None
-) -> _UnitGradient:
-    (_, projections, xa), gate, up, down, _ = residuals
-    gate_rank, up_rank = widths_of(projections)
-    ranks = (gate_rank, up_rank, 0 if dxa is None else dxa.shape[1])
-    if not suits(ranks):
-        unit = functools.partial(vjp.gated_activation, activation=activation)
-        out, pullback = jax.vjp(unit, gate, up)
-        (da,) = lora.down_gradients(out, (down,), dxa)
-        return _UnitGradient(pullback(dout), None, da)
-    ups = [up_rows(p) * p.scale for p in projections if p.has_adapter]
-    made = unit_cotangents(
-        gate,
-        up,
-        dout,
-        jnp.concatenate(ups).astype(dout.dtype),
-        jnp.concatenate([own for own in (xa, dxa) if own is not None], axis=1),
-        ranks=ranks,
-        activation=activation,
-        blocks=multiprocessors(),
+    (x, gate_up, xa), gate, up, down, _ = residuals
+    assert xa is not None
+    dout, narrow, ((ups,), (both,)) = lora.input_cotangent(
+        (down,), (dy,), parts, beside=_unit_operands(gate_up, xa, parts.dxa, dy.dtype)
     )
-    *db, da = made.sums
-    narrow = lora.NarrowCotangents(made.dxa, [*map(lora.up_gradient, projections, db)])
-    return _UnitGradient((made.dgate, made.dup), narrow, lora.down_gradient(down, da))
+    with jax.named_scope("gated_mlp"):
+        unit = unit_cotangents(
+            gate,
+            up,
+            dout,
+            ups,
+            both,
+            ranks=ranks,
+            activation=activation,
+            blocks=multiprocessors(),
+        )
+    dxa = Part(source=unit.dxa, is_long_first=True)
+    starts = itertools.pairwise(itertools.accumulate(ranks, initial=0))
+    *db, da = (
+        Part(source=unit.sums, is_long_first=True, columns=range(start, end))
+        if start < end
+        else None
+        for start, end in starts
+    )
+    beside = [] if da is None else [summed_up(da, is_long_first=True)]
+    douts = (unit.dgate, unit.dup)
+    dx, inner, sums = lora.input_cotangent(
+        gate_up, douts, lora.NarrowParts([dxa], db), beside=beside
+    )
+    dgate_up = lora.gradients(
+        gate_up, douts, lora.down_gradients(x, gate_up, inner.dxa), inner.db
+    )
+    da = lora.down_gradient(down, *sums[0]) if sums else None
+    return dx, dgate_up, da, narrow.db
+
+
+def _unit_operands(
+    gate_up: Projections,
+    xa: jax.Array,
+    dxa: list[Part],
+    dtype: jax.typing.DTypeLike,
+) -> tuple[Work, Work]:
+    """Returns the works that make `ups` and `narrow` of `unit_cotangents`."""
+    ups = [
+        Part(source=up_rows(p), is_long_first=False, scale=p.scale_line, column=start)
+        for p, start in zip(gate_up, starts_of(gate_up), strict=True)
+        if p.has_adapter
+    ]
+    own = Part(source=xa, is_long_first=True)
+    behind = [dataclasses.replace(part, column=xa.shape[1]) for part in dxa]
+    joined = functools.partial(narrow_work, is_long_first=False, dtype=dtype)
+    width = xa.shape[1] + sum(len(part.own_columns) for part in dxa)
+    return (
+        joined(ups, length=gate_up[0].weight.shape[1], width=xa.shape[1]),
+        joined([own, *behind], length=xa.shape[0], width=width),
+    )
 
 
 _mlp.defvjp(_forward, _backward)

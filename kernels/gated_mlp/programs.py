@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.device import multiprocessors, require_hopper
+from kernels.line import as_lines
 from kernels.lora_matmul import Projection
 from kernels.lora_matmul.low_rank_cotangents import low_rank_cotangents
 from kernels.lora_matmul.skinny import low_rank_gradient
@@ -109,7 +110,7 @@ def _unit_product(
 def _cotangents(case: NetworkCase) -> Program:
     """Returns the gradient of the unit with the narrow products of it."""
     ups = sum(case.ranks[:2]), case.features
-    narrow = case.rows, sum(case.ranks)
+    narrow = sum(case.ranks), case.rows
     wide = [(case.rows, case.features)] * 3
     arguments = functools.partial(_normals, *wide, ups, narrow)
     run = functools.partial(_unit_cotangents, case)
@@ -133,12 +134,15 @@ def _unit_cotangents(
     *,
     implementation: str,
 ) -> UnitCotangents:
-    """Does as `unit_cotangents`; "separate" has a loop or a kernel for each product."""
+    """Does as `unit_cotangents` and adds its parts up.
+
+    "separate" has a loop or a kernel for each product.
+    """
     gate_rank, up_rank, rank = case.ranks
     if implementation != "xla":
         require_hopper()
     if implementation == "mosaic_gpu":
-        return unit_cotangents(
+        made = unit_cotangents(
             gate,
             up,
             dout,
@@ -148,27 +152,35 @@ def _unit_cotangents(
             activation=case.activation,
             blocks=multiprocessors(),
         )
+        return made._replace(dxa=_added(made.dxa, gate.dtype), sums=_added(made.sums))
     unit = functools.partial(vjp.gated_activation, activation=case.activation)
     out, pullback = jax.vjp(unit, gate, up)
     dgate, dup = pullback(dout)
-    *xas, dxa = jnp.split(narrow, [gate_rank, gate_rank + up_rank], axis=1)
+    *xas, dxa = jnp.split(narrow.T, [gate_rank, gate_rank + up_rank], axis=1)
     own_ups = jnp.split(ups, [gate_rank])
     if implementation == "separate":
         blocks = multiprocessors()
         parts, db = low_rank_cotangents(
             (dgate, dup),
             [own.astype(jnp.float32) for own in own_ups],
-            [jnp.float32(1)] * 2,
-            narrow,
+            [as_lines(1)] * 2,
+            narrow.T,
             starts=(0, gate_rank),
             blocks=blocks,
         )
+        parts = [_added(part, gate.dtype) for part in parts]
+        db = map(_added, db)
         da = low_rank_gradient(out, dxa, blocks=blocks)
     else:
         parts = [jnp.dot(dgate, own_ups[0].T), jnp.dot(dup, own_ups[1].T)]
         db = map(_transposed_product, (dgate, dup), xas)
         da = _transposed_product(out, dxa)
-    return UnitCotangents(dgate, dup, jnp.concatenate(parts, axis=1), (*db, da))
+    joined = jnp.concatenate(parts, axis=1), jnp.concatenate([*db, da], axis=1)
+    return UnitCotangents(dgate, dup, *joined)
+
+
+def _added(parts: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.sum(parts, axis=0).astype(dtype)
 
 
 def _transposed_product(x: jax.Array, t: jax.Array) -> jax.Array:

@@ -7,8 +7,8 @@ once, and the unit's result is never in memory.
 
 A block goes down the rows of a slab of columns. What is contracted along the rows stays
 in registers; of what is contracted along the columns each slab has a part, and so has
-each block of the rows; parts are added in a fixed order. Budget of a block at three
-ranks of 16: one warpgroup loads, two compute, 240 registers a thread, of which 112 hold
+each block of the rows; a later launch adds the parts. Budget of a block at three ranks
+of 16: one warpgroup loads, two compute, 240 registers a thread, of which 112 hold
 accumulators; 144 KiB ring, whose places also hold the results while they are stored.
 """
 
@@ -54,14 +54,16 @@ class UnitCotangents(NamedTuple):
     Attributes:
       dgate: Cotangent of gate.
       dup: Cotangent of up.
-      dxa: `dgate @ up_g^T` and `dup @ up_u^T` side by side.
-      sums: `dgate^T`, `dup^T` and `unit^T` times their narrow matrices.
+      dxa: `dgate @ up_g^T` and `dup @ up_u^T` side by side, in parts that are still to
+        be added along the first axis.
+      sums: `dgate^T`, `dup^T` and `unit^T` times their narrow matrices, side by side
+        and in parts.
     """
 
     dgate: Float[Array, "M F"]
     dup: Float[Array, "M F"]
-    dxa: Float[Array, "M Rx"]
-    sums: tuple[Float32[Array, "F _"], ...]
+    dxa: Float32[Array, "_ M Rx"]
+    sums: Float32[Array, "_ F R"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ def unit_cotangents(
     up: Float[Array, "M F"],
     dout: Float[Array, "M F"],
     ups: Float[Array, "Rx F"],
-    narrow: Float[Array, "M R"],
+    narrow: Float[Array, "R M"],
     *,
     ranks: tuple[int, int, int],
     activation: str,
@@ -128,8 +130,8 @@ def unit_cotangents(
       dout: Cotangent of `act(gate) * up`.
       ups: What the cotangents of gate and up are multiplied with, one above the other.
       narrow: What the transposed cotangents of gate and up and the transposed unit are
-        multiplied with, side by side.
-      ranks: The widths in `narrow`; the first two are those in `ups`. Each is a
+        multiplied with, one above the other.
+      ranks: The heights in `narrow`; the first two are those in `ups`. Each is a
         multiple of 8; 0 leaves its products out.
       activation: As in `gated_activation`.
       blocks: Of the grid; as many as the device has multiprocessors.
@@ -146,14 +148,7 @@ def unit_cotangents(
     plan = _Plan(
         rows=rows, features=features, ranks=ranks, splits=splits, activation=activation
     )
-    dgate, dup, dxa, sums = _launch(plan, gate, up, dout, ups, narrow.T)
-    total = jnp.sum(sums, axis=0)
-    return UnitCotangents(
-        dgate,
-        dup,
-        jnp.sum(dxa, axis=0).astype(gate.dtype),
-        tuple(total[:, i:j] for i, j in itertools.pairwise(plan.starts)),
-    )
+    return UnitCotangents(*_launch(plan, gate, up, dout, ups, narrow))
 
 
 def suits(ranks: tuple[int, int, int]) -> bool:

@@ -3,7 +3,7 @@
 A block goes down the rows of a slab of columns of one matrix. What is contracted along
 the rows stays in registers, a half of the columns in each warpgroup; of what is
 contracted along the columns each slab has a part. Where slabs alone do not fill the
-device, the rows are split too. Parts, in float32, are added in a fixed order.
+device, the rows are split too. A later launch adds the parts, in float32.
 
 Budget of a block: that of `kernels.streaming`, and up to 64 KiB for a slab of `up`; two
 warpgroups multiply.
@@ -41,20 +41,21 @@ _SLAB = 512  # columns of a block, at most
 def low_rank_cotangents(
     douts: Sequence[Float[Array, "M _"]],
     ups: Sequence[Float32[Array, "R _"]],
-    scales: Sequence[Float32[Array, ""]],
+    scales: Sequence[Float32[Array, " line"]],
     xa: Float[Array, "M W"],
     *,
     starts: tuple[int, ...],
     blocks: int,
-) -> tuple[list[Float[Array, "M R"]], list[Float32[Array, "_ R"]]]:
-    """Returns `dout @ (scale * up)^T` and, in float32, `dout^T @ xa` of each `dout`.
+) -> tuple[list[Float32[Array, "_ M R"]], list[Float32[Array, "_ _ R"]]]:
+    """Returns `dout @ (scale * up)^T` and `dout^T @ xa` of each `dout`, in parts.
 
-    In one launch. Compiled, so that equal calls in a program are lowered once.
+    They are to be added along the first axis. All of it is one launch. Compiled, so
+    that equal calls in a program are lowered once.
 
     Args:
       douts: Of 16 bits.
       ups: Scaled ones are rounded to the dtype of `douts`.
-      scales: Of each of `ups`.
+      scales: A line of that of each of `ups`.
       xa: What each of `douts` is multiplied with, side by side.
       starts: Where in `xa` the R columns of each one begin.
       blocks: As many as the device has multiprocessors.
@@ -70,7 +71,7 @@ def low_rank_cotangents(
     ends = [0, *itertools.accumulate(width // slab for width in widths)]
     splits = num_parts(ends[-1], rows // ROWS, blocks)
     narrow = [_on_a_line(xa, start, rank) for start in starts]
-    dxa, db = launch(
+    results = launch(
         KERNEL_NAME,
         functools.partial(
             _body,
@@ -79,13 +80,16 @@ def low_rank_cotangents(
             steps=rows // ROWS // splits,
         ),
         [
-            jax.ShapeDtypeStruct((ends[-1], rows, rank), jnp.float32),
-            jax.ShapeDtypeStruct((splits, sum(widths), rank), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32)
+            for shape in (
+                *((width // slab, rows, rank) for width in widths),
+                *((splits, width, rank) for width in widths),
+            )
         ],
         (ends[-1], splits),
         *douts,
         *ups,
-        *(scale.reshape(1) for scale in scales),
+        *scales,
         *(array for array, _ in narrow),
         multipliers=_WORKERS,
         scratch_types=[
@@ -93,11 +97,7 @@ def low_rank_cotangents(
             plgpu.Barrier(num_arrivals=_WORKERS),
         ],
     )
-    pairs = [*itertools.pairwise(ends)]
-    return (
-        [jnp.sum(dxa[i:j], axis=0).astype(dtype) for i, j in pairs],
-        [jnp.sum(db[:, i * slab : j * slab], axis=0) for i, j in pairs],
-    )
+    return [*results[: len(douts)]], [*results[len(douts) :]]
 
 
 def _on_a_line(xa: jax.Array, start: int, rank: int) -> tuple[jax.Array, int]:
@@ -109,7 +109,7 @@ def _on_a_line(xa: jax.Array, start: int, rank: int) -> tuple[jax.Array, int]:
 
 def _body(*refs: Any, ends: list[int], starts: list[int], steps: int) -> None:
     """Sends each block down its slab of the matrix that has it."""
-    *matrices, dxa, db, up_smem, ready = refs
+    *matrices, up_smem, ready = refs
     index, part = lax.axis_index("row"), lax.axis_index("part")
     warpgroup = lax.axis_index("warpgroup")
     rows = pl.ds(part * steps * ROWS, steps * ROWS)
@@ -117,7 +117,7 @@ def _body(*refs: Any, ends: list[int], starts: list[int], steps: int) -> None:
 
         @pl.when((index >= first) & (index < end))
         def _(i=i, first=first):
-            dout, up, scale, xa = matrices[i :: len(starts)]
+            dout, up, scale, xa, dxa, db = matrices[i :: len(starts)]
             block = _Block(
                 dout=dout,
                 up=up,
@@ -128,10 +128,9 @@ def _body(*refs: Any, ends: list[int], starts: list[int], steps: int) -> None:
                 up_smem=up_smem,
                 ready=ready,
                 warpgroup=warpgroup,
-                index=index,
+                index=index - first,
                 part=part,
                 rows=rows,
-                column=(index - first) * up_smem.shape[1],
                 start=starts[i],
                 steps=steps,
             )
@@ -147,15 +146,14 @@ class _Block:
       up: What it is multiplied with, before it is scaled.
       scale: Of `up`.
       xa: What it is multiplied with, transposed, among other columns.
-      dxa: The first products of all matrices; a part for each slab.
-      db: The second ones, one below the other, each part of the rows apart.
+      dxa: The first products; a part for each slab.
+      db: The second ones; one for each part of the rows.
       up_smem: The slab of `up`, scaled and rounded.
       ready: Where the warpgroups wait until both have written their half of it.
       warpgroup: Of the two that multiply, or the one that loads.
-      index: Of the slab among those of all matrices.
+      index: Of the slab.
       part: Of the rows.
       rows: Those of the part.
-      column: Where the slab begins in `dout` and `up`.
       start: Where the columns in `xa` begin.
       steps: Tiles of rows.
     """
@@ -172,7 +170,6 @@ class _Block:
     index: Any
     part: Any
     rows: Any
-    column: Any
     start: int
     steps: int
 
@@ -186,6 +183,11 @@ class _Block:
         return self.up_smem.shape[1]
 
     @property
+    def _column(self) -> Any:
+        """Where the slab begins in `dout` and `up`."""
+        return self.index * self._slab
+
+    @property
     def _own(self) -> int:
         """Columns of a warpgroup."""
         return self._slab // _WORKERS
@@ -197,7 +199,7 @@ class _Block:
 
     def go_down(self) -> None:
         """Multiplies all tiles of the slab and stores both products."""
-        line, columns = self.start // LINE, pl.ds(self.column, self._slab)
+        line, columns = self.start // LINE, pl.ds(self._column, self._slab)
         streamed(
             self._multiply,
             self._context,
@@ -214,7 +216,7 @@ class _Block:
         @functools.partial(pl.run_scoped, acc=accumulator(self._own, LINE))
         def _(acc):
             run(acc)
-            first = self.index * self._slab + self._first
+            first = self._column + self._first
             offset = self.start % LINE
             own = acc[...][:, offset : offset + self._rank]
             self.db[self.part, pl.ds(first, self._own)] = own
@@ -227,7 +229,7 @@ class _Block:
             own = [self._first + column for column in batch]
             pieces = [
                 plgpu.load(
-                    self.up.at[:, pl.ds(self.column + column, LINE)].T,
+                    self.up.at[:, pl.ds(self._column + column, LINE)].T,
                     layout=plgpu.Layout.WGMMA_TRANSPOSED,
                     optimized=False,
                 )

@@ -8,6 +8,7 @@ Few rows, as in decoding, have a forward pass of their own, and XLA's backward p
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels.device import multiprocessors, require_hopper
 from kernels.dispatch import UnsupportedOp
+from kernels.joint_launch import Work
 from kernels.persistent_product import tiles_for
 
 from . import xla
@@ -26,14 +28,16 @@ from .low_rank_cotangents import (
     MAX_GROUPED_RANK,
     low_rank_cotangents,
 )
+from .narrow import Part
 from .operands import (
-    filled_columns,
     is_packed,
     joined_downs,
+    joined_parts,
     joined_ups,
     scaled_down,
     starts_of,
     stored_weights,
+    summed_up,
     up_rows,
     widths_of,
     with_ones,
@@ -163,18 +167,27 @@ def backward(
     dropout_rate: float,
     residuals: Residuals | xla.Residuals,
     douts: tuple[jax.Array, ...],
-    narrow: "NarrowCotangents | None" = None,
 ) -> tuple[jax.Array, Projections]:
-    """Returns the cotangents of `x` and of all that is trained.
-
-    `narrow` is given by whoever made it together with `douts`.
-    """
+    """Returns the cotangents of `x` and of all that is trained."""
     if isinstance(residuals, xla.Residuals):
         return xla.backward(dropout_rate, residuals, douts)
     x, projections, xa = residuals
-    dx, narrow = input_cotangent(projections, xa, douts, narrow)
+    parts = narrow_parts(projections, xa, douts)
+    dx, narrow, _ = input_cotangent(projections, douts, parts)
     da = down_gradients(x, projections, narrow.dxa)
     return dx, gradients(projections, douts, da, narrow.db)
+
+
+class NarrowParts(NamedTuple):
+    """What the adapters need of the cotangents of the outputs, still to be added up.
+
+    Attributes:
+      dxa: Of `x @ a` of all adapters, where they are side by side; empty without any.
+      db: Of each `b`, transposed.
+    """
+
+    dxa: list[Part]
+    db: list[Part | None]
 
 
 class NarrowCotangents(NamedTuple):
@@ -191,28 +204,38 @@ class NarrowCotangents(NamedTuple):
 
 def input_cotangent(
     projections: Projections,
-    xa: jax.Array | None,
     douts: tuple[jax.Array, ...],
-    narrow: NarrowCotangents | None = None,
-) -> tuple[jax.Array, NarrowCotangents]:
-    """Returns the cotangent of the input, and `narrow`, made here if it is None."""
+    parts: NarrowParts,
+    beside: Sequence[Work] = (),
+) -> tuple[jax.Array, NarrowCotangents, list[list[jax.Array]]]:
+    """Returns the cotangent of the input, the narrow ones, and results from beside.
+
+    The launch that dequantises the weights adds up the parts and does what is beside.
+    """
     dtype, is_long_first = douts[0].dtype, not is_packed(projections[0])
-    if narrow is None:
-        narrow = _narrow_cotangents(douts, xa, projections)
-    beside = []
-    if narrow.dxa is not None:
-        beside.append(joined_downs(projections, dtype, is_long_first=is_long_first))
-    weights, made = stored_weights(projections, dtype, beside)
+    own = []
+    if parts.dxa:
+        own.append(joined_downs(projections, dtype, is_long_first=is_long_first))
+        own.append(joined_parts(parts.dxa, projections, dtype))
+        own += [summed_up(part) for part in parts.db if part is not None]
+    weights, made = stored_weights(projections, dtype, (*own, *beside))
     terms: list[Term] = [*zip(douts, weights, strict=True)]
-    if narrow.dxa is not None:
-        terms.append((narrow.dxa, made[0][0]))
+    dxa, sums = None, iter(())
+    if parts.dxa:
+        ((down,), (dxa,), *sums), made = made[: len(own)], made[len(own) :]
+        terms.append((dxa, down))
+        sums = iter(sums)
+    db = [
+        None if part is None else up_gradient(projection, *next(sums))
+        for part, projection in zip(parts.db, projections, strict=True)
+    ]
     (dx,) = accumulated_products(
         [terms],
         is_transposed=is_long_first,
         tiles=tiles_for(douts[0].shape[0], [projections[0].weight.shape[0]]),
         blocks=multiprocessors(),
     )
-    return dx, narrow
+    return dx, NarrowCotangents(dxa, db), made
 
 
 def gradients(
@@ -243,33 +266,32 @@ def _used_twice(results: Any) -> Any:
     return jax.lax.optimization_barrier(results)
 
 
-def _narrow_cotangents(
-    douts: tuple[jax.Array, ...], xa: jax.Array | None, projections: Projections
-) -> NarrowCotangents:
-    """Returns `scaling * dout @ b^T` of all adapters side by side, and each one's db.
-
-    db is `(scaling * x @ a)^T @ dout`, in the dtype of `b`.
-    """
+def narrow_parts(
+    projections: Projections, xa: jax.Array | None, douts: tuple[jax.Array, ...]
+) -> NarrowParts:
+    """Returns `scaling * dout @ b^T` of all adapters, and `dout^T @ xa` of each."""
     if xa is None:
-        return NarrowCotangents(None, [None] * len(projections))
+        return NarrowParts([], [None] * len(projections))
     starts, widths = starts_of(projections), widths_of(projections)
     adapted = [i for i, p in enumerate(projections) if p.has_adapter]
     ups = [up_rows(projections[i]) for i in adapted]
-    scales = [projections[i].scale for i in adapted]
-    parts, products = _both_products(
+    scales = [projections[i].scale_line for i in adapted]
+    products = _both_products(
         [douts[i] for i in adapted], ups, scales, xa, tuple(starts[i] for i in adapted)
     )
-    db: list[jax.Array | None] = [None] * len(projections)
-    for i, gradient in zip(adapted, products, strict=True):
-        db[i] = up_gradient(projections[i], gradient)
-    parts = [p[:, : widths[i]] for i, p in zip(adapted, parts, strict=True)]
-    return NarrowCotangents(filled_columns(jnp.concatenate(parts, axis=1)), db)
+    dxa: list[Part] = []
+    db: list[Part | None] = [None] * len(projections)
+    for i, down, gradient in zip(adapted, *products, strict=True):
+        own = {"is_long_first": True, "columns": range(widths[i])}
+        dxa.append(Part(source=down, column=starts[i], **own))
+        db[i] = Part(source=gradient, **own)
+    return NarrowParts(dxa, db)
 
 
 def up_gradient(projection: Projection, gradient: jax.Array) -> jax.Array | None:
-    """Returns the cotangent of `b`, given transposed and filled up in float32."""
+    """Returns the cotangent of `b`, given filled up in float32."""
     b = projection.lora_b
-    return None if b is None else gradient.T[: b.shape[0]].astype(b.dtype)
+    return None if b is None else gradient[: b.shape[0]].astype(b.dtype)
 
 
 def down_gradient(projection: Projection, gradient: jax.Array) -> jax.Array | None:
@@ -287,7 +309,7 @@ def _both_products(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Returns `dout @ (scale * up)^T` and `dout^T @ xa`, reading `dout` once if it can.
 
-    Of each; columns that the others have more of come after its own.
+    Of each, perhaps in parts; columns that the others have more of come after its own.
     """
     blocks, rank = multiprocessors(), max(up.shape[0] for up in ups)
     if rank <= MAX_GROUPED_RANK:
@@ -300,7 +322,7 @@ def _both_products(
                 (dout,), (up,), (scale,), xa, starts=(start,), blocks=blocks
             )
         else:
-            rounded = (up * scale).astype(dout.dtype)
+            rounded = (up * scale[0]).astype(dout.dtype)
             part = low_rank_product(dout, rounded, blocks=blocks)
             own = xa[:, start : start + up.shape[0]]
             gradient = low_rank_gradient(dout, own, blocks=blocks)

@@ -1,16 +1,20 @@
-"""The adapters' side of the large products' operands, cast and laid out in one launch.
+"""Narrow matrices of several adapters, added up, cast and laid out in one launch.
 
-A narrow matrix is made of the float32 matrices of several adapters: the joined downs,
-or the ups of a group, each where its output and its adapter are. What no part covers is
-zero. A block writes 128 places along the long axis, a thread each.
+One is made of matrices that lie elsewhere: the joined downs, the ups of a group, each
+where its output and its adapter are, or what kernels have left to be added up. What no
+part covers is zero. A block writes 128 places along the long axis, a thread each.
 """
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -18,8 +22,8 @@ from kernels.joint_launch import Work
 
 _LENGTH = 128  # places of a block
 _WIDTH = 16  # columns of a part that a block copies
-_FLOATS = 4  # 16 bytes of a part
-_VALUES = 8  # 16 bytes of the result
+_BYTES = 16  # that a thread reads or writes at a time, where it can
+_TERMS = 2  # of a sum that a block reads at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,25 +31,33 @@ class Part:
     """A matrix within a narrow one.
 
     Attributes:
-      source: (long, narrow) or (narrow, long) in float32; the narrow size is a multiple
-        of eight, the long one of 128.
+      source: (long, narrow) or (narrow, long); the narrow size is a multiple of eight,
+        the long one of 128. A stack of such matrices is added up, in float32.
       is_long_first: Whether it is the former.
-      scale: It is multiplied with, before it is rounded; None changes nothing.
+      columns: Those along its narrow axis that are taken; None takes all.
+      scale: A line of what it is multiplied with, before it is rounded; None changes
+        nothing.
       first: Where it begins along the long axis.
       column: Where it begins along the narrow axis.
     """
 
     source: jax.Array
     is_long_first: bool
+    columns: range | None = None
     scale: jax.Array | None = None
     first: int = 0
     column: int = 0
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Its extent along the long and along the narrow axis."""
-        long, narrow = self.source.shape[:: 1 if self.is_long_first else -1]
-        return long, narrow
+    def length(self) -> int:
+        """Its extent along the long axis."""
+        return self.source.shape[-2 if self.is_long_first else -1]
+
+    @property
+    def own_columns(self) -> range:
+        """What it takes along the narrow axis."""
+        narrow = self.source.shape[-1 if self.is_long_first else -2]
+        return range(narrow) if self.columns is None else self.columns
 
 
 def narrow_work(
@@ -63,19 +75,19 @@ def narrow_work(
       length: A multiple of 128.
       width: A multiple of eight.
       is_long_first: If not, the result is (width, length).
-      dtype: Of 16 bits.
+      dtype: Of the result.
     """
     operands: list[jax.Array] = []
     pieces: list[_Piece] = []
     for part in parts:
-        long, narrow = part.size
-        for start in range(0, narrow, _WIDTH):
+        columns = part.own_columns
+        for start in columns[::_WIDTH]:
             pieces.append(
                 _Piece(
                     first=part.first // _LENGTH,
-                    blocks=long // _LENGTH,
-                    column=part.column + start,
-                    columns=min(_WIDTH, narrow - start),
+                    blocks=part.length // _LENGTH,
+                    column=part.column + start - columns.start,
+                    columns=min(_WIDTH, columns.stop - start),
                     source=len(operands),
                     start=start,
                     is_long_first=part.is_long_first,
@@ -84,7 +96,9 @@ def narrow_work(
             )
         operands.append(part.source)
         if part.scale is not None:
-            operands.append(part.scale.reshape(1))
+            operands.append(part.scale)
+        if part.source.ndim == 3:
+            operands.append(_batches(part.source.shape[0]))
     pieces += _gaps(pieces, length // _LENGTH, width)
     return Work(
         operands=tuple(operands),
@@ -107,7 +121,7 @@ class _Piece:
       blocks: How many it takes.
       column: Where it begins along the narrow axis.
       columns: How many it has.
-      source: Place among the operands; its scale is the next one. None writes zeros.
+      source: Place among the operands; what is of it follows. None writes zeros.
       start: Where it begins along the narrow axis of the source.
       is_long_first: Whether the source has the long axis first.
       is_scaled: Whether there is a scale.
@@ -168,22 +182,55 @@ class _Join:
 
     def _values(self, piece: _Piece, block, operands, dtype):
         """Returns 128 rows of a piece, each in the registers of a thread."""
-        layout = _row_a_thread(_VALUES if self.is_long_first else 1)
+        layout = _row_a_thread(dtype if self.is_long_first else None)
         if piece.source is None:
             return plgpu.layout_cast(jnp.zeros((_LENGTH, piece.columns), dtype), layout)
         source = operands[piece.source]
         place = pl.ds(block * _LENGTH, _LENGTH)
         narrow = pl.ds(piece.start, piece.columns)
-        if piece.is_long_first:
-            ref, vector = source.at[place, narrow], _FLOATS
+
+        def term(*index):
+            if piece.is_long_first:
+                ref, together = source.at[*index, place, narrow], source.dtype
+            else:
+                ref, together = source.at[*index, narrow, place].T, None
+            return plgpu.load(ref, layout=_row_a_thread(together), optimized=False)
+
+        beside = iter(operands[piece.source + 1 :])
+        scale = next(beside)[0] if piece.is_scaled else None
+        if len(source.shape) == 3:
+            values = _sum_of(term, source.shape[0], next(beside)[0])
         else:
-            ref, vector = source.at[narrow, place].T, 1
-        values = plgpu.load(ref, layout=_row_a_thread(vector), optimized=False)
-        if piece.is_scaled:
-            values = values * operands[piece.source + 1][0]
+            values = term()
+        if scale is not None:
+            values = values * scale
         return plgpu.layout_cast(values.astype(dtype), layout)
 
 
-def _row_a_thread(vector: int):
-    """Returns the layout of a row a thread, so many neighbours in a register."""
-    return plgpu.Layout.TCGEN05_TMEM_NATIVE(vector)
+def _batches(terms: int) -> jax.Array:
+    """Returns how many batches of a sum follow the first one.
+
+    An operand: compilers that know the number take all batches into registers at once,
+    and fewer blocks dequantise.
+    """
+    return jnp.asarray([(terms - 1) // _TERMS], jnp.int32)
+
+
+def _sum_of(term: Callable[[Any], Any], count: int, batches: Any) -> Any:
+    """Returns the sum of so many terms, always in the same order."""
+
+    def some(first: Any, terms: int) -> Any:
+        return functools.reduce(operator.add, [term(first + i) for i in range(terms)])
+
+    head = (count - 1) % _TERMS + 1
+
+    def add(batch: Any, total: Any) -> Any:
+        return total + some(head + batch * _TERMS, _TERMS)
+
+    return lax.fori_loop(0, batches, add, some(0, head))
+
+
+def _row_a_thread(dtype: jax.typing.DTypeLike | None):
+    """Returns the layout of a row a thread, neighbours of a dtype in a register."""
+    together = 1 if dtype is None else _BYTES // jnp.dtype(dtype).itemsize
+    return plgpu.Layout.TCGEN05_TMEM_NATIVE(together)

@@ -2,7 +2,7 @@
 
 The narrow columns of a group are those of all its adapters side by side, each filled up
 with zeros to a multiple of eight. What they are multiplied with is cast and laid out by
-blocks of the launch that dequantises the weights.
+blocks of the launch that dequantises the weights, which add up cotangents as well.
 """
 
 import itertools
@@ -70,7 +70,7 @@ def joined_downs(
         Part(
             source=_columns(p),
             is_long_first=True,
-            scale=p.scale if is_scaled else None,
+            scale=p.scale_line if is_scaled else None,
             column=start,
         )
         for p, start in zip(projections, starts_of(projections), strict=True)
@@ -82,6 +82,30 @@ def joined_downs(
         width=_filled_width(sum(widths_of(projections))),
         is_long_first=is_long_first,
         dtype=dtype,
+    )
+
+
+def joined_parts(
+    parts: Sequence[Part], projections: Projections, dtype: jax.typing.DTypeLike
+) -> Work:
+    """Returns the work that adds up the cotangents of `x @ a` of all adapters."""
+    return narrow_work(
+        parts,
+        length=parts[0].length,
+        width=_filled_width(sum(widths_of(projections))),
+        is_long_first=True,
+        dtype=dtype,
+    )
+
+
+def summed_up(part: Part, *, is_long_first: bool = False) -> Work:
+    """Returns the work that adds up a part alone, in float32, as rows or columns."""
+    return narrow_work(
+        [part],
+        length=part.length,
+        width=len(part.own_columns),
+        is_long_first=is_long_first,
+        dtype=jnp.float32,
     )
 
 

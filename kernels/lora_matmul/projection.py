@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from kernels.line import LINE
 from kernels.packed import PackedArray
 
 
@@ -26,7 +27,8 @@ class Projection:
       bias: Added last.
       lora_a: Down projection; None without an adapter.
       lora_b: Up projection; None without an adapter.
-      scaling: alpha / R, or alpha / sqrt(R) for rsLoRA; not differentiated.
+      scaling: alpha / R, or alpha / sqrt(R) for rsLoRA, or a line of it; not
+        differentiated.
       magnitude: Length of each output's column, for DoRA (arxiv.org/abs/2402.09353).
     """
 
@@ -34,7 +36,7 @@ class Projection:
     bias: Float[Array, " O"] | None = None
     lora_a: Float[Array, "I R"] | None = None
     lora_b: Float[Array, "R O"] | None = None
-    scaling: Float32[Array, ""] | float | None = None
+    scaling: Float32[Array, " line"] | float | None = None
     magnitude: Float[Array, " O"] | None = None
 
     @property
@@ -45,4 +47,10 @@ class Projection:
     @property
     def scale(self) -> Float32[Array, ""]:
         """`scaling` as a float32 array."""
-        return jnp.asarray(self.scaling, jnp.float32)
+        return self.scale_line[0]
+
+    @property
+    def scale_line(self) -> Float32[Array, " line"]:
+        """A line of `scaling`."""
+        assert self.scaling is not None
+        return jnp.broadcast_to(jnp.asarray(self.scaling, jnp.float32), (LINE,))

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from kernels import dispatch
 from kernels.choice import fastest_first
 from kernels.joint_launch import Work, joint_launch
+from kernels.line import LINE
 
 from . import mosaic_gpu, reference, xla
 from .array import NF4Array
@@ -102,6 +103,7 @@ def _check(w: NF4Array) -> None:
     expected = {"codes": -(-w.size // 2), "absmax": blocks}
     if w.is_double_quantized:
         expected["nested_absmax"] = -(-blocks // w.nested_block_size)
+        expected["nested_offset"] = LINE
     for name, size in expected.items():
         actual = getattr(w, name).shape[-1]
         if actual != size:

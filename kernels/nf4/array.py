@@ -32,7 +32,8 @@ class NF4Array:
         with the code of zero.
       absmax: Scale of each block: float32, or 8-bit codes of `DYNAMIC_MAP`.
       nested_absmax: Scale of each block of 8-bit codes; None with float32 scales.
-      nested_offset: Added to the 8-bit scales; None with float32 scales.
+      nested_offset: Added to the 8-bit scales, a line of the same number; None with
+        float32 scales.
       shape: (I, O).
       dtype: Name of the dtype that dequantised values are rounded to.
       code: Which codebook.
@@ -44,7 +45,7 @@ class NF4Array:
     codes: UInt8[Array, "*L bytes"]
     absmax: UInt8[Array, "*L blocks"] | Float32[Array, "*L blocks"]
     nested_absmax: Float32[Array, "*L nested_blocks"] | None = None
-    nested_offset: Float32[Array, "*L"] | None = None
+    nested_offset: Float32[Array, "*L line"] | None = None
     shape: tuple[int, int]
     dtype: str
     code: Code = "nf4"

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from kernels.device import require_hopper
 from kernels.dispatch import UnsupportedOp
 from kernels.joint_launch import Work, joint_launch
+from kernels.line import LINE
 from kernels.stand_in import stand_in
 
 from . import ptx, rounding
@@ -136,8 +137,8 @@ class _Decode:
             nested_blocks = -(-self.chunks // _CHUNKS_A_NESTED_BLOCK)
             nested = lax.div(chunk_of_matrix, jnp.int32(_CHUNKS_A_NESTED_BLOCK))
             nested += matrix * nested_blocks
-            scales += [nested_absmax.at[pl.ds(nested, 1)], offset.at[pl.ds(matrix, 1)]]
-            scales += [dynamic_map]
+            scales.append(nested_absmax.at[pl.ds(nested, 1)])
+            scales += [offset.at[pl.ds(matrix * LINE, 1)], dynamic_map]
         scale = _scales_by_thread(scales)
         for step, own in enumerate(codes):
             values = _decode(own, codebook, scale, step, self.dtype)

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from kernels.line import as_lines
+
 from . import rounding
 from .array import NF4Array
 from .codebooks import CODEBOOKS, DYNAMIC_MAP, Code
@@ -43,9 +45,10 @@ def quantize(
     codes = jnp.pad(codes, (0, codes.size % 2), constant_values=_zero_code(code))
     nested_absmax = nested_offset = None
     if double_quant:
-        nested_offset = rounding.mean(absmax)
+        offset = rounding.mean(absmax)
+        nested_offset = as_lines(offset)
         absmax, nested_absmax = _nearest(
-            absmax - nested_offset, DYNAMIC_MAP, _NESTED_BLOCK_SIZE
+            absmax - offset, DYNAMIC_MAP, _NESTED_BLOCK_SIZE
         )
     return NF4Array(
         codes=codes[0::2] << 4 | codes[1::2],

@@ -24,9 +24,10 @@ def block_scales(w: NF4Array) -> Float32[Array, "*L blocks"]:
     blocks = w.absmax.shape[-1]
     nested = jnp.repeat(w.nested_absmax, w.nested_block_size, axis=-1)[..., :blocks]
     # bitsandbytes rounds the product before it adds; a fused multiply-add would not.
-    return rounding.product(
-        jnp.asarray(DYNAMIC_MAP)[w.absmax], nested
-    ) + jnp.expand_dims(w.nested_offset, -1)
+    return (
+        rounding.product(jnp.asarray(DYNAMIC_MAP)[w.absmax], nested)
+        + w.nested_offset[..., :1]
+    )
 
 
 def matrix(

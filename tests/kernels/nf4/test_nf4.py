@@ -17,6 +17,7 @@ from safetensors.flax import load_file
 from kernels.device import HOPPER, assume_compute_capability, compute_capability
 from kernels.dispatch import UnsupportedOp
 from kernels.interpret import interpreted
+from kernels.line import LINE, as_lines
 from kernels.lora_matmul.narrow import Part, narrow_work
 from kernels.nf4 import (
     CODEBOOKS,
@@ -57,7 +58,7 @@ def _from_checkpoint(tensors: dict[str, jax.Array], name: str) -> NF4Array:
         codes=tensors[name].reshape(-1),
         absmax=tensors[f"{name}.absmax"],
         nested_absmax=tensors[f"{name}.nested_absmax"] if is_nested else None,
-        nested_offset=jnp.float32(state["nested_offset"]) if is_nested else None,
+        nested_offset=as_lines(state["nested_offset"]) if is_nested else None,
         shape=(in_features, out_features),
         dtype=state["dtype"],
         code=state["quant_type"],
@@ -150,7 +151,7 @@ def _check_quantised(
         np.testing.assert_array_equal(w.codes, expected["packed"].reshape(-1), key)
         if double_quant:
             np.testing.assert_array_equal(
-                w.nested_offset, quantise_cases[key[:-1] + "offset"][0], key
+                w.nested_offset, as_lines(quantise_cases[key[:-1] + "offset"][0]), key
             )
             np.testing.assert_array_equal(
                 w.nested_absmax, quantise_cases[key[:-1] + "nested_absmax"], key
@@ -272,7 +273,7 @@ def test_scales_are_multiplied_then_added_each_rounded() -> None:
         codes=jnp.full(blocks * 32, 0xFF, jnp.uint8),  # the value 1 everywhere
         absmax=jnp.asarray(absmax),
         nested_absmax=jnp.asarray(nested),
-        nested_offset=jnp.asarray(offset),
+        nested_offset=as_lines(offset),
         shape=(64, blocks),
         dtype="float32",
     )
@@ -335,7 +336,8 @@ def test_scan_over_a_stack_and_vmap() -> None:
 
 def test_bytes_of_double_quantised_scales() -> None:
     w = jax.eval_shape(quantize, jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16))
-    assert w.nbytes == 4096 * 4096 // 2 + 4096 * 64 + 4096 * 64 // 256 * 4 + 4
+    scales = 4096 * 4096 // 64
+    assert w.nbytes == 4096 * 4096 // 2 + scales + 4 * (scales // 256 + LINE)
 
 
 def test_asked_dtype_is_reached_through_the_stored_one() -> None:
