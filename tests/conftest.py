@@ -7,7 +7,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Interpreted kernels block a thread of XLA's pool for each warpgroup that waits.
 os.environ.setdefault("NPROC", "16")
+# XLA spends most of the tests' time: on CPUs they take its quick code generator, which
+# makes no context of MLIR for each of the thousand fusions of an interpreted kernel.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+    quick = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -30,3 +37,14 @@ with contextlib.suppress(ImportError):
 def fixtures() -> Path:
     """Folder of checkpoints and numbers made with the reference libraries."""
     return Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def optimised() -> Iterator[None]:
+    """Compiles as for users: only then does LLVM fuse products with sums."""
+    is_quick = jax.config.read("jax_disable_most_optimizations")
+    if is_quick:
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", is_quick)

@@ -25,6 +25,8 @@ from fastjax.config import QuantConfig
 from fastjax.errors import CheckpointMismatch, FastJaxError, ModelError
 from kernels.nf4 import NF4Array, dequantize
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 MODELS = (
     *("bnb_nf4_dq_bf16", "bnb_nf4_dq_dynamic", "bnb_nf4_nodq_fp16", "bnb_fp4_dq_bf16"),
 )

@@ -18,6 +18,8 @@ from fastjax.errors import CheckpointMismatch, ModelError
 from kernels.int8 import Int8Array, dequantize
 from kernels.nf4 import NF4Array
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 Tensors = dict[str, np.ndarray]
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}

@@ -12,6 +12,8 @@ from fastjax.config import QuantConfig
 from fastjax.errors import FastJaxError
 from fastjax.loftq import low_rank_start
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 IDS = np.arange(6, 30, dtype=np.int32)[None]
 
 

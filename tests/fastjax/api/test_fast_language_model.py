@@ -11,7 +11,7 @@ from fastjax.api import FastLanguageModel, is_bfloat16_supported, load_model
 from fastjax.errors import CheckpointMismatch, ConfigError, ModelError
 from kernels.nf4 import NF4Array
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("optimised", "compiled_once")
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = np.arange(20, 32, dtype=np.int32)[None]

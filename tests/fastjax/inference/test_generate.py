@@ -18,6 +18,8 @@ from fastjax.inference.sampling import Sampling, sample
 from fastjax.models.build import DecoderSpec, abstract_decoder
 from fastjax.models.registry import preset
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 PROMPTS = ([7, 8, 9], list(range(20, 90)), [300], [44, 45, 46, 47, 48, 49, 50])
 
 
@@ -87,6 +89,7 @@ def test_few_shapes_are_compiled() -> None:
     assert lengths == {64, 128, 256, 512, 1024, 2048, 4096}
 
 
+@pytest.mark.parametrize("model", ["tiny_llama3"], indirect=True)
 def test_sampled_rows_depend_on_their_seed_alone(model: LanguageModel) -> None:
     drawing = Sampling(temperature=1.0, top_k=50, top_p=0.9)
     together = generate(
@@ -99,6 +102,7 @@ def test_sampled_rows_depend_on_their_seed_alone(model: LanguageModel) -> None:
         assert alone[0] == together[row]
 
 
+@pytest.mark.parametrize("model", ["tiny_llama3"], indirect=True)
 def test_stop_tokens_end_a_row_and_streams_bring_the_same(
     model: LanguageModel,
 ) -> None:

@@ -16,6 +16,8 @@ from fastjax.train.optimizer import Optimizer, make_optimizer
 from fastjax.train.state import TrainState, abstract_state, init_state
 from fastjax.train.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SIZES = {"table": (127, 1024), "deep": (3, 128, 256), "bias": (5,)}
 SCALES = (1.0, 0.0, 2.0)
 """Of the loss by step; at 0 it is not finite."""

@@ -16,6 +16,8 @@ from kernels.dispatch import UnsupportedOp
 from kernels.interpret import interpreted
 from kernels.numerics import relative_error, tolerance
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 BETAS = {"b1": 0.9, "b2": 0.999}
 
 

@@ -8,6 +8,8 @@ import pytest
 from kernels.int8 import STEP, Int8Array, dequantize, quantize
 from kernels.lora_matmul import lora_matmul
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 WEIGHT = jax.random.normal(jax.random.key(0), (24, 40), jnp.float32)
 
 

@@ -30,6 +30,8 @@ from kernels.nf4 import (
 )
 from kernels.nf4.cases import INTERPRETED, LARGE, SMALL, Case
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 IMPLEMENTATIONS = ["reference", "xla"]
 CHECKPOINTS = {
     "bnb_nf4_dq_bf16": 14,

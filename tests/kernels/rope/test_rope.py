@@ -10,6 +10,8 @@ from kernels.numerics import relative_error, tolerance
 from kernels.rope import rope, rotary_tables
 from kernels.rope.cases import CASES, GPU_CASES, RopeCase
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 DTYPES = (jnp.float32, jnp.bfloat16)
 
 
