@@ -1,5 +1,7 @@
 """Every op at real shapes."""
 
+import functools
+
 from .adam8bit import programs as adam8bit
 from .attention import programs as attention
 from .cross_entropy import programs as cross_entropy
@@ -11,6 +13,7 @@ from .rms_norm import programs as rms_norm
 from .rope import programs as rope
 
 
+@functools.cache
 def all_programs() -> tuple[Program, ...]:
     """Returns them in the order of the tables."""
     return (
