@@ -23,7 +23,7 @@ demo: setup
 	$(RUN) scripts/demo.py
 
 test: setup
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -q -n 2 -m "not gpu and not network and not slow"
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -q -n 2 --dist worksteal -m "not gpu and not network and not slow"
 
 # Everything, for hours: each fault at each point, 200 kills, 10,000 random inputs.
 test-slow: setup
