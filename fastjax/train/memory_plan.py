@@ -21,7 +21,7 @@ from fastjax.remat import KEEPING, RematPlan
 from fastjax.train.host_states import PIECE_BYTES, bytes_by_place
 from fastjax.train.optimizer import make_optimizer
 from kernels import dispatch
-from kernels.attention import dscores_bytes
+from kernels.attention import most_dscores_bytes
 from kernels.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
 from kernels.device import Capability, compute_capability
 
@@ -210,15 +210,16 @@ def _attention_bytes(spec: DecoderSpec, remat: RematPlan, shape: BatchShape) -> 
     keys = config.num_key_value_heads * config.head_dim
     wide = _ATTENTION_ROWS + ("offload" in remat.policies)
     row = width * (wide * config.hidden_size + _QUERY_ROWS * queries + _KEY_ROWS * keys)
+    more, tokens = 0, shape.micro_batch_tokens
     is_cudnn = spec.implementations.attention in _WITH_CUDNN and shape.documents == 1
     if is_cudnn and width < _FLOAT32:
-        row += 2 * _FLOAT32 * queries
-    heads = (config.num_attention_heads, config.head_dim)
-    q = abstract((shape.rows, shape.tokens, *heads), jnp.dtype(spec.compute_dtype))
-    is_lean = not set(remat.policies) & set(KEEPING) or width == _FLOAT32
-    by_kernels = spec.implementations.attention in _WITH_DSCORES and not is_lean
-    dscores = dscores_bytes(q, softcap=config.attention_softcap) if by_kernels else 0
-    return row * shape.micro_batch_tokens + dscores
+        more = 2 * _FLOAT32 * queries * tokens
+    by_kernels = spec.implementations.attention in _WITH_DSCORES
+    if by_kernels and set(remat.policies) & set(KEEPING):
+        heads = (config.num_attention_heads, config.head_dim)
+        q = abstract((shape.rows, shape.tokens, *heads), jnp.dtype(spec.compute_dtype))
+        more = max(more, most_dscores_bytes(q, softcap=config.attention_softcap))
+    return row * tokens + more
 
 
 @functools.cache

@@ -68,12 +68,14 @@ def attention(
     _check_arrays(q, k, v)
     _check_options(q, k, segment_ids, q_segment_ids, softcap, max_segments)
     window = _effective_window(window, q, q_index)
+    keeps_dscores = keeps_dscores and dscores_bytes(q, softcap=softcap) > 0
     case = choice_case(
         q.shape[3],
         q.shape[1],
         is_packed=segment_ids is not None and max_segments != 1,
         has_window=window is not None,
         has_softcap=softcap is not None,
+        keeps_dscores=keeps_dscores,
     )
     return dispatch.run(
         "attention",
@@ -123,10 +125,17 @@ def dscores_bytes(
 ) -> int:
     """Returns what the Hopper kernels hold more while they compute a gradient.
 
-    These are the gradients of the scores, if `attention` may keep them; 0 where it
-    would not. They grow with the square of the row.
+    These are the gradients of the scores, if they may be kept; 0 where they are not.
+    They grow with the square of the row.
     """
     return flash.dscores_bytes(q, has_softcap=softcap is not None)
+
+
+def most_dscores_bytes(
+    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, softcap: float | None = None
+) -> int:
+    """Returns the most that `dscores_bytes` is of such rows and of shorter ones."""
+    return flash.most_dscores_bytes(q, has_softcap=softcap is not None)
 
 
 def choice_case(
@@ -136,20 +145,26 @@ def choice_case(
     is_packed: bool,
     has_window: bool,
     has_softcap: bool,
+    keeps_dscores: bool,
 ) -> Case:
     """Returns what the default implementation depends on, as in the tuned tables.
+
+    Whole rows whose gradients of scores are not kept are "lean": cuDNN's backward may
+    be faster than the kernels then.
 
     The head size is a kind: the kernels' tiles differ by it, so that times of one size
     say nothing of another, at however near a number of tokens.
     """
-    rows = "packed" if is_packed else "window" if has_window else "whole"
+    whole = "whole" if keeps_dscores else "lean"
+    rows = "packed" if is_packed else "window" if has_window else whole
     if has_softcap:
         rows = "packed softcap" if is_packed else "softcap"
     return {"rows": rows, "head_size": str(head_size), "tokens": tokens}
 
 
 _SEEN_ON_GPU = {
-    "whole": (64, 80, 96, 128, 256),
+    "whole": (64, 96, 128),
+    "lean": (64, 80, 96, 128, 256),
     "packed": (64, 80, 96, 128, 256),
     "window": (96, 128, 256),
     "softcap": (128, 256),

@@ -141,6 +141,16 @@ INTERPRETED_CASES = (
         softcap=3.0,
     ),
     AttentionCase(
+        name="softcap_odd_groups",
+        batch=1,
+        tokens=128,
+        heads=6,
+        kv_heads=2,
+        head_size=64,
+        documents=(70, 40),
+        softcap=3.0,
+    ),
+    AttentionCase(
         name="keys_not_shared",
         batch=1,
         tokens=256,

@@ -18,13 +18,14 @@ from kernels.device import require_hopper
 from kernels.dispatch import UnsupportedOp
 
 from .mosaic_gpu import attention_forward
-from .mosaic_gpu_dscores import kept_bytes
+from .mosaic_gpu_dscores import MAX_BYTES, all_bytes
 from .mosaic_gpu_vjp import attention_backward
 from .mosaic_tiles import TileConfig, tile_config
 from .spans import Spans, causal_spans
 from .visits import Visits, visits_of
 from .vjp import RESIDUAL_NAMES
 
+_DTYPES = (jnp.bfloat16, jnp.float16)
 _MAX_ELEMENTS = 2**31
 
 
@@ -102,13 +103,29 @@ def dscores_bytes(
     q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, has_softcap: bool
 ) -> int:
     """Returns the bytes of the gradients of scores; 0 where they are not kept."""
+    size = _all_dscores_bytes(q, has_softcap=has_softcap)
+    return size if size <= MAX_BYTES else 0
+
+
+def most_dscores_bytes(
+    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, has_softcap: bool
+) -> int:
+    """Returns the most that they are of rows up to these."""
+    return min(_all_dscores_bytes(q, has_softcap=has_softcap), MAX_BYTES)
+
+
+def _all_dscores_bytes(
+    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, has_softcap: bool
+) -> int:
     try:
         tiles = tile_config(q.shape[3], has_softcap=has_softcap)
     except UnsupportedOp:
         return 0
+    if q.dtype not in _DTYPES:
+        return 0
     batch, tokens, heads, head_size = q.shape
     whole = (batch, tokens + -tokens % tiles.tokens, heads, head_size)
-    return kept_bytes(jax.ShapeDtypeStruct(whole, q.dtype), tiles)
+    return all_bytes(jax.ShapeDtypeStruct(whole, q.dtype), tiles)
 
 
 def chunk_attention(
@@ -155,7 +172,7 @@ def visited_attention(
 
 def _check(q: Array, k: Array, scale: float) -> None:
     require_hopper()
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype not in _DTYPES:
         raise UnsupportedOp(f"{q.dtype=} must be bfloat16 or float16")
     if scale <= 0:
         raise UnsupportedOp(f"{scale=} must be above 0")

@@ -1,7 +1,8 @@
 """Attention forward by the Hopper kernel, backward by cuDNN, for rows not packed.
 
 cuDNN's backward computes five products where the two kernels of `mosaic_gpu_vjp`
-compute seven; the forward kernel is the faster one. What is saved is as in `flash`.
+compute seven, unless they keep gradients of scores; the forward kernel is the faster
+one. What is saved is as in `flash`.
 """
 
 import functools

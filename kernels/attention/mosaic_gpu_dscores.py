@@ -11,7 +11,8 @@ heads share keys, it reads the keys once. One thread block runs on a multiproces
 the whole launch; one more warpgroup loads and is ahead into the next queries.
 
 Budget at H 128: 208 KiB of shared memory (three stages of 64 keys and their gradients
-48 each, results 64), 128 registers a thread for the results.
+48 each, results 64; where heads do not share keys, two stages of 64), 128 registers a
+thread for the results.
 """
 
 import functools
@@ -38,19 +39,17 @@ from .mosaic_tiles import (
 )
 from .spans import Spans, visited_keys
 
-KERNEL_NAME = "attention_dq_product"
+DQ_KERNEL_NAME = "attention_dq_product"
 
 MAX_BYTES = 5 * 2**28
 """What gradients of scores may take; 32 heads of 2 rows of 4,096 tokens: 1.1 GB."""
 
-BLOCK = 128
-"""Queries and keys of a tile in memory."""
-
+_BLOCK = 128  # queries and keys
 _HEADS = 2
-_HALVES = BLOCK // WARPGROUP_ROWS
+_HALVES = _BLOCK // WARPGROUP_ROWS
 _STEP = WARPGROUP_ROWS
 _MOST_STAGES = 3
-_SHARED_BYTES = 224 * 2**10
+_SHARED_BYTES = 224 * 2**10  # for results and stages
 
 
 def dscores_shape(q: jax.ShapeDtypeStruct | Array) -> tuple[int, int, int]:
@@ -79,12 +78,11 @@ def tile_of(keys: Any, tokens: int) -> Any:
     return keys * queries - 2 * pairs * (pairs + rest)
 
 
-def kept_bytes(q: jax.ShapeDtypeStruct | Array, tiles: TileConfig) -> int:
-    """Returns what gradients of scores take; 0 where they are not kept."""
+def all_bytes(q: jax.ShapeDtypeStruct | Array, tiles: TileConfig) -> int:
+    """Returns what gradients of scores take; 0 where the kernels cannot keep them."""
     if not tiles.keeps_dscores or q.shape[2] % _HEADS:
         return 0
-    size = math.prod(dscores_shape(q)) * q.dtype.itemsize
-    return size if size <= MAX_BYTES else 0
+    return math.prod(dscores_shape(q)) * q.dtype.itemsize
 
 
 class Outbox(NamedTuple):
@@ -116,7 +114,7 @@ class Outbox(NamedTuple):
     @staticmethod
     def memory(stages: int, dtype: jnp.dtype) -> dict[str, Any]:
         """Returns the shared memory, by name."""
-        shape = (2, stages, WARPGROUP_ROWS, WARPGROUP_ROWS)
+        shape = (_HALVES, stages, WARPGROUP_ROWS, WARPGROUP_ROWS)
         return {
             "outbox_smem": operand(shape, dtype),
             "outbox_free": plgpu.Barrier(num_barriers=stages),
@@ -142,8 +140,8 @@ class Outbox(NamedTuple):
         at, steps = self._stage(step), self.visit.steps
         head = self.first_head + lax.div(step, steps)
         queries = self.visit.block(lax.rem(step, steps))
-        for group in range(2):
-            tile = tile_of(self.keys * 2 + group, self.tokens) + queries
+        for group in range(_HALVES):
+            tile = tile_of(self.keys * _HALVES + group, self.tokens) + queries
             rows = pl.ds(tile * WARPGROUP_ROWS, WARPGROUP_ROWS)
             target = self.gmem.at[head, rows]
             plgpu.copy_smem_to_gmem(self.outbox_smem.at[group, at], target)
@@ -196,7 +194,7 @@ def dq_of_dscores(
     """
     batch, tokens, kv_heads, head_size = k.shape
     shares_keys = heads // kv_heads % _HEADS == 0
-    blocks = (tokens // BLOCK, batch, heads // _HEADS)
+    blocks = (tokens // _BLOCK, batch, heads // _HEADS)
     dealt = min(multiprocessors(), math.prod(blocks))
     tile = functools.partial(operand, dtype=k.dtype)
     gradients = (_HEADS, _HALVES * _STEP, WARPGROUP_ROWS)
@@ -221,7 +219,7 @@ def dq_of_dscores(
         grid_names=("block",),
         num_threads=_HALVES + 1,
         thread_name="half",
-        kernel_name=KERNEL_NAME,
+        kernel_name=DQ_KERNEL_NAME,
     )(dscores, k, ranges)
 
 
@@ -318,7 +316,7 @@ def _body(
         lax.fori_loop(begin, first, skip, None)
         pl.run_scoped(products, *[accumulator(head_size)] * _HEADS)
         plgpu.commit_smem()
-        queries = pl.ds(block * BLOCK + half * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        queries = pl.ds(block * _BLOCK + half * WARPGROUP_ROWS, WARPGROUP_ROWS)
         for i in range(_HEADS):
             target = dq_gmem.at[row, queries, pair * _HEADS + i]
             plgpu.copy_smem_to_gmem(dq_smem.at[half, i], target)

@@ -25,7 +25,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from .mosaic_gpu_dscores import Outbox, dq_of_dscores, dscores_shape, kept_bytes
+from .mosaic_gpu_dscores import (
+    MAX_BYTES,
+    Outbox,
+    all_bytes,
+    dq_of_dscores,
+    dscores_shape,
+)
 from .mosaic_tiles import (
     WARPGROUP_ROWS,
     Ring,
@@ -65,7 +71,8 @@ def attention_backward(
     statistics = lax.optimization_barrier((lse * LOG2_E, delta))
     options = {"scale": scale, "softcap": softcap, "tiles": tiles}
     q, k, _, _ = arrays
-    if not keeps_dscores or visits.dscores is None or not kept_bytes(q, tiles):
+    fits = 0 < all_bytes(q, tiles) <= MAX_BYTES
+    if not keeps_dscores or visits.dscores is None or not fits:
         dq = _dq(*arrays, statistics, visits, **options)
         dk, dv = _dkv(*arrays, statistics, visits, **options)
         return dq, dk, dv
@@ -214,7 +221,7 @@ def _dq_body(
 
             return pl.run_scoped(products, accumulator(head_size), accumulator(block_k))
 
-        dq = _zeros(head_size, jnp.float32)
+        dq = _zeros(head_size)
         masked = functools.partial(step, is_masked=True)
         dq = lax.fori_loop(0, visit.full_steps, step, dq)
         dq = lax.fori_loop(visit.full_steps, visit.steps, masked, dq)
@@ -326,8 +333,8 @@ def _dkv_body(
     columns = head_size // 2 if shares_rows else head_size
     row_group = 0 if shares_rows else group
     first_head = (batch * k_gmem.shape[2] + kv_head) * heads
-    place = (k_gmem.shape[1], visit, block, first_head, heads)
-    outbox = Outbox(dscores_gmem, *place, **outbox_memory) if outbox_memory else None
+    block_of = (k_gmem.shape[1], visit, block, first_head, heads)
+    outbox = Outbox(dscores_gmem, *block_of, **outbox_memory) if outbox_memory else None
 
     def keys(row_group):
         start = block * tiles.dkv_k + row_group * WARPGROUP_ROWS
@@ -429,7 +436,7 @@ def _dkv_body(
             gradients = lax.fori_loop(0, visit.full_steps, plain, gradients)
             return lax.fori_loop(visit.full_steps, visit.steps, masked, gradients)
 
-        zeros = _zeros(columns, jnp.float32)
+        zeros = _zeros(columns)
         dk, dv = lax.fori_loop(0, heads, over_head, (zeros, zeros))
         place = (batch, keys(row_group), kv_head)
         results = (
@@ -464,10 +471,9 @@ def _store(results, group, done) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _zeros(columns: int, dtype):
-    return plgpu.layout_cast(
-        jnp.zeros((WARPGROUP_ROWS, columns), dtype), plgpu.Layout.WGMMA
-    )
+def _zeros(columns: int):
+    zeros = jnp.zeros((WARPGROUP_ROWS, columns), jnp.float32)
+    return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
 
 
 def _weights(scores, lse, axis: int, mask, scale: float, softcap: float | None):

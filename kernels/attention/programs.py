@@ -14,53 +14,55 @@ from .cases import LARGE_CASES, AttentionCase
 
 
 def programs() -> tuple[Program, ...]:
-    """Returns every program of the op."""
-    return tuple(
-        program
-        for case in LARGE_CASES
-        for program in (
-            _program(case, "forward", _forward, products=2),
-            _program(case, "both", _both, products=7),
-        )
-    )
+    """Returns every program of the op.
+
+    Whole rows are computed without keeping gradients of scores too, where they could.
+    """
+    found = []
+    for case in LARGE_CASES:
+        found += [_program(case, "forward"), _program(case, "both")]
+        is_whole = not (case.documents or case.window or case.softcap)
+        if is_whole and _keeps(case):
+            found.append(_program(case, "lean"))
+    return tuple(found)
 
 
-def _program(
-    case: AttentionCase,
-    what: str,
-    run: Any,
-    *,
-    products: int,
-) -> Program:
-    """Builds a program that multiplies scores' worth of pairs `products` times."""
-    arguments = functools.partial(_arguments, case, has_dout=what == "both")
-    run = functools.partial(run, case)
+def _keeps(case: AttentionCase) -> bool:
+    q = jax.ShapeDtypeStruct(case.q_shape, jnp.bfloat16)
+    return dscores_bytes(q, softcap=case.softcap) > 0
+
+
+def _program(case: AttentionCase, what: str) -> Program:
+    """Builds the forward pass, both passes, or both without keeping gradients."""
+    has_dout = what != "forward"
+    keeps_dscores = _keeps(case) and what == "both"
+    arguments = functools.partial(_arguments, case, has_dout=has_dout)
+    run = functools.partial(_forward, case)
+    if has_dout:
+        run = functools.partial(_both, case, keeps_dscores)
     shapes = jax.eval_shape(arguments)
-    results = shapes[2:] if what == "both" else shapes[2]
     decided = choice_case(
         case.head_size,
         case.tokens,
         is_packed=bool(case.documents),
         has_window=case.window is not None,
         has_softcap=case.softcap is not None,
+        keeps_dscores=keeps_dscores,
     )
-    kernels = ()
-    if what == "both":
-        q = jax.ShapeDtypeStruct(case.q_shape, jnp.bfloat16)
-        dq = mosaic_gpu_vjp.DQ_KERNEL_NAME
-        if dscores_bytes(q, softcap=case.softcap):
-            dq = mosaic_gpu_dscores.KERNEL_NAME
-        kernels = (dq, mosaic_gpu_vjp.DKV_KERNEL_NAME)
+    dq = mosaic_gpu_dscores if keeps_dscores else mosaic_gpu_vjp
+    backward = (dq.DQ_KERNEL_NAME, mosaic_gpu_vjp.DKV_KERNEL_NAME)
+    # Scores' worth of pairs.
+    products = 7 if has_dout else 2
     return Program(
         name=f"attention.{what}/{case.name}",
         run=run,
         arguments=arguments,
-        bytes_moved=nbytes((shapes, results)),
+        bytes_moved=nbytes((shapes, shapes[2:] if has_dout else shapes[2])),
         flops=products * 2 * case.heads * case.head_size * case.visible_pairs(),
-        kernels=(mosaic_gpu.KERNEL_NAME, *kernels),
+        kernels=(mosaic_gpu.KERNEL_NAME, *(backward if has_dout else ())),
         implementations=("mosaic_gpu", "mosaic_gpu_cudnn", "cudnn", "xla"),
         # Training decides.
-        decides=("attention", decided) if what == "both" else None,
+        decides=("attention", decided) if has_dout else None,
     )
 
 
@@ -88,13 +90,16 @@ def _forward(
     visits: Any,
     *arrays: Any,
     implementation: str,
+    keeps_dscores: bool = True,
 ) -> Any:
     options = case.options() | {"segment_ids": segment_ids, "visits": visits}
-    return attention(*arrays, **options, implementation=implementation)
+    options |= {"keeps_dscores": keeps_dscores, "implementation": implementation}
+    return attention(*arrays, **options)
 
 
 def _both(
     case: AttentionCase,
+    keeps_dscores: bool,
     segment_ids: Any,
     visits: Any,
     *arrays_and_dout: Any,
@@ -103,7 +108,12 @@ def _both(
     """Returns the output and the three gradients."""
     *arrays, dout = arrays_and_dout
     run = functools.partial(
-        _forward, case, segment_ids, visits, implementation=implementation
+        _forward,
+        case,
+        segment_ids,
+        visits,
+        implementation=implementation,
+        keeps_dscores=keeps_dscores,
     )
     out, pullback = jax.vjp(run, *arrays)
     return out, *pullback(dout)

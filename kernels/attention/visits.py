@@ -26,7 +26,7 @@ class Visits(NamedTuple):
       dq: The same in the dq kernel.
       dkv: Ranges of the blocks of keys.
       dscores: Ranges of the blocks of queries in the kernel that takes gradients of
-        scores from memory; None for chunks of rows, which make them anew.
+        scores from memory; None where none does: chunks of rows make them twice.
     """
 
     spans: Spans
@@ -57,7 +57,7 @@ def visits_of(
         key_blocks(spans, tiles.block_q, tiles.forward_k),
         key_blocks(spans, tiles.block_q, tiles.dq_k),
         query_blocks(spans, k_tokens, tiles.dkv_q, tiles.dkv_k),
-        None if is_chunk else key_ranges(spans),
+        key_ranges(spans) if tiles.keeps_dscores and not is_chunk else None,
     )
 
 

@@ -138,21 +138,28 @@ def test_every_row_of_the_benchmark_is_of_a_program_that_exists():
 
 @pytest.mark.parametrize("tokens", [1024, 2048, 8192])
 @pytest.mark.parametrize(
-    ("head_size", "fastest"),
+    ("head_size", "keeps_dscores", "fastest"),
     [
-        (64, "cudnn"),
-        (80, "mosaic_gpu"),
-        (96, "mosaic_gpu"),
-        (128, "mosaic_gpu"),
-        (256, "mosaic_gpu_cudnn"),
+        (64, True, "cudnn"),
+        (64, False, "cudnn"),
+        (80, False, "mosaic_gpu"),
+        (96, True, "mosaic_gpu"),
+        (96, False, "mosaic_gpu_cudnn"),
+        (128, True, "mosaic_gpu"),
+        (256, False, "mosaic_gpu_cudnn"),
     ],
 )
 def test_heads_take_the_times_of_their_own_size(
-    head_size, fastest, tokens, monkeypatch
+    head_size, keeps_dscores, fastest, tokens, monkeypatch
 ):
     monkeypatch.undo()
     case = choice_case(
-        head_size, tokens, is_packed=False, has_window=False, has_softcap=False
+        head_size,
+        tokens,
+        is_packed=False,
+        has_window=False,
+        has_softcap=False,
+        keeps_dscores=keeps_dscores,
     )
     times = {"xla": 0, "cudnn": 0, "mosaic_gpu_cudnn": 0, "mosaic_gpu": 0}
     with assume_compute_capability(HOPPER):

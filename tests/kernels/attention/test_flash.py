@@ -193,7 +193,7 @@ def test_saved_residuals_spare_the_forward_pass(saved, forwards):
     ],
 )
 def test_gradients_of_scores_are_kept_where_they_may_be(options, dq):
-    arrays = INTERPRETED_CASES[2].arrays(jnp.bfloat16)
+    arrays = INTERPRETED_CASES[3].arrays(jnp.bfloat16)
 
     def objective(*arrays):
         out = attention(*arrays, implementation="mosaic_gpu", **options)
