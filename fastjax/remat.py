@@ -108,7 +108,11 @@ def remat_plan(remat: Remat | None, num_layers: int) -> RematPlan | None:
 
 
 def rematerialised(
-    body: Callable[..., Any], policy: RematPolicy, *, is_scanned: bool = True
+    body: Callable[..., Any],
+    policy: RematPolicy,
+    *,
+    is_scanned: bool = True,
+    own_barrier: Any = True,
 ) -> Callable[..., Any]:
     """Returns a layer's function that keeps what `policy` names, no more.
 
@@ -117,14 +121,14 @@ def rematerialised(
       policy: What its backward pass finds.
       is_scanned: Forward and backward pass are loops of their own. In one program XLA
         would else find the same terms in both and keep them all.
+      own_barrier: A tree like what trains: what the second pass makes terms of anew.
     """
     keeps = _saveable(policy)
     if is_scanned:
         return jax.checkpoint(body, policy=keeps, prevent_cse=False)
-    # The place stays a constant to XLA, so that kernels read stacks where they lie, and
-    # both passes read what trains in that way, or the second one would have a copy. The
+    # The place stays a constant to XLA, so that kernels read stacks where they lie. The
     # inner jit holds the body's constants, for which a tuple has no entries.
-    prevent_cse = (False, True, False, True)
+    prevent_cse = (False, True, own_barrier, True)
     return jax.checkpoint(jax.jit(body), policy=keeps, prevent_cse=prevent_cse)
 
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-LINE = 64  # numbers
+NUMBERS_A_LINE = 64
 
 
 def as_lines(numbers: jax.typing.ArrayLike) -> Float32[Array, "*L line"]:
     """Returns each number, in float32, as often as a line has room for it."""
     values = jnp.asarray(numbers, jnp.float32)[..., None]
-    return jnp.broadcast_to(values, (*values.shape[:-1], LINE))
+    return jnp.broadcast_to(values, (*values.shape[:-1], NUMBERS_A_LINE))

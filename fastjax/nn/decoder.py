@@ -24,8 +24,9 @@ from fastjax.nn.kv_cache import (
 )
 from fastjax.nn.norm import RMSNorm
 from fastjax.nn.rope import RotaryEmbedding
-from fastjax.nn.variables import Frozen
+from fastjax.nn.variables import Frozen, LoRAParam
 from fastjax.remat import KEEPING, Remat, RematPlan, remat_plan, rematerialised
+from kernels.line import NUMBERS_A_LINE
 
 
 class Segment(nnx.Module):
@@ -310,7 +311,11 @@ def _planned(
         body = functools.partial(layer, policy)
         if remat.writes_out(policy):
             # One function for all, so that it is traced and lowered once.
-            kept = jax.jit(rematerialised(body, policy, is_scanned=False))
+            kept = jax.jit(
+                rematerialised(
+                    body, policy, is_scanned=False, own_barrier=_own_barrier(inputs)
+                )
+            )
             for index in own:
                 part = jax.tree.map(lambda leaf, i=index: leaf[i], inputs)
                 x = kept(jnp.int32(index), x, part, stacks)
@@ -322,6 +327,22 @@ def _planned(
         else:
             x = _scanned(kept, x, inputs, stacks, own)
     return x
+
+
+def _own_barrier(inputs: tuple[Any, Any]) -> tuple[Any, bool]:
+    """Returns False for adapters, True for other weights and for the keys of dropout.
+
+    Both passes read adapters where they lie in their stacks; the second one would read
+    a copy behind a barrier. Without one, masks and 16-bit copies of whole weights would
+    stay from the first pass on.
+    """
+    trained, _ = inputs
+    barrier = jax.tree.map(
+        lambda weight: not isinstance(weight, LoRAParam),
+        trained,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+    return barrier, True
 
 
 def _scanned(
@@ -353,12 +374,13 @@ def _layer_of(index: Any, stack: Array) -> Array:
 
 
 def _summed_layer_of(index: Any, stack: Array) -> Array:
-    """Does as `_layer_of`, and picks a number a layer by a sum.
+    """Does as `_layer_of`, and picks a number a layer, or a line of it, by a sum.
 
     XLA would copy it on the stream that takes activations to the host, and the layer
     would wait for these.
     """
-    if stack.ndim > 1:
+    if stack.shape[1:] not in ((), (NUMBERS_A_LINE,)):
         return _layer_of(index, stack)
-    is_own = jnp.arange(stack.shape[0]) == index
-    return jnp.sum(jnp.where(is_own, stack, jnp.zeros_like(stack)), dtype=stack.dtype)
+    layers = jnp.arange(stack.shape[0]).reshape(-1, *(1,) * (stack.ndim - 1))
+    own = jnp.where(layers == index, stack, jnp.zeros_like(stack))
+    return jnp.sum(own, axis=0, dtype=stack.dtype)

@@ -127,6 +127,7 @@ class Linear(nnx.Module):
         self.lora_magnitude = _parameter((out_features,), f32) if is_dora else None
         has_up_bias = adapter is not None and adapter.has_bias
         self.lora_b_bias = _parameter((out_features,), f32) if has_up_bias else None
+        # A line of it, which kernels read where it lies in a stack of layers.
         self.lora_scaling = Frozen(as_lines(adapter.scaling)) if adapter else None
         self.lora_dropout = adapter.dropout if adapter else 0.0
         self.implementation = implementation

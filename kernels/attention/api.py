@@ -134,7 +134,7 @@ def dscores_bytes(
 def most_dscores_bytes(
     q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, softcap: float | None = None
 ) -> int:
-    """Returns the most that `dscores_bytes` is of such rows and of shorter ones."""
+    """Returns no less than `dscores_bytes` is of such rows and of shorter ones."""
     return flash.most_dscores_bytes(q, has_softcap=softcap is not None)
 
 

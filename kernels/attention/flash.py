@@ -7,6 +7,7 @@ Rows are padded to whole blocks.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +19,7 @@ from kernels.device import require_hopper
 from kernels.dispatch import UnsupportedOp
 
 from .mosaic_gpu import attention_forward
-from .mosaic_gpu_dscores import MAX_BYTES, all_bytes
+from .mosaic_gpu_dscores import MAX_BYTES, all_bytes, kept_bytes
 from .mosaic_gpu_vjp import attention_backward
 from .mosaic_tiles import TileConfig, tile_config
 from .spans import Spans, causal_spans
@@ -103,20 +104,22 @@ def dscores_bytes(
     q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, has_softcap: bool
 ) -> int:
     """Returns the bytes of the gradients of scores; 0 where they are not kept."""
-    size = _all_dscores_bytes(q, has_softcap=has_softcap)
-    return size if size <= MAX_BYTES else 0
+    return _dscores_bytes(kept_bytes, q, has_softcap)
 
 
 def most_dscores_bytes(
     q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, has_softcap: bool
 ) -> int:
-    """Returns the most that they are of rows up to these."""
-    return min(_all_dscores_bytes(q, has_softcap=has_softcap), MAX_BYTES)
+    """Returns no less than they are of rows up to these."""
+    return min(_dscores_bytes(all_bytes, q, has_softcap), MAX_BYTES)
 
 
-def _all_dscores_bytes(
-    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, has_softcap: bool
+def _dscores_bytes(
+    count: Callable[[jax.ShapeDtypeStruct, TileConfig], int],
+    q: Array | jax.ShapeDtypeStruct,
+    has_softcap: bool,
 ) -> int:
+    """Returns the count for rows of whole blocks; 0 for what the kernels refuse."""
     try:
         tiles = tile_config(q.shape[3], has_softcap=has_softcap)
     except UnsupportedOp:
@@ -125,7 +128,7 @@ def _all_dscores_bytes(
         return 0
     batch, tokens, heads, head_size = q.shape
     whole = (batch, tokens + -tokens % tiles.tokens, heads, head_size)
-    return all_bytes(jax.ShapeDtypeStruct(whole, q.dtype), tiles)
+    return count(jax.ShapeDtypeStruct(whole, q.dtype), tiles)
 
 
 def chunk_attention(

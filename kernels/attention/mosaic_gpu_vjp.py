@@ -25,13 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from .mosaic_gpu_dscores import (
-    MAX_BYTES,
-    Outbox,
-    all_bytes,
-    dq_of_dscores,
-    dscores_shape,
-)
+from .mosaic_gpu_dscores import Outbox, dq_of_dscores, dscores_shape, kept_bytes
 from .mosaic_tiles import (
     WARPGROUP_ROWS,
     Ring,
@@ -71,8 +65,7 @@ def attention_backward(
     statistics = lax.optimization_barrier((lse * LOG2_E, delta))
     options = {"scale": scale, "softcap": softcap, "tiles": tiles}
     q, k, _, _ = arrays
-    fits = 0 < all_bytes(q, tiles) <= MAX_BYTES
-    if not keeps_dscores or visits.dscores is None or not fits:
+    if not keeps_dscores or visits.dscores is None or not kept_bytes(q, tiles):
         dq = _dq(*arrays, statistics, visits, **options)
         dk, dv = _dkv(*arrays, statistics, visits, **options)
         return dq, dk, dv

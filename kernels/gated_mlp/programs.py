@@ -216,7 +216,7 @@ def _network_arguments(case: NetworkCase) -> tuple[Any, ...]:
             quantize(normal(inputs, outputs) * _WEIGHT_DEVIATION),
             lora_a=a.astype(jnp.float32) * _WEIGHT_DEVIATION,
             lora_b=b.astype(jnp.float32) * _WEIGHT_DEVIATION,
-            scaling=jnp.float32(1),
+            scaling=as_lines(1),
         )
 
     inner = [projection(case.inputs, case.features, rank) for rank in case.ranks[:2]]

@@ -226,7 +226,7 @@ class _Block:
       ring: Tiles of gate, up and their unit's cotangent; the warpgroups take steps in
         turn and put in their place what they make of them.
       ups_smem: The slab of `ups`.
-      narrow_smem: Rows of `narrow`, transposed.
+      narrow_smem: Columns of `narrow`.
       half_smem: One warpgroup's part of `dxa`, to which the other adds its own.
     """
 

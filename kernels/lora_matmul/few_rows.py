@@ -26,7 +26,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from kernels.dispatch import UnsupportedOp
-from kernels.line import LINE
 from kernels.nf4 import NF4Array, ptx
 from kernels.nf4.codebooks import DYNAMIC_MAP
 from kernels.packed import PackedArray
@@ -104,7 +103,7 @@ def few_rows_product(
         w.codes.reshape(outputs, -1),
         w.absmax.reshape(outputs, -1),
         w.nested_absmax,
-        w.nested_offset.reshape(LINE),
+        w.nested_offset,
         jnp.asarray(DYNAMIC_MAP),
         jnp.asarray(values),
     )

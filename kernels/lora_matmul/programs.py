@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels.line import as_lines
 from kernels.nf4 import mosaic_gpu as nf4
 from kernels.nf4 import quantize
 from kernels.program import Program, moved_bytes
@@ -103,7 +104,7 @@ def _arguments(case: Case) -> tuple[Any, ...]:
             quantize(normal((case.inputs, outputs), "bfloat16") * _WEIGHT_DEVIATION),
             lora_a=normal((case.inputs, rank), "float32") * _WEIGHT_DEVIATION,
             lora_b=normal((rank, outputs), "float32") * _WEIGHT_DEVIATION,
-            scaling=jnp.float32(1),
+            scaling=as_lines(1),
         )
         for outputs, rank in zip(case.outputs, case.ranks, strict=True)
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from kernels.line import LINE
+from kernels.line import NUMBERS_A_LINE
 from kernels.packed import PackedArray
 
 
@@ -53,4 +53,6 @@ class Projection:
     def scale_line(self) -> Float32[Array, " line"]:
         """A line of `scaling`."""
         assert self.scaling is not None
-        return jnp.broadcast_to(jnp.asarray(self.scaling, jnp.float32), (LINE,))
+        return jnp.broadcast_to(
+            jnp.asarray(self.scaling, jnp.float32), (NUMBERS_A_LINE,)
+        )

@@ -1,5 +1,6 @@
 """The public way from 4-bit codes to numbers."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,7 +9,7 @@ from jaxtyping import Array, Float
 from kernels import dispatch
 from kernels.choice import fastest_first
 from kernels.joint_launch import Work, joint_launch
-from kernels.line import LINE
+from kernels.line import NUMBERS_A_LINE
 
 from . import mosaic_gpu, reference, xla
 from .array import NF4Array
@@ -103,8 +104,8 @@ def _check(w: NF4Array) -> None:
     expected = {"codes": -(-w.size // 2), "absmax": blocks}
     if w.is_double_quantized:
         expected["nested_absmax"] = -(-blocks // w.nested_block_size)
-        expected["nested_offset"] = LINE
+        expected["nested_offset"] = NUMBERS_A_LINE
     for name, size in expected.items():
-        actual = getattr(w, name).shape[-1]
+        actual = math.prod(getattr(w, name).shape[-1:])
         if actual != size:
             raise ValueError(f"{w.shape=} needs {size} {name}, got {actual}")

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from kernels.device import require_hopper
 from kernels.dispatch import UnsupportedOp
 from kernels.joint_launch import Work, joint_launch
-from kernels.line import LINE
+from kernels.line import NUMBERS_A_LINE
 from kernels.stand_in import stand_in
 
 from . import ptx, rounding
@@ -138,7 +138,7 @@ class _Decode:
             nested = lax.div(chunk_of_matrix, jnp.int32(_CHUNKS_A_NESTED_BLOCK))
             nested += matrix * nested_blocks
             scales.append(nested_absmax.at[pl.ds(nested, 1)])
-            scales += [offset.at[pl.ds(matrix * LINE, 1)], dynamic_map]
+            scales += [offset.at[pl.ds(matrix * NUMBERS_A_LINE, 1)], dynamic_map]
         scale = _scales_by_thread(scales)
         for step, own in enumerate(codes):
             values = _decode(own, codebook, scale, step, self.dtype)

@@ -46,7 +46,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                     yield from _equations(inner)
 
 
-def _gradient(spec: DecoderSpec, remat: str) -> Any:
+def _gradient(spec: DecoderSpec, remat: str | RematPlan) -> Any:
     """Returns the program of the training loss's gradient."""
     graphdef, trainable, frozen = nnx.split(abstract_decoder(spec), nnx.Param, ...)
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
@@ -113,6 +113,28 @@ def test_policies_save_the_bytes_that_they_state() -> None:
         # Under "attention" the skinny products of q, k, v and o are saved as well.
         expected, on_host = saved_bytes(_spec(), 0, remat)
         assert (saved / layers / tokens, on_host) == (expected, 0), remat
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_passes_of_a_written_out_layer_share_adapters_alone(is_full: bool) -> None:
+    """Of what has no barrier, XLA may keep all terms from the first pass on."""
+    spec = _spec()
+    if is_full:
+        spec = DecoderSpec(config=spec.config, trains_weights=True)
+    layers = spec.config.num_hidden_layers
+    plan = RematPlan(policies=("attention",) * layers, is_unrolled=True)
+    found = [e for e in _equations(_gradient(spec, plan)) if "prevent_cse" in e.params]
+    shared = {
+        value.aval.shape
+        for equation in found
+        for value, has_barrier in zip(
+            equation.invars, equation.params["prevent_cse"], strict=True
+        )
+        if not has_barrier and value.aval.ndim == 2 and value.aval.dtype == jnp.float32
+    }
+    assert len(found) == layers
+    assert bool(shared) is not is_full
+    assert all(RANK in shape for shape in shared)
 
 
 def test_each_policy_recomputes_only_what_it_must() -> None:

@@ -1,5 +1,6 @@
 """NF4 and FP4: bit-equality with bitsandbytes, and the rules of the type."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.flax import load_file
 from kernels.device import HOPPER, assume_compute_capability, compute_capability
 from kernels.dispatch import UnsupportedOp
 from kernels.interpret import interpreted
-from kernels.line import LINE, as_lines
+from kernels.line import NUMBERS_A_LINE, as_lines
 from kernels.lora_matmul.narrow import Part, narrow_work
 from kernels.nf4 import (
     CODEBOOKS,
@@ -339,7 +340,7 @@ def test_scan_over_a_stack_and_vmap() -> None:
 def test_bytes_of_double_quantised_scales() -> None:
     w = jax.eval_shape(quantize, jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16))
     scales = 4096 * 4096 // 64
-    assert w.nbytes == 4096 * 4096 // 2 + scales + 4 * (scales // 256 + LINE)
+    assert w.nbytes == 4096 * 4096 // 2 + scales + 4 * (scales // 256 + NUMBERS_A_LINE)
 
 
 def test_asked_dtype_is_reached_through_the_stored_one() -> None:
@@ -360,8 +361,11 @@ def test_wrong_use_is_named() -> None:
     with pytest.raises(ValueError, match="block_size=63"):
         quantize(jnp.ones((4, 4)), block_size=63)
     w = quantize(jnp.ones((64, 4)))
-    broken = jax.tree.map(lambda leaf: leaf[..., :1] if leaf.ndim else leaf, w)
+    broken = jax.tree.map(lambda leaf: leaf[..., :1], w)
     with pytest.raises(ValueError, match="needs 128 codes, got 1"):
         dequantize(broken)
+    assert w.nested_offset is not None
+    with pytest.raises(ValueError, match="needs 64 nested_offset, got 1"):
+        dequantize(dataclasses.replace(w, nested_offset=w.nested_offset[0]))
     with pytest.raises(ValueError, match="no implementation 'triton'"):
         dequantize(w, implementation="triton")
