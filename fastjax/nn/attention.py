@@ -45,9 +45,12 @@ class TokenContext:
     visits: Visits | None = None
     is_lean: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def with_rope(self, index: int | Int[Array, ""]) -> "TokenContext":
+    def for_layer(
+        self, rope: int | Int[Array, ""], *, is_lean: bool = False
+    ) -> "TokenContext":
         """Returns what a layer with that kind of RoPE knows."""
-        return dataclasses.replace(self, cos=self.cos[index], sin=self.sin[index])
+        cos, sin = self.cos[rope], self.sin[rope]
+        return dataclasses.replace(self, cos=cos, sin=sin, is_lean=is_lean)
 
 
 class Attention(nnx.Module):

@@ -1,6 +1,5 @@
 """The whole decoder: embedding, segments of scanned layers, norm and head."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -95,9 +94,8 @@ class Segment(nnx.Module):
             pick = _summed_layer_of if is_offloading else _layer_of
             held, window, rope = jax.tree.map(functools.partial(pick, index), stacks)
             block = nnx.merge(graphdef, trained, held)
-            own_context = dataclasses.replace(
-                context.with_rope(self.rope if rope is None else rope),
-                is_lean=policy not in KEEPING,
+            own_context = context.for_layer(
+                self.rope if rope is None else rope, is_lean=policy not in KEEPING
             )
             window = self.window if window is None else window
             if policy == "offload":
@@ -133,7 +131,7 @@ class Segment(nnx.Module):
             weights, (window, rope), index = layer
             hidden, updated = nnx.merge(graphdef, weights)(
                 hidden,
-                context.with_rope(self.rope if rope is None else rope),
+                context.for_layer(self.rope if rope is None else rope),
                 window=self.window if window is None else window,
                 cache=LayerCache(segment, index),
             )

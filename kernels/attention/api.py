@@ -56,7 +56,7 @@ def attention(
       visits: What the Hopper kernels know of these documents and this window, from
         `attention_visits`; None makes it here.
       keeps_dscores: The Hopper kernels may hold the gradients of the scores in memory
-        between two kernels of the backward pass, where that is faster: `dscores_bytes`.
+        between two kernels of the backward pass, where `dscores_bytes` is above 0.
       implementation: "mosaic_gpu", "cudnn", "mosaic_gpu_cudnn" (forward by the one,
         backward by the other), "xla" or "reference"; None takes the fastest able, as
         measured.
@@ -68,7 +68,7 @@ def attention(
     _check_arrays(q, k, v)
     _check_options(q, k, segment_ids, q_segment_ids, softcap, max_segments)
     window = _effective_window(window, q, q_index)
-    keeps_dscores = keeps_dscores and dscores_bytes(q, softcap=softcap) > 0
+    keeps_dscores = keeps_dscores and flash.dscores_bytes(q, softcap=softcap) > 0
     case = choice_case(
         q.shape[3],
         q.shape[1],
@@ -118,24 +118,6 @@ def attention_visits(
         )
     except UnsupportedOp:
         return None
-
-
-def dscores_bytes(
-    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, softcap: float | None = None
-) -> int:
-    """Returns what the Hopper kernels hold more while they compute a gradient.
-
-    These are the gradients of the scores, if they may be kept; 0 where they are not.
-    They grow with the square of the row.
-    """
-    return flash.dscores_bytes(q, has_softcap=softcap is not None)
-
-
-def most_dscores_bytes(
-    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, softcap: float | None = None
-) -> int:
-    """Returns no less than `dscores_bytes` is of such rows and of shorter ones."""
-    return flash.most_dscores_bytes(q, has_softcap=softcap is not None)
 
 
 def choice_case(

@@ -7,7 +7,6 @@ Rows are padded to whole blocks.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -19,7 +18,7 @@ from kernels.device import require_hopper
 from kernels.dispatch import UnsupportedOp
 
 from .mosaic_gpu import attention_forward
-from .mosaic_gpu_dscores import MAX_BYTES, all_bytes, kept_bytes
+from .mosaic_gpu_dscores import MAX_BYTES, all_bytes
 from .mosaic_gpu_vjp import attention_backward
 from .mosaic_tiles import TileConfig, tile_config
 from .spans import Spans, causal_spans
@@ -38,7 +37,7 @@ class FlashOptions:
       scale: Of the scores.
       softcap: Bound of the scores, or None.
       tiles: Blocks of the kernels.
-      keeps_dscores: See `api.attention`.
+      keeps_dscores: Gradients of scores stay in memory; `dscores_bytes` allows it.
     """
 
     scale: float
@@ -97,38 +96,39 @@ def row_visits(
     batch, tokens, _, head_size = q.shape
     tiles = tile_config(head_size, has_softcap=has_softcap)
     spans = causal_spans(batch, tokens, tokens, segment_ids=segment_ids, window=window)
-    return visits_of(spans, tokens, tiles, is_chunk=False)
+    return visits_of(spans, tokens, tiles)
 
 
 def dscores_bytes(
-    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, has_softcap: bool
+    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, softcap: float | None = None
 ) -> int:
-    """Returns the bytes of the gradients of scores; 0 where they are not kept."""
-    return _dscores_bytes(kept_bytes, q, has_softcap)
+    """Returns what the kernels hold more while they compute a gradient.
+
+    These are the gradients of the scores, if they may be kept; 0 where they are not.
+    They grow with the square of the row.
+    """
+    size = _all_dscores_bytes(q, softcap)
+    return size if size <= MAX_BYTES else 0
 
 
 def most_dscores_bytes(
-    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, has_softcap: bool
+    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct, *, softcap: float | None = None
 ) -> int:
-    """Returns no less than they are of rows up to these."""
-    return min(_dscores_bytes(all_bytes, q, has_softcap), MAX_BYTES)
+    """Returns no less than `dscores_bytes` is of such rows and of shorter ones."""
+    return min(_all_dscores_bytes(q, softcap), MAX_BYTES)
 
 
-def _dscores_bytes(
-    count: Callable[[jax.ShapeDtypeStruct, TileConfig], int],
-    q: Array | jax.ShapeDtypeStruct,
-    has_softcap: bool,
-) -> int:
-    """Returns the count for rows of whole blocks; 0 for what the kernels refuse."""
+def _all_dscores_bytes(q: Array | jax.ShapeDtypeStruct, softcap: float | None) -> int:
+    """Returns those of whole blocks; 0 where the kernels do not store them."""
     try:
-        tiles = tile_config(q.shape[3], has_softcap=has_softcap)
+        tiles = tile_config(q.shape[3], has_softcap=softcap is not None)
     except UnsupportedOp:
         return 0
     if q.dtype not in _DTYPES:
         return 0
     batch, tokens, heads, head_size = q.shape
     whole = (batch, tokens + -tokens % tiles.tokens, heads, head_size)
-    return count(jax.ShapeDtypeStruct(whole, q.dtype), tiles)
+    return all_bytes(jax.ShapeDtypeStruct(whole, q.dtype), tiles)
 
 
 def chunk_attention(
@@ -150,7 +150,7 @@ def chunk_attention(
       UnsupportedOp: The kernels lack this case, or there is no such device.
     """
     tiles = tile_config(q.shape[3], has_softcap=softcap is not None)
-    visits = visits_of(spans, k.shape[1], tiles, is_chunk=True)
+    visits = visits_of(spans, k.shape[1], tiles)
     return visited_attention(q, k, v, visits, scale=scale, softcap=softcap)
 
 

@@ -78,12 +78,6 @@ def tile_of(keys: Any, tokens: int) -> Any:
     return keys * queries - 2 * pairs * (pairs + rest)
 
 
-def kept_bytes(q: jax.ShapeDtypeStruct | Array, tiles: TileConfig) -> int:
-    """Returns what gradients of scores take; 0 where they are not kept."""
-    size = all_bytes(q, tiles)
-    return size if size <= MAX_BYTES else 0
-
-
 def all_bytes(q: jax.ShapeDtypeStruct | Array, tiles: TileConfig) -> int:
     """Returns what all gradients of scores take; 0 where the kernels cannot store."""
     if not tiles.keeps_dscores or q.shape[2] % _HEADS:

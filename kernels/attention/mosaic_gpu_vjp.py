@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
-from .mosaic_gpu_dscores import Outbox, dq_of_dscores, dscores_shape, kept_bytes
+from .mosaic_gpu_dscores import Outbox, dq_of_dscores, dscores_shape
 from .mosaic_tiles import (
     WARPGROUP_ROWS,
     Ring,
@@ -65,10 +65,11 @@ def attention_backward(
     statistics = lax.optimization_barrier((lse * LOG2_E, delta))
     options = {"scale": scale, "softcap": softcap, "tiles": tiles}
     q, k, _, _ = arrays
-    if not keeps_dscores or visits.dscores is None or not kept_bytes(q, tiles):
+    if not keeps_dscores:
         dq = _dq(*arrays, statistics, visits, **options)
         dk, dv = _dkv(*arrays, statistics, visits, **options)
         return dq, dk, dv
+    assert visits.dscores is not None
     dk, dv, dscores = _dkv(*arrays, statistics, visits, **options, keeps_dscores=True)
     dq = dq_of_dscores(dscores, k, visits.dscores, heads=q.shape[2], scale=scale)
     return dq, dk, dv

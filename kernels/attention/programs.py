@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from kernels.program import Program, nbytes
 
 from . import mosaic_gpu, mosaic_gpu_dscores, mosaic_gpu_vjp
-from .api import attention, attention_visits, choice_case, dscores_bytes
+from .api import attention, attention_visits, choice_case
 from .cases import LARGE_CASES, AttentionCase
+from .flash import dscores_bytes
 
 
 def programs() -> tuple[Program, ...]:

@@ -26,7 +26,7 @@ class Visits(NamedTuple):
       dq: The same in the dq kernel.
       dkv: Ranges of the blocks of keys.
       dscores: Ranges of the blocks of queries in the kernel that takes gradients of
-        scores from memory; None where none does: chunks of rows make them twice.
+        scores from memory; None where none does.
     """
 
     spans: Spans
@@ -37,17 +37,8 @@ class Visits(NamedTuple):
     dscores: Int32[Array, "B I 3 2"] | None
 
 
-def visits_of(
-    spans: Spans, k_tokens: int, tiles: TileConfig, *, is_chunk: bool
-) -> Visits:
-    """Returns the visits of rows of so many keys, which may be no whole blocks.
-
-    Args:
-      spans: Of the queries.
-      k_tokens: Keys of a row.
-      tiles: Blocks of the kernels.
-      is_chunk: Queries may see keys at later places than their own.
-    """
+def visits_of(spans: Spans, k_tokens: int, tiles: TileConfig) -> Visits:
+    """Returns the visits of rows of so many keys, which may be no whole blocks."""
     padding = ((0, 0), (0, -spans.first.shape[1] % tiles.tokens))
     spans = Spans(*(jnp.pad(x, padding) for x in spans))
     k_tokens += -k_tokens % tiles.tokens
@@ -57,7 +48,7 @@ def visits_of(
         key_blocks(spans, tiles.block_q, tiles.forward_k),
         key_blocks(spans, tiles.block_q, tiles.dq_k),
         query_blocks(spans, k_tokens, tiles.dkv_q, tiles.dkv_k),
-        key_ranges(spans) if tiles.keeps_dscores and not is_chunk else None,
+        key_ranges(spans) if tiles.keeps_dscores else None,
     )
 
 
