@@ -326,9 +326,7 @@ def _dkv_body(
     shares_rows = tiles.dkv_k == WARPGROUP_ROWS
     columns = head_size // 2 if shares_rows else head_size
     row_group = 0 if shares_rows else group
-    first_head = (batch * k_gmem.shape[2] + kv_head) * heads
-    block_of = (k_gmem.shape[1], visit, block, first_head, heads)
-    outbox = Outbox(dscores_gmem, *block_of, **outbox_memory) if outbox_memory else None
+    outbox = _outbox(k_gmem, dscores_gmem, visit, heads, outbox_memory)
 
     def keys(row_group):
         start = block * tiles.dkv_k + row_group * WARPGROUP_ROWS
@@ -438,6 +436,22 @@ def _dkv_body(
             (dv, v_smem.at[row_group], dv_gmem.at[place]),
         )
         _store(results, group, done if shares_rows else None)
+
+
+def _outbox(k_gmem, dscores_gmem, visit: Visit, heads: int, memory) -> Outbox | None:
+    """Returns what sends a block's gradients of scores, if they are kept."""
+    if not memory:
+        return None
+    kv_head = lax.axis_index("batch") * k_gmem.shape[2] + lax.axis_index("head")
+    return Outbox(
+        gmem=dscores_gmem,
+        tokens=k_gmem.shape[1],
+        visit=visit,
+        keys=lax.axis_index("block"),
+        first_head=kv_head * heads,
+        heads=heads,
+        **memory,
+    )
 
 
 def _store(results, group, done) -> None:
