@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.joint_launch import Work
+from kernels.joint_launch import Work, run_between
 
 _LENGTH = 128  # places of a block
 _WIDTH = 16  # columns of a part that a block copies
@@ -168,10 +168,10 @@ class _Join:
         for piece in self.pieces:
             end = begin + piece.blocks
 
-            @pl.when((block >= begin) & (block < end))
-            def _(piece=piece, begin=begin):
-                values = self._values(piece, block - begin, operands, out_gmem.dtype)
-                place = pl.ds((block - begin + piece.first) * _LENGTH, _LENGTH)
+            @functools.partial(run_between, block, begin, end)
+            def _(index, piece=piece):
+                values = self._values(piece, index, operands, out_gmem.dtype)
+                place = pl.ds((index + piece.first) * _LENGTH, _LENGTH)
                 narrow = pl.ds(piece.column, piece.columns)
                 if self.is_long_first:
                     out_gmem[place, narrow] = values
