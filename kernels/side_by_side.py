@@ -1,16 +1,17 @@
-"""Compiles Mosaic GPU kernels on all cores while the program they are in is lowered.
+"""Compiles Mosaic GPU kernels on all cores while the program they are in is compiled.
 
 XLA compiles the kernels of a program one after the other, which for a training step
-is most of its time. Mosaic keeps what is compiled for the whole process, by a hash of
-the kernel: what was compiled here, XLA then finds. Each kernel is a program of its
-own, so that JAX's compilation cache keeps it for other steps as well.
+is most of its time, and it does so after its passes over the program. Mosaic keeps what
+is compiled for the whole process, by a hash of the kernel: what was compiled here, XLA
+then finds. Each kernel is a program of its own, so that JAX's compilation cache keeps
+it for other steps as well.
 """
 
 import contextlib
 import functools
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,12 @@ _LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def compiled_side_by_side() -> Iterator[None]:
-    """Compiles the kernels that the inside lowers; they are ready when it is left.
+    """Compiles the kernels that the inside lowers, beside it and what comes next.
 
-    On a GPU alone, and where this JAX has its table of kernels: without, only time is
-    lost. A kernel that cannot be compiled XLA will tell of. Where the inside fails,
-    nothing is begun any more nor waited for.
+    Most are done when XLA asks for the first one, seconds later; what is not it
+    compiles itself, and tells of a kernel that cannot be compiled. On a GPU alone, and
+    where this JAX has its table of kernels: without, only time is lost. Where the
+    inside fails, nothing is begun any more.
     """
     known = _known_kernels() if jax.default_backend() == "gpu" else None
     if known is None:
@@ -44,7 +46,7 @@ def compiled_side_by_side() -> Iterator[None]:
         raise
     is_over.set()
     watcher.join()
-    wait(_begin(known))
+    _begin(known)
 
 
 def _known_kernels() -> Mapping[bytes, bytes] | None:
@@ -69,8 +71,8 @@ def _forget_waiting() -> None:
                 del begun[name]
 
 
-def _begin(known: Mapping[bytes, bytes]) -> list[Future[None]]:
-    """Begins to compile each kernel that nobody has begun; returns all of them.
+def _begin(known: Mapping[bytes, bytes]) -> None:
+    """Begins to compile each kernel that nobody has begun.
 
     Once in a process, which keeps what is compiled.
     """
@@ -79,7 +81,6 @@ def _begin(known: Mapping[bytes, bytes]) -> list[Future[None]]:
         for name, module in tuple(known.items()):
             if name not in begun:
                 begun[name] = pool.submit(_compile, name, module)
-        return [*begun.values()]
 
 
 @functools.cache
