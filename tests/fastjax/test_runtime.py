@@ -84,6 +84,7 @@ print(jax.config.jax_compilation_cache_dir)
         ("import fastjax", ("jax", "numpy", "transformers", "tyro", "yaml")),
         ("import fastjax.cli", ("jax", "numpy", "transformers", "tyro", "datasets")),
         ("import fastjax.config", ("jax", "numpy", "transformers")),
+        ("import fastjax.commands.train", ("jax", "numpy", "fastjax.api")),
     ],
 )
 def test_light_imports(statement: str, absent: tuple[str, ...]) -> None:
