@@ -97,6 +97,8 @@ class _Loop:
         config, total = job.config, job.total_steps
         self.job, self.config, self.total = job, config, total
         self.progress, self.stop = progress, stop
+        ahead = job.steps_ahead and job.steps_ahead(job)
+        self.steps = ahead or steps_of(job, progress.note)
         self._is_told = False
         if job.eval_loader is not None:
             self.eval_step = make_eval_step(job.loss_function(job.eval_loader, None))
@@ -104,13 +106,10 @@ class _Loop:
         self.step_seconds: list[float] = []
         self.keep = config.save_total_limit
         self._in_flight: deque[tuple[int, Metrics, DeviceBatch]] = deque()
-        self._restore({} if found is None else found.record)
-        # Late, since it frees the caller's weights. A step that is compiled ahead is
-        # waited for afterwards: there is no caller with weights then.
-        self.state = start.start_state(job, found, progress.note)
-        ahead = job.steps_ahead and job.steps_ahead(job)
-        self.steps = ahead or steps_of(job, progress.note)
         self._mark = self._started = time.perf_counter()
+        self._restore({} if found is None else found.record)
+        # Last, since it frees the caller's weights.
+        self.state = start.start_state(job, found, progress.note)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.step = self.saved_step = saved.get("step", 0)
