@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import os
 import sys
 import threading
@@ -26,7 +25,6 @@ _CONTAINER_LIMITS = (
 _CACHED_SECONDS = 0.2
 """Of compilation: a start on a GPU has dozens of programs that take about as long."""
 _SWITCH_SECONDS = 0.0005
-_OBJECTS_BETWEEN_COLLECTIONS = 100_000
 _DETERMINISM = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
@@ -114,17 +112,15 @@ def wake_device() -> None:
 
 
 def own_process() -> None:
-    """Says that nobody but fastjax runs in this process, as on the command line.
+    """Says that nobody but fastjax runs in this process, and sets Python up for it.
 
-    Python's threads then take turns ten times as often. The thread that lowers the step
-    otherwise keeps the interpreter for 5 ms whenever the one that loads weights wants
-    it: 291 tensors beside it took 10 s, and take 2, while the lowering takes no longer.
-    And cyclic garbage is looked for less often, which takes 0.8 s off a start: imports,
-    traces and programs make many small objects that stay.
+    As on the command line. Threads take turns ten times as often: the one that lowers
+    the step otherwise keeps the interpreter for 5 ms whenever the one that loads
+    weights wants it. On two cores, without a GPU, 291 tensors of 1 MB beside it took
+    10 s, and take 2, while the lowering takes no longer.
     """
     _settled()["own"] = True
     sys.setswitchinterval(_SWITCH_SECONDS)
-    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, *gc.get_threshold()[1:])
 
 
 @contextlib.contextmanager

@@ -1,10 +1,9 @@
 """Independent pieces of work as blocks of one launch on Hopper.
 
 A launch of its own costs a small piece two microseconds, whatever little it does.
-Blocks are warpgroups of 128 threads without shared memory. What they run names the
-layout of every array in registers, so that none is inferred (`LoweringSemantics.Lane`):
-the twelve launches of a training step are the same machine code, lowered in 1.0 s, not
-3.4.
+Blocks are warpgroups of 128 threads without shared memory. No layouts are inferred
+(`LoweringSemantics.Lane`), which takes most of the time that it takes to lower the
+dozen launches of a training step, and the machine code is the same.
 """
 
 import functools
@@ -33,7 +32,8 @@ class Work:
       results: Of what they write.
       blocks: How many they are.
       run: Called in each of them with its number and the references of operands and
-        results. Hashed by value, so that equal work is lowered once.
+        results. Names the layout of each array in registers, since none is inferred.
+        Hashed by value, so that equal work is lowered once.
     """
 
     operands: tuple[jax.Array, ...]
@@ -86,8 +86,8 @@ def joint_launch(works: Sequence[Work], *, name: str) -> list[list[jax.Array]]:
 def run_between(block: Any, first: int, end: int, run: Callable[[Any], None]) -> None:
     """Runs a piece of work in the blocks from `first` to before `end`.
 
-    Not by `pl.when`, which turns a truth value into a number, for which Mosaic asks
-    ptxas its version each time: 10 ms.
+    Not by `pl.when`, which turns a truth value into a number, for which Mosaic starts
+    ptxas each time, to ask for its version.
 
     Args:
       block: This one.

@@ -23,11 +23,11 @@ _LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def compiled_side_by_side() -> Iterator[None]:
-    """Compiles the kernels that the inside lowers, beside it and what comes next.
+    """Compiles the kernels of the program that the inside lowers and compiles.
 
-    Most are done when XLA asks for the first one, seconds later; what is not it
-    compiles itself, and tells of a kernel that cannot be compiled. On a GPU alone, and
-    where this JAX has its table of kernels: without, only time is lost. Where the
+    Most are done when XLA asks for the first one, seconds after it begins; what is not
+    it compiles itself, and tells of a kernel that cannot be compiled. On a GPU alone,
+    and where this JAX has its table of kernels: without, only time is lost. Where the
     inside fails, nothing is begun any more.
     """
     known = _known_kernels() if jax.default_backend() == "gpu" else None
@@ -37,16 +37,15 @@ def compiled_side_by_side() -> Iterator[None]:
     is_over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(known, is_over))
     watcher.start()
+    is_done = False
     try:
         yield
-    except BaseException:
+        is_done = True
+    finally:
         is_over.set()
         watcher.join()  # it waits for no kernel
-        _forget_waiting()
-        raise
-    is_over.set()
-    watcher.join()
-    _begin(known)
+        if not is_done:
+            _forget_waiting()
 
 
 def _known_kernels() -> Mapping[bytes, bytes] | None:
@@ -79,8 +78,12 @@ def _begin(known: Mapping[bytes, bytes]) -> None:
     with _LOCK:
         begun, pool = _begun()
         for name, module in tuple(known.items()):
-            if name not in begun:
+            if name in begun:
+                continue
+            try:
                 begun[name] = pool.submit(_compile, name, module)
+            except RuntimeError:  # the interpreter ends
+                return
 
 
 @functools.cache

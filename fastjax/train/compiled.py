@@ -155,9 +155,12 @@ class CompiledSteps:
     def _made(self, arguments: tuple[Any, ...]) -> tuple[CompiledStep, bool]:
         """Returns the step, and whether XLA has compiled it now."""
         self._before_compile()
-        with dispatch.record() as chosen, out_of_memory(None):
-            with compiled_side_by_side():
-                lowered = self._jitted.lower(*arguments)
+        with (
+            dispatch.record() as chosen,
+            out_of_memory(None),
+            compiled_side_by_side(),
+        ):
+            lowered = self._jitted.lower(*arguments)
             with cache_hits() as hits:
                 run = lowered.compile(compiler_options=self._compiler_options)
         implementations = {op: sorted(names) for op, names in chosen.items()}

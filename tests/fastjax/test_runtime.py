@@ -78,6 +78,20 @@ print(jax.config.jax_compilation_cache_dir)
     assert python(code, FASTJAX_CACHE=str(file)) == "None"
 
 
+def test_threads_take_shorter_turns_on_the_command_line_alone() -> None:
+    code = """
+import sys
+import fastjax.api
+from fastjax import cli
+print(sys.getswitchinterval())
+sys.argv = ["fastjax", "models"]
+cli.main()
+print(sys.getswitchinterval())
+"""
+    first, *_, last = python(code).splitlines()
+    assert (float(first), float(last)) == (0.005, 0.0005)
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
