@@ -1,9 +1,9 @@
 """Independent pieces of work as blocks of one launch on Hopper.
 
 A launch of its own costs a small piece two microseconds, whatever little it does.
-Blocks are warpgroups of 128 threads without shared memory. No layouts are inferred
-(`LoweringSemantics.Lane`), which takes most of the time that it takes to lower the
-dozen launches of a training step, and the machine code is the same.
+Blocks are warpgroups of 128 threads without shared memory. Layouts are named, not
+inferred (`LoweringSemantics.Lane`): to infer them took two thirds of the time in which
+a training step's launches are lowered, and made the same machine code.
 """
 
 import functools
