@@ -7,6 +7,7 @@ from typing import Any
 
 from fastjax import runtime
 from fastjax.api.benchmark_report import device_bytes, environment, gib, write_json
+from fastjax.api.memory import limit_here
 from fastjax.api.random_step import RandomStep, StepArgs, planner_of
 from fastjax.api.remat_auto import planned_remat, prediction
 from fastjax.api.roofline import roofline_share
@@ -32,9 +33,14 @@ class BenchmarkArgs(StepArgs):
 
 
 def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
-    """Returns, and writes, what one process measured; peak memory is of this run."""
+    """Returns, and writes, what one process measured; peak memory is of this run.
+
+    Raises:
+      OutOfMemory: The step cannot fit; says what would.
+    """
     runtime.configure()
     planner = planner_of(args)
+    planner.require_fit(limit_here(planner.config))
     spec, shape = planner.spec, planner.shape
     remat, choice = planned_remat(planner)
     started = time.perf_counter()

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+import jax
+
 from fastjax import lora as adapters
 from fastjax import runtime
 from fastjax.api.benchmark_report import device_bytes
@@ -35,6 +37,7 @@ _LEANER: tuple[RematPolicy, ...] = (
 )
 _MOST_ROWS, _TOKEN_UNIT, _MOST_TOKENS = 4096, 256, 2**22
 _ADVICES = 4
+_MACHINE_SHARE = 0.8  # other programs take some
 
 
 def planned_spec(config: TrainConfig, sizes: TransformerConfig) -> DecoderSpec:
@@ -64,6 +67,14 @@ def memory_limit(config: TrainConfig) -> int | None:
     if config.memory_gib > 0:
         return int(config.memory_gib * _GIB)
     return device_bytes("bytes_limit")
+
+
+def limit_here(config: TrainConfig) -> int | None:
+    """Returns `memory_limit`; where the machine computes itself, a share of its own."""
+    limit = memory_limit(config)
+    if limit is None and jax.default_backend() == "cpu":
+        return int(_MACHINE_SHARE * runtime.host_memory_bytes())
+    return limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from fastjax.api.context import note_context, require_context
 from fastjax.api.finding import find_model
 from fastjax.api.loaders import data_seed, in_steps, train_loader
 from fastjax.api.loading import load_text_side
-from fastjax.api.memory import Planner, memory_limit, planned_spec
+from fastjax.api.memory import Planner, limit_here, memory_limit, planned_spec
 from fastjax.api.remat_auto import compiled_memory, planned_remat
 from fastjax.api.step_cache import StepCache
 from fastjax.config import TrainConfig
@@ -102,7 +102,7 @@ def planned_run(
     planner = Planner.of(
         config, spec, tokens=loader.row_length, documents=loader.max_segments
     )
-    planner.require_fit(memory_limit(config))
+    planner.require_fit(limit_here(config))
     steps = steps_of_run(config, loader.steps_per_epoch)
     remat, _ = planned_remat(planner, steps=steps, note=note)
     return PlannedRun(loader=loader, remat=remat)

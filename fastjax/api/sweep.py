@@ -22,7 +22,7 @@ from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loaders import data_seed, eval_loader, train_loader
 from fastjax.api.loading import load_model, load_text_side
-from fastjax.api.memory import Planner, memory_limit, planned_base_spec
+from fastjax.api.memory import Planner, limit_here, memory_limit, planned_base_spec
 from fastjax.api.run_folder import default_output_dir, require_writable
 from fastjax.api.serving import serving_notes
 from fastjax.api.sweep_group import SweepGroup
@@ -87,7 +87,7 @@ def run_sweep(
         note(line)
     loader = train_loader(config, data)
     for _, planner in _groups(planned_base_spec(config, sizes), runs, loader):
-        planner.require_fit(memory_limit(planner.config))
+        planner.require_fit(limit_here(planner.config))
     files.make_folder(folder)
     with output_lock(folder, note):
         left = [run for run in runs if not _is_finished(run, loader)]

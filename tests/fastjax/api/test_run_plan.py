@@ -8,9 +8,10 @@ import jax
 import pytest
 from flax import nnx
 
-from fastjax import cli
+from fastjax import cli, runtime
 from fastjax.api import plan_run, remat_auto
-from fastjax.api.memory import Planner, planned_spec
+from fastjax.api.benchmark import BenchmarkArgs, run_benchmark
+from fastjax.api.memory import Planner, limit_here, planned_spec
 from fastjax.api.random_step import RandomStep, StepArgs, planner_of
 from fastjax.api.remat_auto import planned_remat
 from fastjax.config import (
@@ -124,6 +125,16 @@ def test_a_run_that_cannot_fit_is_stopped_with_what_would(planner: Planner) -> N
     assert "--remat offload" in advice[1]
     with pytest.raises(OutOfMemory, match="smaller model"):
         planner.require_fit(5 * GIB)
+
+
+def test_a_machine_that_computes_itself_is_the_limit(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(planner.config, memory_gib=0.0)
+    monkeypatch.setattr(runtime, "host_memory_bytes", lambda: 20 * GIB)
+    assert limit_here(config) == 16 * GIB
+    with pytest.raises(OutOfMemory, match=r"16\.00 GiB are there"):
+        run_benchmark(BenchmarkArgs(model="llama3-8b"))
 
 
 def test_the_host_has_a_limit_too(
