@@ -65,8 +65,7 @@ def configure(
     settled["full_determinism"] = _DETERMINISM in flags
     settled["capped"] = any(map(os.environ.get, _MEMORY_VARIABLES))
     if not os.environ.get(_HOST_VARIABLE):
-        pinnable = int(_HOST_SHARE * host_memory_bytes() / 2**30)
-        os.environ[_HOST_VARIABLE] = str(max(1, pinnable))
+        os.environ[_HOST_VARIABLE] = str(max(1, usable_host_bytes() // 2**30))
     # Transformers is used for tokenizers alone; it need not say that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
@@ -148,13 +147,18 @@ def host_limit_bytes() -> int:
     """
     given = os.environ.get(_HOST_VARIABLE)
     if not given:
-        return int(_HOST_SHARE * host_memory_bytes())
+        return usable_host_bytes()
     if not given.isdecimal():
         raise ConfigError(
             f"{_HOST_VARIABLE}={printable(given)} is no whole number of GiB",
             fix="correct it, or leave it out",
         )
     return min(int(given) * 2**30, host_memory_bytes())
+
+
+def usable_host_bytes() -> int:
+    """Returns what a run may take of the machine's memory; other programs need some."""
+    return int(_HOST_SHARE * host_memory_bytes())
 
 
 @functools.cache

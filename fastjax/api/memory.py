@@ -37,7 +37,6 @@ _LEANER: tuple[RematPolicy, ...] = (
 )
 _MOST_ROWS, _TOKEN_UNIT, _MOST_TOKENS = 4096, 256, 2**22
 _ADVICES = 4
-_MACHINE_SHARE = 0.8  # other programs take some
 
 
 def planned_spec(config: TrainConfig, sizes: TransformerConfig) -> DecoderSpec:
@@ -73,7 +72,7 @@ def limit_here(config: TrainConfig) -> int | None:
     """Returns `memory_limit`; where the machine computes itself, a share of its own."""
     limit = memory_limit(config)
     if limit is None and jax.default_backend() == "cpu":
-        return int(_MACHINE_SHARE * runtime.host_memory_bytes())
+        return runtime.usable_host_bytes()
     return limit
 
 
