@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import PyTree
 
 from fastjax import runtime
 from fastjax.api.benchmark_report import device_bytes
@@ -196,11 +197,11 @@ def _flops(planner: Planner, passes: tuple[float, float]) -> float:
     return shape.micro_batch_tokens * a_token
 
 
-def _kept_bytes(planner: Planner, policy: RematPolicy) -> tuple[int, int]:
+def _kept_bytes(planner: Planner, policy: RematPolicy) -> tuple[float, float]:
     """Returns what a layer keeps of a micro-batch: on the device, on the host."""
     kept, host = saved_bytes(planner.spec, 0, policy)
     tokens = planner.shape.micro_batch_tokens
-    return kept * tokens, host * tokens
+    return float(kept * tokens), float(host * tokens)
 
 
 def _measured(
@@ -294,6 +295,7 @@ class _Short:
             seed += 1
             if start > end:
                 seconds.append(time.perf_counter() - start)
+        _delete(self.step.state)
         return statistics.median(seconds)
 
 
@@ -314,7 +316,15 @@ def _compiled(
 def _seconds(steps: Sequence[_Short]) -> list[float]:
     """Returns the time of each step of the same layers, on the same random weights."""
     parts = random_parts(steps[0].spec)
-    return [step.seconds(parts) for step in steps]
+    seconds = [step.seconds(parts) for step in steps]
+    _delete(parts[1:])
+    return seconds
+
+
+def _delete(arrays: PyTree) -> None:
+    """Gives memory back now, which Python would when it next looks for cycles."""
+    for array in jax.tree.leaves(arrays):
+        array.delete()
 
 
 def compiled_memory(planner: Planner, remat: RematPlan) -> StepMemory | None:

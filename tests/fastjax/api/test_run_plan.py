@@ -1,6 +1,7 @@
 """The memory of a run, told beforehand, against what was measured on a GPU."""
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 
@@ -287,3 +288,23 @@ def test_auto_scans_what_fits_only_so(
     assert (str(remat), tried) == ("none", [True, False])
     assert choice is not None
     assert choice.bytes == 30 * GIB
+
+
+def test_auto_keeps_nothing_of_what_it_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remat_auto, "_WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr(remat_auto, "_TIMED", 1)
+    tiny = planner_of(StepArgs(model="tiny", batch=1, seq=64))
+
+    def held() -> int:
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        costs = remat_auto._measured(tiny, ("layer",), 2**40)
+        after = held()
+    finally:
+        gc.enable()
+    assert costs["layer"].layer_seconds != 0.0
+    assert after - before < 2**16
