@@ -44,7 +44,11 @@ _UNREADABLE = (
     *(OSError, ModelError, ValueError, LookupError, TypeError, AttributeError),
     *(ImportError, EOFError, pickle.UnpicklingError, jax.errors.JaxRuntimeError),
 )
-_OPTIONS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_debug_nans")
+_OPTIONS = (
+    *("jax_default_matmul_precision", "jax_enable_x64", "jax_debug_nans"),
+    *("jax_debug_infs", "jax_default_prng_impl", "jax_threefry_partitionable"),
+)
+"""Of JAX, that change what a step computes or checks."""
 
 
 class StepCache:

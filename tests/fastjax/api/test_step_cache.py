@@ -62,3 +62,26 @@ def test_a_damaged_step_is_none(tmp_path: Path, arguments: tuple[Any, ...]) -> N
     assert _cache(tmp_path).load(arguments) is None
     path.write_bytes(content[:-9])
     assert _cache(tmp_path).load(arguments) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_default_matmul_precision", "highest"),
+        ("jax_threefry_partitionable", False),
+    ],
+)
+def test_another_setting_of_jax_is_another_step(
+    option: str, value: Any, tmp_path: Path, arguments: tuple[Any, ...]
+) -> None:
+    run = jax.jit(_step).lower(*arguments).compile()
+    made = CompiledStep(run=run, memory=None, implementations={})
+    _cache(tmp_path)._write(arguments, made)
+    given = jax.config.values[option]
+    jax.config.update(option, value)
+    try:
+        assert _cache(tmp_path).load(arguments) is None
+    finally:
+        jax.config.update(option, given)
+    assert _cache(tmp_path).load(arguments) is not None
