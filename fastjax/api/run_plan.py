@@ -27,7 +27,7 @@ from fastjax.models.transformer_config import TransformerConfig
 from fastjax.remat import RematPlan
 from fastjax.terminal import as_html
 from fastjax.train import Job
-from fastjax.train.ahead import StepsAhead
+from fastjax.train.ahead import StepsAhead, settings_of
 from fastjax.train.job import steps_of_run
 
 
@@ -136,13 +136,7 @@ def compiling_ahead(
         remat=planned.remat,
         head_is_trainable=spec.trains_head,
     )
-    described = {
-        "settings": dataclasses.replace(job.config, output_dir=None),
-        "structure": spec,
-        "steps": job.total_steps,
-        "documents": planned.loader.max_segments,
-        "remat": planned.remat,
-    }
+    described = {"structure": spec, **settings_of(job)}
     kept = StepCache(runtime.cache_folder() / "steps", described)
     return dataclasses.replace(planned, steps_ahead=StepsAhead(job, note, kept=kept))
 

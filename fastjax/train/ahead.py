@@ -45,6 +45,26 @@ def steps_of(
     )
 
 
+def settings_of(job: Job) -> dict[str, Any]:
+    """Returns the settings that `steps_of` reads, beside the structure of the model.
+
+    By these a step of an earlier run is found: others, such as where the rows come from
+    or how often something is logged, leave the program as it is.
+    """
+    config = job.config
+    return {
+        "optimizer": config.optimizer,
+        "steps": job.total_steps,
+        "seed": config.seed,
+        "has_dropout": config.has_dropout,
+        "dtype": config.dtype,
+        "neftune_noise_alpha": config.data.neftune_noise_alpha,
+        "cross_entropy": config.implementations.cross_entropy,
+        "documents": job.train_loader.max_segments,
+        "remat": job.remat,
+    }
+
+
 class StepsAhead:
     """A thread that compiles the first step of a job of shapes."""
 
