@@ -1,7 +1,6 @@
 """The training step, compiled on shapes while the weights are still being read."""
 
 import contextvars
-import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -48,7 +47,7 @@ def steps_of(
 def settings_of(job: Job) -> dict[str, Any]:
     """Returns the settings that `steps_of` reads, beside the structure of the model.
 
-    By these a step of an earlier run is found: others, such as where the rows come from
+    By these a step made beforehand is found: others, such as where the rows come from
     or how often something is logged, leave the program as it is.
     """
     config = job.config
@@ -114,11 +113,10 @@ def _described(job: Job) -> tuple[Any, ...]:
     weights = (job.trainable, job.frozen)
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(weights)]
     return (
-        dataclasses.replace(job.config, output_dir=None),
+        settings_of(job),
         job.graphdef,
         jax.tree.structure(weights),
         shapes,
-        job.remat,
         job.train_loader,
         job.head_is_trainable,
     )

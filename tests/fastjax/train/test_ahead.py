@@ -17,20 +17,9 @@ from fastjax.train.start import shapes
 def test_a_run_takes_the_steps_made_beforehand(
     tiny: SimpleNamespace, tmp_path: Path
 ) -> None:
-    graphdef, *weights = tiny.split()
     rescue = str(tmp_path / "rescue")
-    settings = tiny.config(fallback_dir=rescue)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
-    arguments: dict[str, Any] = {
-        "config": settings,
-        "remat": RematPlan(policies=(settings.remat,)),
-        "graphdef": graphdef,
-        "train_loader": tiny.TinyLoader(),
-        "output_dir": Path(),
-    }
-    job = tiny.Job(**arguments, trainable=shapes[0], frozen=shapes[1])
     notes: list[str] = []
-    ahead = StepsAhead(job, notes.append)
+    ahead = StepsAhead(_job(tiny, fallback_dir=rescue), notes.append)
 
     def adapter(name: str, **changes: Any) -> bytes:
         tiny.train(tmp_path / name, job=changes, fallback_dir=rescue)
@@ -50,16 +39,19 @@ def test_a_run_takes_the_steps_made_beforehand(
     assert taken[1] is None
 
 
-def _job(tiny: SimpleNamespace, **settings: Any) -> Any:
-    graphdef, trainable, frozen = tiny.split()
+def _job(tiny: SimpleNamespace, **changes: Any) -> Any:
+    """Returns the tiny job with shapes in the place of weights."""
+    graphdef, *weights = tiny.split()
+    trainable, frozen = jax.eval_shape(lambda: weights)
+    config = tiny.config(**changes)
     return tiny.Job(
-        config=tiny.config(**settings),
+        config=config,
         graphdef=graphdef,
         trainable=trainable,
         frozen=frozen,
         train_loader=tiny.TinyLoader(),
         output_dir=Path(),
-        remat=RematPlan(policies=("none",)),
+        remat=RematPlan(policies=(config.remat,)),
     )
 
 
