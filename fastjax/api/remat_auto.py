@@ -35,7 +35,11 @@ _PASSES: dict[RematPolicy, tuple[float, float]] = {
     "layer_offload": (3.1, 4.5),
 }
 """Forward passes of products and of attention that a leaner layer amounts to."""
-_FEW, _MORE = 2, 4
+_FEW, _MORE, _MOST = 2, 4, 8
+"""Layers that are timed; a layer's time is the slope from the few to the most.
+
+A millisecond too much in one of the two is 5 in 32 layers. Of 4 layers it would be 15.
+"""
 _WARM_UP_SECONDS, _TIMED = 1.0, 7
 _MOST_SECONDS = 2.0
 """Of a step of a few layers at full rate; longer ones are counted, not timed."""
@@ -212,40 +216,40 @@ def _measured(
     """Returns the costs of the policies of which a few layers fit.
 
     The step without layers takes the same time under each, so that it is measured for
-    the leanest of them alone. The bytes that a layer keeps, with the gradients of its
-    adapters, are counted, not measured. Nothing is returned where none fits, where a
-    step would take long, or where the model has one layer, of which no line can be
-    drawn.
+    the leanest of them alone, the first. The bytes that a layer keeps, with the
+    gradients of its adapters, are counted, not measured. Nothing is returned where that
+    one does not fit, where a step would take long, or where the model has one layer, of
+    which no line can be drawn.
     """
     num_layers = planner.spec.config.num_hidden_layers
-    more_layers = min(_MORE, num_layers)
-    few_layers = min(_FEW, more_layers - 1)
-    flops = more_layers * _flops(planner, FRUGAL_PASSES)
+    few_layers, more_layers, most_layers = (
+        min(layers, num_layers - i) for i, layers in ((1, _FEW), (0, _MORE), (0, _MOST))
+    )
+    flops = most_layers * _flops(planner, FRUGAL_PASSES)
     if not few_layers or flops > _MOST_SECONDS * MATMUL_FLOPS_PER_SECOND:
         return {}
     # A model that is loaded already leaves less room for these layers.
     room = limit_bytes - (device_bytes("bytes_in_use") or 0)
-    runs: list[tuple[int, RematPolicy]] = [(more_layers, policy) for policy in policies]
-    few, *more = _compiled(planner, [(few_layers, policies[0]), *runs])
-    fitting = [short for short in more if short.fits(room)]
-    if not fitting:
+    leanest, *richer = policies
+    runs = [(few_layers, leanest), (most_layers, leanest)]
+    runs += [(more_layers, policy) for policy in richer]
+    few, most, *others = _compiled(planner, runs)
+    if not most.fits(room):
         return {}
-    leanest = fitting[0].policy
-    if few.policy != leanest:
-        (few,) = _compiled(planner, [(few_layers, leanest)])
-    # One after the other, since each has an embedding and a head.
-    (few_seconds,) = _seconds([few])
-    more_seconds = _seconds(fitting)
-    layer_seconds = (more_seconds[0] - few_seconds) / (more_layers - few_layers)
+    few_seconds, most_seconds = (_seconds([short])[0] for short in (few, most))
+    layer_seconds = (most_seconds - few_seconds) / (most_layers - few_layers)
     base = few_seconds - few_layers * layer_seconds
+    others = [short for short in others if short.fits(room)]
+    # One after the other, since each has an embedding and a head.
+    timed = [(most, most_seconds), *zip(others, _seconds(others), strict=True)]
     costs: dict[RematPolicy, PolicyCost] = {}
-    for short, seconds in zip(fitting, more_seconds, strict=True):
+    for short, seconds in timed:
         kept, host = _kept_bytes(planner, short.policy)
         kept += planner.model.gradients // num_layers
         costs[short.policy] = PolicyCost(
             base_seconds=base,
-            base_bytes=short.temp_bytes - more_layers * kept,
-            layer_seconds=(seconds - base) / more_layers,
+            base_bytes=short.temp_bytes - short.layers * kept,
+            layer_seconds=(seconds - base) / short.layers,
             layer_bytes=kept,
             layer_host_bytes=host,
         )
@@ -262,6 +266,7 @@ class _Short:
     """The step of a model's first layers under one policy, compiled on shapes."""
 
     def __init__(self, planner: Planner, layers: int, policy: RematPolicy) -> None:
+        self.layers = layers
         self.policy: RematPolicy = policy
         self.spec = shortened(planner.spec, layers)
         self.step = RandomStep(
@@ -315,6 +320,8 @@ def _compiled(
 
 def _seconds(steps: Sequence[_Short]) -> list[float]:
     """Returns the time of each step of the same layers, on the same random weights."""
+    if not steps:
+        return []
     parts = random_parts(steps[0].spec)
     seconds = [step.seconds(parts) for step in steps]
     _delete(parts[1:])
