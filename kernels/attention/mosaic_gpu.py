@@ -58,8 +58,7 @@ def attention_forward(
     T and S are whole blocks; a chunk of a longer row differs in its visits only.
     """
     batch, q_tokens, heads, head_size = q.shape
-    blocks = (q_tokens // tiles.block_q, batch, heads)
-    dealt = math.prod(blocks)
+    dealt = visits.forward.shape[0] * heads
     if tiles.is_persistent:
         dealt = min(multiprocessors(), dealt)
     groups, q_tiles = tiles.groups, tiles.groups * tiles.q_buffers
@@ -78,10 +77,11 @@ def attention_forward(
         ),
         scratch_types={
             "q_smem": tile((q_tiles, WARPGROUP_ROWS, head_size)),
+            "spans_smem": plgpu.SMEM((q_tiles, 2, WARPGROUP_ROWS), jnp.int32),
             "k_smem": kv_stages,
             "v_smem": kv_stages,
             "lse_smem": plgpu.SMEM((groups, WARPGROUP_ROWS), jnp.float32),
-            "q_loaded": plgpu.Barrier(num_barriers=q_tiles),
+            "q_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=q_tiles),
             "q_free": plgpu.Barrier(num_barriers=q_tiles),
             "k_loaded": stage_loaded,
             "v_loaded": stage_loaded,
@@ -95,16 +95,15 @@ def attention_forward(
         thread_name="group",
         kernel_name=KERNEL_NAME,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, *visits.spans, visits.forward)
+    )(q, k, v, visits.spans, visits.forward)
 
 
 def _body(
     q_gmem,
     k_gmem,
     v_gmem,
-    first_gmem,
-    end_gmem,
-    ranges_gmem,
+    spans_gmem,
+    tasks_gmem,
     out_gmem,
     lse_gmem,
     *,
@@ -113,6 +112,7 @@ def _body(
     softcap: float | None,
     tiles: TileConfig,
     q_smem,
+    spans_smem,
     k_smem,
     v_smem,
     lse_smem,
@@ -124,55 +124,55 @@ def _body(
     v_free,
     turn,
 ) -> None:
-    batch, q_tokens, heads, head_size = q_gmem.shape
-    blocks = (q_tokens // tiles.block_q, batch, heads)
-    share = Share.of(lax.axis_index("block"), dealt, blocks)
+    _, _, heads, head_size = q_gmem.shape
+    share = Share(lax.axis_index("block"), dealt, heads, tasks_gmem)
     group, block_k = lax.axis_index("group"), tiles.forward_k
     heads_per_key = jnp.int32(heads // k_gmem.shape[2])
+    factor = LOG2_E * (scale if softcap is None else softcap)
 
-    def queries(block, group):
-        return pl.ds(block * tiles.block_q + group * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    def rows(tile):
+        return pl.ds(tile * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
     @pl.when(group == tiles.groups)
     def _load():
         plgpu.set_max_registers(24, action="decrease")
 
-        queries_ring = Ring((q_smem,), q_loaded, q_free)
+        queries_ring = Ring((q_smem, spans_smem), q_loaded, q_free)
         keys_ring = Ring((k_smem,), k_loaded, k_free)
         values_ring = Ring((v_smem,), v_loaded, v_free)
         streams = ((k_gmem, keys_ring), (v_gmem, values_ring))
 
         def load(number, begun):
-            block, row, head = share.place(number)
-            visit = Visit.load(ranges_gmem.at[row, block])
+            head, (row, block, *ranges) = share.take(number)
+            visit = Visit.of(*ranges)
             for i in range(tiles.groups):
-                source = q_gmem.at[row, queries(block, i), head]
-                queries_ring.fill(number * tiles.groups + i, source)
+                step, tile = (x * tiles.groups + i for x in (number, block))
+                source = q_gmem.at[row, rows(tile), head]
+                queries_ring.fill(step, source, spans_gmem.at[row, :, rows(tile)])
             keys = (row, lax.div(head, heads_per_key))
             return stream_keys(visit, keys, block_k, streams, begun)
 
-        steps = lax.fori_loop(0, share.count, load, jnp.int32(0))
+        steps = lax.fori_loop(0, share.total, load, jnp.int32(0))
         keys_ring.drain(steps)
         values_ring.drain(steps)
-        queries_ring.drain(share.count * tiles.groups)
+        queries_ring.drain(share.total * tiles.groups)
 
     def compute(number, begun):
         """Mixes one block, after so many steps of earlier ones; returns their sum."""
-        block, row, head = share.place(number)
-        visit = Visit.load(ranges_gmem.at[row, block])
-        mine = queries(block, group)
-        first, end = (
-            plgpu.load(ref.at[row, mine], layout=_ROWS, optimized=False)
-            for ref in (first_gmem, end_gmem)
-        )
+        head, (row, block, *ranges) = share.take(number)
+        visit = Visit.of(*ranges)
+        mine = rows(block * tiles.groups + group)
         q_at = lax.rem(number * tiles.groups + group, jnp.int32(q_smem.shape[0]))
         q_tile = q_smem.at[q_at]
         plgpu.barrier_wait(q_loaded.at[q_at])
+        first, end = (
+            plgpu.load(spans_smem.at[q_at, i], layout=_ROWS) for i in range(2)
+        )
 
         def slot(step):
             return lax.rem(begun + step, jnp.int32(tiles.stages))
 
-        def step(number, carry, *, is_first=False, is_masked=False):
+        def step(number, carry, *, is_first=False, is_full=False):
             acc, top, total, weights = carry
             at, before = slot(number), slot(number - 1)
             plgpu.barrier_wait(k_loaded.at[at])
@@ -189,11 +189,17 @@ def _body(
                     scores_ref, wait_n=0 if is_first else 1
                 )
                 plgpu.barrier_arrive(k_free.at[at])
-                mask = None
-                if is_masked:
-                    start = visit.block(number) * block_k
-                    mask = _mask(first - start, end - start, block_k)
-                softmax = _online_softmax(scores, top, total, mask, scale, softcap)
+                if softcap is not None:
+                    scores = jnp.tanh(scores * (scale / softcap))
+                start = visit.block(number) * block_k
+                masked = functools.partial(
+                    _masked, first=first - start, end=end - start
+                )
+                if is_first:
+                    scores = lax.cond(visit.full_steps > 0, _same, masked, scores)
+                elif not is_full:
+                    scores = masked(scores)
+                softmax = _online_softmax(scores, top, total, factor)
                 if is_first:
                     return acc, *softmax
                 acc_new = acc_ref[...]
@@ -207,11 +213,11 @@ def _body(
                 acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
             return acc, top, total, weights.astype(v_smem.dtype)
 
-        carry = step(jnp.int32(0), _nothing(head_size), is_first=True, is_masked=True)
-        masked = functools.partial(step, is_masked=True)
+        carry = step(jnp.int32(0), _nothing(head_size), is_first=True)
+        plain = functools.partial(step, is_full=True)
         full_steps = jnp.maximum(visit.full_steps, 1)
-        carry = lax.fori_loop(1, full_steps, step, carry)
-        acc, top, total, weights = lax.fori_loop(full_steps, visit.steps, masked, carry)
+        carry = lax.fori_loop(1, full_steps, plain, carry)
+        acc, top, total, weights = lax.fori_loop(full_steps, visit.steps, step, carry)
         last = slot(visit.steps - 1)
         plgpu.barrier_wait(v_loaded.at[last])
 
@@ -235,7 +241,7 @@ def _body(
     def _compute():
         plgpu.set_max_registers(240, action="increase")
         pl.when(group == tiles.groups - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
-        lax.fori_loop(0, share.count, compute, jnp.int32(0))
+        lax.fori_loop(0, share.total, compute, jnp.int32(0))
         pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
 
@@ -251,28 +257,23 @@ def _nothing(head_size: int):
     )
 
 
-def _mask(seen_from, seen_to, block_k: int):
-    """Returns which of the next `block_k` keys each query sees."""
-    shape = (WARPGROUP_ROWS, block_k)
+def _same(scores):
+    return scores
+
+
+def _masked(scores, first, end):
+    """Returns the scores of a block; minus infinity for keys that a query sees not."""
+    shape = scores.shape
     key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    seen_from, seen_to = (
-        lax.broadcast_in_dim(x, shape, [0]) for x in (seen_from, seen_to)
-    )
-    return (key >= seen_from) & (key < seen_to)
+    first, end = (lax.broadcast_in_dim(x, shape, [0]) for x in (first, end))
+    return jnp.where((key >= first) & (key < end), scores, -jnp.inf)
 
 
-def _online_softmax(scores, top, total, mask, scale: float, softcap: float | None):
+def _online_softmax(scores, top, total, factor: float):
     """Returns (decay of earlier terms, maximum, sum, weights); powers are of two."""
-    factor = scale * LOG2_E
-    if softcap is not None:
-        scores = jnp.tanh(scores * (scale / softcap))
-        factor = softcap * LOG2_E
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
     new_top = jnp.maximum(top, scores.max(axis=1) * factor)
-    shift = new_top
-    if mask is not None:
-        shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+    # Of a query that sees nothing yet.
+    shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
     weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(shift, scores.shape, [0]))
     decay = jnp.exp2(top - shift)
     return decay, new_top, total * decay + weights.sum(axis=1), weights

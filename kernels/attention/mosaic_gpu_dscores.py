@@ -17,6 +17,7 @@ thread for the results.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,11 +34,10 @@ from .mosaic_tiles import (
     Ring,
     Share,
     TileConfig,
-    Visit,
     accumulator,
     operand,
 )
-from .spans import Spans, visited_keys
+from .spans import Spans, in_parts, visited_keys
 
 DQ_KERNEL_NAME = "attention_dq_product"
 
@@ -52,15 +52,19 @@ _MOST_STAGES = 3
 _SHARED_BYTES = 224 * 2**10  # for results and stages
 
 
-def dscores_shape(q: jax.ShapeDtypeStruct | Array) -> tuple[int, int, int]:
-    """Returns (rows and heads, tiles and keys, queries).
+def dscores_shape(q: jax.ShapeDtypeStruct | Array) -> tuple[int, int]:
+    """Returns (rows, heads, tiles and keys; queries).
 
     A tile has 64 keys and 64 queries. Those of the same keys follow one another, from
     the first queries that can see the block of keys; `tile_of` knows the first one.
     """
     batch, tokens, heads, _ = q.shape
-    tiles = tile_of(tokens // WARPGROUP_ROWS, tokens) + tokens // WARPGROUP_ROWS
-    return batch * heads, tiles * WARPGROUP_ROWS, WARPGROUP_ROWS
+    return batch * heads * _tiles(tokens) * WARPGROUP_ROWS, WARPGROUP_ROWS
+
+
+def _tiles(tokens: int) -> int:
+    """Returns how many tiles a head of a row has."""
+    return tile_of(tokens // WARPGROUP_ROWS, tokens) + tokens // WARPGROUP_ROWS
 
 
 def tile_of(keys: Any, tokens: int) -> Any:
@@ -88,26 +92,18 @@ def all_bytes(q: jax.ShapeDtypeStruct | Array, tiles: TileConfig) -> int:
 class Outbox(NamedTuple):
     """Gradients of scores on their way to memory, inside of the dk/dv kernel.
 
-    Two warpgroups put those of 64 keys each, the one that loads sends them. Steps are
-    those of the thread block: for each head the blocks of queries that it visits.
+    Two warpgroups put those of 64 keys each, the one that loads sends them some steps
+    later. Steps are counted over all blocks of keys of the thread block.
 
     Attributes:
       gmem: Of `dscores_shape`.
       tokens: Of a row.
-      visit: Blocks of 64 queries.
-      keys: Blocks of 128 keys before those of the thread block.
-      first_head: Of its queries, among the heads of all rows.
-      heads: That share its keys.
       outbox_smem: By warpgroup and stage.
       outbox_free: Barriers, one a stage, that sending arrives at.
     """
 
     gmem: Any
     tokens: int
-    visit: Visit
-    keys: Any
-    first_head: Any
-    heads: int
     outbox_smem: Any
     outbox_free: Any
 
@@ -122,62 +118,76 @@ class Outbox(NamedTuple):
 
     def put(self, step: Any, group: Any, dscores: Any) -> None:
         """Writes a step's gradients; `commit_smem` and a barrier have to follow."""
+        self.outbox_smem.at[group, self.claim(step)][...] = dscores
+
+    def claim(self, step: Any) -> Any:
+        """Returns a step's stage, once it was sent; each warpgroup claims each step."""
         at, is_reused = self._stage(step), step >= self.outbox_free.shape[0]
         pl.when(is_reused)(lambda: plgpu.barrier_wait(self.outbox_free.at[at]))
-        self.outbox_smem.at[group, at][...] = dscores
+        return at
 
-    def send(self, step: Any) -> None:
+    def address(
+        self, head: Any, keys: Any, queries: Any, seen: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """Returns where a step's gradients go: a tile for each warpgroup, or -1.
+
+        Args:
+          head: Among those of all rows.
+          keys: Blocks of 128 before these.
+          queries: Blocks of 64 before these.
+          seen: Whether they see the keys of each warpgroup.
+        """
+        before = head * _tiles(self.tokens) + queries
+        firsts = (tile_of(keys * _HALVES + i, self.tokens) for i in range(_HALVES))
+        return tuple(
+            jnp.where(is_seen, before + first, -1)
+            for first, is_seen in zip(firsts, seen, strict=True)
+        )
+
+    def nowhere(self) -> tuple[tuple[Any, ...], ...]:
+        """Returns the addresses of as many steps as are on their way at most."""
+        return ((jnp.int32(0),) * _HALVES,) * self.outbox_free.shape[0]
+
+    def send(self, step: Any, address: tuple[Any, ...]) -> None:
         """Copies what both warpgroups put at a step; there is none below 0."""
-        pl.when(step >= 0)(functools.partial(self._send, step))
 
-    def drain(self) -> None:
-        """Copies what was put at the last steps."""
-        steps = self.heads * self.visit.steps
-        last = jnp.maximum(steps - self.outbox_free.shape[0], 0)
-        lax.fori_loop(last, steps, lambda step, _: self._send(step), None)
+        @pl.when(step >= 0)
+        def _():
+            self._copy(step, address)
+            plgpu.barrier_arrive(self.outbox_free.at[self._stage(step)])
 
-    def _send(self, step: Any) -> None:
-        at, steps = self._stage(step), self.visit.steps
-        head = self.first_head + lax.div(step, steps)
-        queries = self.visit.block(lax.rem(step, steps))
-        for group in range(_HALVES):
-            tile = tile_of(self.keys * _HALVES + group, self.tokens) + queries
+    def drain(self, steps: Any, addresses: tuple[tuple[Any, ...], ...]) -> None:
+        """Copies what was put at the last of so many steps."""
+        for i, address in enumerate(addresses):
+            step = steps - len(addresses) + i
+            pl.when(step >= 0)(functools.partial(self._copy, step, address))
+
+    def _copy(self, step: Any, address: tuple[Any, ...]) -> None:
+        def copy(group, tile):
             rows = pl.ds(tile * WARPGROUP_ROWS, WARPGROUP_ROWS)
-            target = self.gmem.at[head, rows]
-            plgpu.copy_smem_to_gmem(self.outbox_smem.at[group, at], target)
+            source = self.outbox_smem.at[group, self._stage(step)]
+            plgpu.copy_smem_to_gmem(source, self.gmem.at[rows])
+
+        for group, tile in enumerate(address):
+            pl.when(tile >= 0)(functools.partial(copy, group, tile))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        is_reused = step + self.outbox_free.shape[0] < self.heads * steps
-        pl.when(is_reused)(lambda: plgpu.barrier_arrive(self.outbox_free.at[at]))
 
     def _stage(self, step: Any) -> Any:
         return lax.rem(step, jnp.int32(self.outbox_free.shape[0]))
 
 
-def key_ranges(spans: Spans) -> Int32[Array, "B I 3 2"]:
+def key_ranges(spans: Spans) -> Int32[Array, "B I 6"]:
     """Returns for each block of queries which blocks of 64 keys it visits.
 
-    As (begin, end): of the block, of its first half and of its second half.
+    As (begin, begin and end of its first half, of its second half, end).
     """
-    halves = visited_keys(spans, WARPGROUP_ROWS, _STEP)
-    halves = halves.reshape(halves.shape[0], -1, _HALVES, 2)
-    begin, end = halves[..., 0], halves[..., 1]
-    sees = end > begin
-    stop = jnp.max(end, axis=2, keepdims=True)
-    lowest = jnp.min(jnp.where(sees, begin, stop), axis=2, keepdims=True)
-    begin, end = jnp.where(sees, begin, lowest), jnp.where(sees, end, lowest)
-    return jnp.stack(
-        [
-            jnp.concatenate([lowest, begin], axis=2),
-            jnp.concatenate([stop, end], axis=2),
-        ],
-        axis=3,
-    )
+    return in_parts(visited_keys(spans, WARPGROUP_ROWS, _STEP), _HALVES)
 
 
 def dq_of_dscores(
     dscores: Array,
     k: Float[Array, "B S K H"],
-    ranges: Int32[Array, "B I 3 2"],
+    tasks: Int32[Array, "tasks numbers"],
     *,
     heads: int,
     scale: float,
@@ -187,15 +197,14 @@ def dq_of_dscores(
     Args:
       dscores: Of `dscores_shape`.
       k: Keys.
-      ranges: For each block of queries the blocks of 64 keys to visit: of the block,
-        of its first half and of its second half.
+      tasks: For each block of queries `key_ranges`.
       heads: Of the queries.
       scale: Of the scores.
     """
     batch, tokens, kv_heads, head_size = k.shape
     shares_keys = heads // kv_heads % _HEADS == 0
-    blocks = (tokens // _BLOCK, batch, heads // _HEADS)
-    dealt = min(multiprocessors(), math.prod(blocks))
+    pairs = heads // _HEADS
+    dealt = min(multiprocessors(), tasks.shape[0] * pairs)
     tile = functools.partial(operand, dtype=k.dtype)
     gradients = (_HEADS, _HALVES * _STEP, WARPGROUP_ROWS)
     keys = (1 if shares_keys else _HEADS, _STEP, head_size)
@@ -203,7 +212,7 @@ def dq_of_dscores(
     left = _SHARED_BYTES // k.dtype.itemsize - math.prod(results)
     stages = min(left // (math.prod(gradients) + math.prod(keys)), _MOST_STAGES)
     body = functools.partial(
-        _body, dealt=dealt, blocks=blocks, heads_per_key=heads // kv_heads, scale=scale
+        _body, dealt=dealt, pairs=pairs, heads_per_key=heads // kv_heads, scale=scale
     )
     return plgpu.kernel(
         body,
@@ -220,17 +229,17 @@ def dq_of_dscores(
         num_threads=_HALVES + 1,
         thread_name="half",
         kernel_name=DQ_KERNEL_NAME,
-    )(dscores, k, ranges)
+    )(dscores, k, tasks)
 
 
 def _body(
     dscores_gmem,
     k_gmem,
-    ranges_gmem,
+    tasks_gmem,
     dq_gmem,
     *,
     dealt: int,
-    blocks: tuple[int, int, int],
+    pairs: int,
     heads_per_key: int,
     scale: float,
     dscores_smem,
@@ -239,7 +248,7 @@ def _body(
     loaded,
     free,
 ) -> None:
-    share = Share.of(lax.axis_index("block"), dealt, blocks)
+    share = Share(lax.axis_index("block"), dealt, pairs, tasks_gmem)
     half, head_size = lax.axis_index("half"), k_gmem.shape[3]
 
     def slot(step):
@@ -251,20 +260,27 @@ def _body(
         ring = Ring((dscores_smem, k_smem), loaded, free)
 
         def load(number, begun):
-            block, row, pair = share.place(number)
-            begin, end = (ranges_gmem[row, block, 0, i] for i in range(2))
+            pair, (row, block, begin, first, stop, *_, end) = share.take(number)
 
             def step(turn, _):
                 keys = begin + turn
                 at = ring.claim(begun + turn)
                 tile = tile_of(keys, k_gmem.shape[1]) + block * _HALVES
-                tiles = pl.ds(tile * _STEP, _HALVES * _STEP)
-                for i in range(_HEADS):
-                    plgpu.copy_gmem_to_smem(
-                        dscores_gmem.at[(row * blocks[2] + pair) * _HEADS + i, tiles],
-                        dscores_smem.at[at, i],
-                        loaded.at[at],
-                    )
+
+                def bring(half):
+                    """Copies the gradients of both halves, or from one on."""
+                    size = (_HALVES - half) * _STEP
+                    for i in range(_HEADS):
+                        head = (row * pairs + pair) * _HEADS + i
+                        first = head * _tiles(k_gmem.shape[1]) + tile + half
+                        source = dscores_gmem.at[pl.ds(first * _STEP, size)]
+                        target = dscores_smem.at[at, i, pl.ds(half * _STEP, size)]
+                        plgpu.copy_gmem_to_smem(source, target, loaded.at[at])
+
+                # On the diagonal the first half of the queries sees no key.
+                is_seen = (turn >= first) & (turn < stop)
+                pl.when(is_seen)(functools.partial(bring, 0))
+                pl.when(jnp.logical_not(is_seen))(functools.partial(bring, 1))
                 for i in range(k_smem.shape[1]):
                     head = lax.div(pair * _HEADS + i, jnp.int32(heads_per_key))
                     plgpu.copy_gmem_to_smem(
@@ -276,13 +292,14 @@ def _body(
             lax.fori_loop(0, end - begin, step, None)
             return begun + end - begin
 
-        ring.drain(lax.fori_loop(0, share.count, load, jnp.int32(0)))
+        ring.drain(lax.fori_loop(0, share.total, load, jnp.int32(0)))
 
     def compute(number, begun):
         """Makes one block, after so many steps of earlier ones; returns their sum."""
-        block, row, pair = share.place(number)
-        begin, end = (ranges_gmem[row, block, 0, i] for i in range(2))
-        first, stop = (ranges_gmem[row, block, 1 + half, i] for i in range(2))
+        pair, (row, block, begin, *halves, end) = share.take(number)
+        first, stop = (
+            begin + jnp.where(half == 0, halves[i], halves[2 + i]) for i in range(2)
+        )
 
         def skip(step, _):
             at = slot(begun + step - begin)
@@ -326,5 +343,5 @@ def _body(
     @pl.when(half < _HALVES)
     def _compute():
         plgpu.set_max_registers(240, action="increase")
-        lax.fori_loop(0, share.count, compute, jnp.int32(0))
+        lax.fori_loop(0, share.total, compute, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

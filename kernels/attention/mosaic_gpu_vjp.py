@@ -11,7 +11,12 @@ works on transposed scores, so that p and ds leave one product as registers and 
 the next. Every sum has one owner and one order: no atomics, and the same bits each
 time.
 
-Budget at H 128: dq takes 192 KiB of shared memory, dk/dv 130, and 32 more where it
+A multiprocessor runs one thread block of dk/dv for the whole launch: while it stores
+the gradients of one block of keys, the next one is there. Each warpgroup passes by the
+queries that see none of its 64 keys. What registers are left decides the form of its
+loops: whatever is live across a step costs one.
+
+Budget at H 128: dq takes 192 KiB of shared memory, dk/dv 194, and 32 more where it
 leaves ds; both 240 registers a thread, of which dk/dv hold 128 in the two gradients.
 """
 
@@ -25,17 +30,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
+from kernels.device import multiprocessors
+
 from .mosaic_gpu_dscores import Outbox, dq_of_dscores, dscores_shape
 from .mosaic_tiles import (
     WARPGROUP_ROWS,
     Ring,
+    Share,
     TileConfig,
     Visit,
     accumulator,
     operand,
     stream_keys,
 )
-from .visits import Visits, paired
+from .visits import Visits
 
 DQ_KERNEL_NAME = "attention_dq"
 DKV_KERNEL_NAME = "attention_dkv"
@@ -61,8 +69,7 @@ def attention_backward(
     T and S are whole blocks. A gradient of the log-sum-exp is subtracted from delta.
     """
     lse, delta = statistics
-    # Else XLA sums up delta anew for each block of the pairs that dk/dv streams.
-    statistics = lax.optimization_barrier((lse * LOG2_E, delta))
+    statistics = (lse * LOG2_E, delta)
     options = {"scale": scale, "softcap": softcap, "tiles": tiles}
     q, k, _, _ = arrays
     if not keeps_dscores:
@@ -114,7 +121,7 @@ def _dq(
         thread_name="group",
         kernel_name=DQ_KERNEL_NAME,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, dout, *statistics, *visits.spans, visits.dq)
+    )(q, k, v, dout, *statistics, visits.spans, visits.dq)
 
 
 def _dq_body(
@@ -124,8 +131,7 @@ def _dq_body(
     dout_gmem,
     lse_gmem,
     delta_gmem,
-    first_gmem,
-    end_gmem,
+    spans_gmem,
     ranges_gmem,
     dq_gmem,
     *,
@@ -177,7 +183,7 @@ def _dq_body(
         def load(ref):
             return plgpu.load(ref, layout=_ROWS, optimized=False)
 
-        first, end = (load(x.at[batch, queries(group)]) for x in (first_gmem, end_gmem))
+        first, end = (load(spans_gmem.at[batch, i, queries(group)]) for i in range(2))
         lse, delta = (
             load(x.at[batch, head, queries(group)]) for x in (lse_gmem, delta_gmem)
         )
@@ -241,13 +247,17 @@ def _dkv(
     keeps_dscores: bool = False,
 ) -> tuple[Array, ...]:
     """Returns dk, dv and, if they are to be kept, the gradients of the scores."""
-    batch, k_tokens, kv_heads, head_size = k.shape
+    _, _, kv_heads, head_size = k.shape
     tile = functools.partial(operand, dtype=q.dtype, step=tiles.dkv_q)
-    rows = tile((tiles.dkv_k // WARPGROUP_ROWS, WARPGROUP_ROWS, head_size))
+    groups = tiles.dkv_k // WARPGROUP_ROWS
+    rows = tile((tiles.dkv_buffers * groups, WARPGROUP_ROWS, head_size))
     stages = tile((tiles.dkv_stages, tiles.dkv_q, head_size))
-    pairs = (tiles.dkv_stages, 2, tiles.dkv_q)
-    body = functools.partial(_dkv_body, scale=scale, softcap=softcap, tiles=tiles)
-    free = plgpu.Barrier(num_arrivals=2, num_barriers=tiles.dkv_stages)
+    dealt = visits.dkv.shape[0] * kv_heads
+    if tiles.is_persistent:
+        dealt = min(multiprocessors(), dealt)
+    body = functools.partial(
+        _dkv_body, dealt=dealt, scale=scale, softcap=softcap, tiles=tiles
+    )
     results = [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2
     outbox_memory = {}
     if keeps_dscores:
@@ -261,18 +271,22 @@ def _dkv(
             "v_smem": rows,
             "q_smem": stages,
             "dout_smem": stages,
-            "statistics_smem": plgpu.SMEM(pairs, jnp.float32),
-            "spans_smem": plgpu.SMEM(pairs, jnp.int32),
-            "kv_loaded": plgpu.Barrier(num_arrivals=2 * rows.shape[0]),
-            "q_loaded": plgpu.Barrier(num_arrivals=3, num_barriers=tiles.dkv_stages),
-            "dout_loaded": plgpu.Barrier(num_barriers=tiles.dkv_stages),
-            "q_free": free,
-            "dout_free": free,
+            # One array: each takes 1,024 bytes and their multiples.
+            "statistics_smem": plgpu.SMEM(
+                (tiles.dkv_stages, 2, tiles.dkv_q), jnp.float32
+            ),
+            "spans_smem": plgpu.SMEM((tiles.dkv_stages, 2, tiles.dkv_q), jnp.int32),
+            "kv_loaded": plgpu.Barrier(
+                num_arrivals=2 * groups, num_barriers=tiles.dkv_buffers
+            ),
+            "kv_free": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.dkv_buffers),
+            "loaded": plgpu.Barrier(num_arrivals=5, num_barriers=tiles.dkv_stages),
+            "free": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.dkv_stages),
             "done": plgpu.Barrier(num_arrivals=2),
             **outbox_memory,
         },
-        grid=(k_tokens // tiles.dkv_k, batch, kv_heads),
-        grid_names=("block", "batch", "head"),
+        grid=(dealt,),
+        grid_names=("block",),
         num_threads=3,
         thread_name="group",
         kernel_name=DKV_KERNEL_NAME,
@@ -282,8 +296,8 @@ def _dkv(
         k,
         v,
         dout,
-        paired(*statistics, tiles.dkv_q),
-        visits.pairs,
+        *statistics,
+        visits.spans,
         visits.dkv,
     )
 
@@ -293,13 +307,15 @@ def _dkv_body(
     k_gmem,
     v_gmem,
     dout_gmem,
-    statistics_gmem,
+    lse_gmem,
+    delta_gmem,
     spans_gmem,
-    ranges_gmem,
+    tasks_gmem,
     dk_gmem,
     dv_gmem,
     dscores_gmem=None,
     *,
+    dealt: int,
     scale: float,
     softcap: float | None,
     tiles: TileConfig,
@@ -310,98 +326,146 @@ def _dkv_body(
     statistics_smem,
     spans_smem,
     kv_loaded,
-    q_loaded,
-    dout_loaded,
-    q_free,
-    dout_free,
+    kv_free,
+    loaded,
+    free,
     done,
     **outbox_memory,
 ) -> None:
-    # Early keys are seen by most queries: they start first.
-    block, batch = lax.axis_index("block"), lax.axis_index("batch")
-    kv_head, group = lax.axis_index("head"), lax.axis_index("group")
-    visit = Visit.load(ranges_gmem.at[batch, block])
-    heads = q_gmem.shape[2] // k_gmem.shape[2]
-    head_size = q_gmem.shape[3]
-    shares_rows = tiles.dkv_k == WARPGROUP_ROWS
+    kv_heads, tokens = k_gmem.shape[2], k_gmem.shape[1]
+    share = Share(lax.axis_index("block"), dealt, kv_heads, tasks_gmem)
+    group = lax.axis_index("group")
+    heads, head_size = q_gmem.shape[2] // kv_heads, q_gmem.shape[3]
+    groups = tiles.dkv_k // WARPGROUP_ROWS
+    shares_rows = groups == 1
     columns = head_size // 2 if shares_rows else head_size
     row_group = 0 if shares_rows else group
-    outbox = _outbox(k_gmem, dscores_gmem, visit, heads, outbox_memory)
+    outbox = Outbox(dscores_gmem, tokens, **outbox_memory) if outbox_memory else None
 
-    def keys(row_group):
+    lse_smem, delta_smem = (statistics_smem.at[:, i] for i in range(2))
+
+    def keys(block, row_group):
         start = block * tiles.dkv_k + row_group * WARPGROUP_ROWS
         return pl.ds(start, WARPGROUP_ROWS)
-
-    def slot(head, turn):
-        return lax.rem(head * visit.steps + turn, jnp.int32(tiles.dkv_stages))
 
     @pl.when(group == 2)
     def _load():
         plgpu.set_max_registers(24, action="decrease")
-        for i in range(tiles.dkv_k // WARPGROUP_ROWS):
-            for gmem, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
-                source = gmem.at[batch, keys(i), kv_head]
-                plgpu.copy_gmem_to_smem(source, smem.at[i], kv_loaded)
+        kv_ring = Ring((k_smem, v_smem), kv_loaded, kv_free)
+        buffers = (q_smem, dout_smem, lse_smem, delta_smem, spans_smem)
+        queries_ring = Ring(buffers, loaded, free)
 
-        queries_ring = Ring((q_smem, statistics_smem, spans_smem), q_loaded, q_free)
-        dout_ring = Ring((dout_smem,), dout_loaded, dout_free)
+        def load(number, carry):
+            kv_head, (row, block, begin, *parts, end) = share.take(number)
+            at = kv_ring.claim(number)
+            for i in range(groups):
+                for gmem, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
+                    source = gmem.at[row, keys(block, i), kv_head]
+                    plgpu.copy_gmem_to_smem(
+                        source, smem.at[at * groups + i], kv_loaded.at[at]
+                    )
 
-        def load(head, turn, _):
-            step, i = head * visit.steps + turn, visit.block(turn)
-            q_head = kv_head * heads + head
-            source = (batch, pl.ds(i * tiles.dkv_q, tiles.dkv_q), q_head)
-            facts = (statistics_gmem.at[batch, q_head, i], spans_gmem.at[batch, i])
-            queries_ring.fill(step, q_gmem.at[source], *facts)
-            dout_ring.fill(step, dout_gmem.at[source])
-            if outbox is not None:
-                outbox.send(step - tiles.dkv_stages)
+            def step(head, i, carry):
+                step, unsent = carry
+                queries = pl.ds(i * tiles.dkv_q, tiles.dkv_q)
+                q_head = kv_head * heads + head
+                queries_ring.fill(
+                    step,
+                    q_gmem.at[row, queries, q_head],
+                    dout_gmem.at[row, queries, q_head],
+                    lse_gmem.at[row, q_head, queries],
+                    delta_gmem.at[row, q_head, queries],
+                    spans_gmem.at[row, :, queries],
+                )
+                if outbox is not None:
+                    outbox.send(step - tiles.dkv_stages, unsent[0])
+                    of_all = row * q_gmem.shape[2] + q_head
+                    seen = [
+                        (i - begin >= parts[n]) & (i - begin < parts[n + 3])
+                        for n in (0, 4)
+                    ]
+                    unsent = (*unsent[1:], outbox.address(of_all, block, i, seen))
+                return step + 1, unsent
 
-        def over_head(head, _):
-            lax.fori_loop(0, visit.steps, functools.partial(load, head), None)
+            def over_head(head, carry):
+                return lax.fori_loop(begin, end, functools.partial(step, head), carry)
 
-        lax.fori_loop(0, heads, over_head, None)
-        for ring in (queries_ring, dout_ring):
-            ring.drain(heads * visit.steps)
+            return lax.fori_loop(0, heads, over_head, carry)
+
+        unsent = () if outbox is None else outbox.nowhere()
+        steps, unsent = lax.fori_loop(0, share.total, load, (jnp.int32(0), unsent))
+        queries_ring.drain(steps)
+        kv_ring.drain(share.total)
         if outbox is not None:
-            outbox.drain()
+            outbox.drain(steps, unsent)
 
-    @pl.when(group < 2)
-    def _compute():
-        plgpu.set_max_registers(240, action="increase")
-        plgpu.barrier_wait(kv_loaded)
-        mine = pl.ds(group * columns, columns) if shares_rows else slice(None)
+    mine = pl.ds(group * columns, columns) if shares_rows else slice(None)
 
-        def step(head, turn, gradients, *, is_masked=False):
-            at = slot(head, turn)
+    def compute(number, begun):
+        """Makes one block, after so many steps of earlier ones; returns their sum."""
+        _, (_, block, begin, *parts, end) = share.take(number)
+        first, full_first, full_stop, stop = (
+            parts[i] if shares_rows else jnp.where(group == 0, parts[i], parts[4 + i])
+            for i in range(4)
+        )
+        steps = end - begin
+        kv_at = lax.rem(number, jnp.int32(tiles.dkv_buffers))
+        tile = kv_at * groups + row_group
+        k_tile, v_tile = k_smem.at[tile], v_smem.at[tile]
+        plgpu.barrier_wait(kv_loaded.at[kv_at])
+
+        def step(number, carry):
+            turn, *gradients = carry
+            if shares_rows:
+                gradients = see(number, turn, *gradients)
+            else:
+                is_seen = (turn >= first) & (turn < stop)
+                gradients = lax.cond(is_seen, see, pass_by, number, turn, *gradients)
+            turn += 1
+            return jnp.where(turn == steps, 0, turn), *gradients
+
+        def pass_by(number, _, *gradients):
+            at = lax.rem(number, jnp.int32(tiles.dkv_stages))
+            plgpu.barrier_wait(loaded.at[at])
+            plgpu.barrier_arrive(free.at[at])
+            if outbox is not None:
+                outbox.claim(number)
+            return gradients
+
+        def see(number, turn, *gradients):
+            at = lax.rem(number, jnp.int32(tiles.dkv_stages))
 
             def products(dk_ref, dv_ref, scores_ref):
                 dk_ref[...], dv_ref[...] = gradients
-                plgpu.barrier_wait(q_loaded.at[at])
-                plgpu.wgmma(scores_ref, k_smem.at[row_group], q_smem.at[at].T)
+                plgpu.barrier_wait(loaded.at[at])
+                plgpu.wgmma(scores_ref, k_tile, q_smem.at[at].T)
                 # Its registers are cleared while the first product runs.
                 later = functools.partial(later_products, dk_ref, dv_ref, scores_ref)
                 pl.run_scoped(later, accumulator(tiles.dkv_q))
                 results = dk_ref[...], dv_ref[...]
-                plgpu.barrier_arrive(q_free.at[at])
+                plgpu.barrier_arrive(free.at[at])
                 return results
 
             def later_products(dk_ref, dv_ref, scores_ref, dweights_ref):
-                plgpu.barrier_wait(dout_loaded.at[at])
-                plgpu.wgmma(dweights_ref, v_smem.at[row_group], dout_smem.at[at].T)
+                plgpu.wgmma(dweights_ref, v_tile, dout_smem.at[at].T)
                 lse = plgpu.load(statistics_smem.at[at, 0], layout=_COLUMNS)
                 scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                mask = None
-                if is_masked:
-                    index = _iota(scores.shape, 0) + keys(row_group).start
-                    first, end = (
+                weights, slope = _weights(scores, lse, 1, None, scale, softcap)
+                # Mask and ds take the rounded weights: half of the registers. Without
+                # the barrier LLVM rounds them one by one, as slow as the powers.
+                weights = lax.optimization_barrier(weights.astype(q_smem.dtype))
+
+                def masked(weights):
+                    index = _iota(scores.shape, 0) + keys(block, row_group).start
+                    sees = (
                         plgpu.load(spans_smem.at[at, n], layout=_COLUMNS)
                         for n in range(2)
                     )
-                    mask = _seen(index, first, end, axis=1)
-                weights, slope = _weights(scores, lse, 1, mask, scale, softcap)
-                # ds starts from the rounded weights: half of the registers. Without
-                # the barrier LLVM rounds them one by one, as slow as the powers.
-                weights = lax.optimization_barrier(weights.astype(q_smem.dtype))
+                    mask = _seen(index, *sees, axis=1)
+                    return jnp.where(mask, weights, jnp.zeros_like(weights))
+
+                is_full = (turn >= full_first) & (turn < full_stop)
+                weights = lax.cond(is_full, lambda same: same, masked, weights)
                 plgpu.wgmma(dv_ref, weights, dout_smem.at[at, :, mine])
                 delta = plgpu.load(statistics_smem.at[at, 1], layout=_COLUMNS)
                 dweights = plgpu.wgmma_accumulator_load(dweights_ref, wait_n=1)
@@ -411,47 +475,33 @@ def _dkv_body(
                     dscores *= slope
                 dscores = dscores.astype(q_smem.dtype)
                 if outbox is not None:
-                    outbox.put(head * visit.steps + turn, group, dscores)
+                    outbox.put(number, group, dscores)
                 plgpu.wgmma(dk_ref, dscores, q_smem.at[at, :, mine])
                 # The statistics were read, copies may overwrite. The fence takes a
                 # while: beside the last product it costs nothing.
                 plgpu.commit_smem()
-                plgpu.wgmma_wait(1)
-                plgpu.barrier_arrive(dout_free.at[at])
 
             gradient = accumulator(columns)
             return pl.run_scoped(products, gradient, gradient, accumulator(tiles.dkv_q))
 
-        def over_head(head, gradients):
-            plain = functools.partial(step, head)
-            masked = functools.partial(plain, is_masked=True)
-            gradients = lax.fori_loop(0, visit.full_steps, plain, gradients)
-            return lax.fori_loop(visit.full_steps, visit.steps, masked, gradients)
-
-        zeros = _zeros(columns)
-        dk, dv = lax.fori_loop(0, heads, over_head, (zeros, zeros))
-        place = (batch, keys(row_group), kv_head)
+        done_by = begun + heads * steps
+        carry = (jnp.int32(0), _zeros(columns), _zeros(columns))
+        _, dk, dv = lax.fori_loop(begun, done_by, step, carry)
+        # Read again: no registers are left to keep them.
+        kv_head, (row, *_) = share.take(lax.optimization_barrier(number))
+        place = (row, keys(block, row_group), kv_head)
         results = (
-            (dk * scale, k_smem.at[row_group], dk_gmem.at[place]),
-            (dv, v_smem.at[row_group], dv_gmem.at[place]),
+            (dk * scale, k_tile, dk_gmem.at[place]),
+            (dv, v_tile, dv_gmem.at[place]),
         )
         _store(results, group, done if shares_rows else None)
+        plgpu.barrier_arrive(kv_free.at[kv_at])
+        return done_by
 
-
-def _outbox(k_gmem, dscores_gmem, visit: Visit, heads: int, memory) -> Outbox | None:
-    """Returns what sends a block's gradients of scores, if they are kept."""
-    if not memory:
-        return None
-    kv_head = lax.axis_index("batch") * k_gmem.shape[2] + lax.axis_index("head")
-    return Outbox(
-        gmem=dscores_gmem,
-        tokens=k_gmem.shape[1],
-        visit=visit,
-        keys=lax.axis_index("block"),
-        first_head=kv_head * heads,
-        heads=heads,
-        **memory,
-    )
+    @pl.when(group < 2)
+    def _compute():
+        plgpu.set_max_registers(240, action="increase")
+        lax.fori_loop(0, share.total, compute, jnp.int32(0))
 
 
 def _store(results, group, done) -> None:
@@ -489,7 +539,7 @@ def _weights(scores, lse, axis: int, mask, scale: float, softcap: float | None):
 
     Args:
       scores: Products of queries and keys.
-      lse: Log-sum-exp of each query, in powers of two.
+      lse: Log-sum-exp of each query.
       axis: The axis of `scores` that `lse` lacks is the other one.
       mask: What is seen, or None.
       scale: Of the scores.

@@ -37,6 +37,7 @@ class TileConfig:
         warpgroups take half of the features each.
       stages: Buffers of keys and of values of the forward kernel.
       dq_stages: Those of the dq kernel.
+      dkv_buffers: Blocks of keys and values in shared memory, in the dkv kernel.
       dkv_stages: Buffers of queries and of the output's gradient of the dkv kernel.
       keeps_dscores: Gradients of scores may go from dkv to dq by way of memory: blocks
         of 64 queries and 128 keys, and measured to be faster, of heads of 64 for packed
@@ -52,6 +53,7 @@ class TileConfig:
     dkv_k: int = 128
     stages: int = 2
     dq_stages: int = 2
+    dkv_buffers: int = 2
     dkv_stages: int = 2
     keeps_dscores: bool = False
 
@@ -83,7 +85,8 @@ def tile_config(head_size: int, *, has_softcap: bool) -> TileConfig:
             dq_k=32,
             dkv_q=32,
             dkv_k=64,
-            dkv_stages=3,
+            dkv_buffers=1,
+            dkv_stages=4,
         )
     if has_softcap and head_size > 96:
         return TileConfig(dkv_k=64)
@@ -153,38 +156,39 @@ class Ring(NamedTuple):
 
 
 class Share(NamedTuple):
-    """The blocks of queries that one thread block takes, the longest first.
+    """The tasks of one thread block, those that visit most blocks first.
 
-    All blocks are dealt out to and fro, so that each thread block gets about as many
-    keys.
+    Every head has each task of a list, which `visits.tasks` makes. They are dealt out
+    to and fro, so that each thread block gets about as many steps. The heads of a task
+    run side by side: one head after the other, thread blocks would get unlike shares.
 
     Attributes:
-      count: How many.
+      position: Of the thread block.
+      dealt: To so many thread blocks.
+      heads: That have each task.
+      gmem: The list.
     """
 
-    count: Any
     position: Any
     dealt: int
-    shape: tuple[int, int, int]
+    heads: int
+    gmem: Any
 
-    @classmethod
-    def of(cls, position: Any, dealt: int, shape: tuple[int, int, int]) -> "Share":
-        """Deals out (blocks, batch, heads) to `dealt` thread blocks."""
-        rounds, rest = divmod(math.prod(shape), dealt)
-        last = position if rounds % 2 == 0 else dealt - 1 - position
-        count = jnp.where(last < rest, rounds + 1, rounds) if rest else rounds
-        return cls(count, position, dealt, shape)
+    @property
+    def total(self) -> Any:
+        """How many tasks."""
+        rounds, rest = divmod(self.gmem.shape[0] * self.heads, self.dealt)
+        back = self.dealt - 1 - self.position
+        last = self.position if rounds % 2 == 0 else back
+        return jnp.where(last < rest, rounds + 1, rounds) if rest else rounds
 
-    def place(self, number: Any) -> tuple[Any, Any, Any]:
-        """Returns the block, the row and the head of one of them."""
-        blocks, batch, heads = self.shape
+    def take(self, number: Any) -> tuple[Any, list[Any]]:
+        """Returns the head and the numbers of a task."""
         back = self.dealt - 1 - self.position
         offset = jnp.where(lax.rem(number, jnp.int32(2)) == 0, self.position, back)
-        index = number * self.dealt + offset
-        head = lax.rem(index, jnp.int32(heads))
-        index = lax.div(index, jnp.int32(heads))
-        row = lax.rem(index, jnp.int32(batch))
-        return blocks - 1 - lax.div(index, jnp.int32(batch)), row, head
+        index, heads = number * self.dealt + offset, jnp.int32(self.heads)
+        line, head = lax.div(index, heads), lax.rem(index, heads)
+        return head, [self.gmem[line, i] for i in range(self.gmem.shape[1])]
 
 
 class Visit(NamedTuple):
@@ -205,7 +209,10 @@ class Visit(NamedTuple):
     @classmethod
     def load(cls, range_gmem: Any) -> "Visit":
         """Reads one of the ranges that `spans` makes."""
-        begin, full_begin, full_end, stop = (range_gmem[i] for i in range(4))
+        return cls.of(*(range_gmem[i] for i in range(4)))
+
+    @classmethod
+    def of(cls, begin: Any, full_begin: Any, full_end: Any, stop: Any) -> "Visit":
         return cls(stop - begin, full_end - full_begin, full_begin, stop)
 
     def block(self, step: Any) -> Any:

@@ -113,6 +113,25 @@ def query_blocks(
     return jnp.stack([begin, full_begin, full_end, stop], axis=2)
 
 
+def in_parts(
+    ranges: Int32[Array, "B parts numbers"], parts: int
+) -> Int32[Array, "B I all_numbers"]:
+    """Returns (begin, numbers of each part, end) of blocks of so many parts.
+
+    Args:
+      ranges: Of the parts; their first number is the begin, their last one the end.
+        They are returned counted from the begin of their block; a part that sees
+        nothing ends there.
+      parts: Of a block.
+    """
+    ranges = ranges.reshape(ranges.shape[0], -1, parts, ranges.shape[2])
+    sees = ranges[..., -1:] > ranges[..., :1]
+    end = jnp.max(jnp.where(sees, ranges, 0), axis=(2, 3))[..., None]
+    begin = jnp.min(jnp.where(sees, ranges, end[..., None]), axis=(2, 3))[..., None]
+    ranges = jnp.where(sees, ranges - begin[..., None], 0)
+    return jnp.concatenate([begin, ranges.reshape(*begin.shape[:2], -1), end], axis=2)
+
+
 _LARGE = 2**30
 
 

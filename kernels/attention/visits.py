@@ -6,11 +6,11 @@ So a model makes it once a step, for all layers, heads and passes.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Int32
 
 from .mosaic_gpu_dscores import key_ranges
-from .mosaic_tiles import TileConfig
-from .spans import Spans, key_blocks, query_blocks
+from .mosaic_tiles import WARPGROUP_ROWS, TileConfig
+from .spans import Spans, in_parts, key_blocks, query_blocks
 
 
 class Visits(NamedTuple):
@@ -19,22 +19,19 @@ class Visits(NamedTuple):
     The ranges of blocks are those of `spans.key_blocks` and `spans.query_blocks`.
 
     Attributes:
-      spans: Of whole blocks of queries.
-      pairs: First key and end of each span side by side, by blocks of queries that the
-        dkv kernel streams.
-      forward: Ranges of the blocks of queries in the forward kernel.
-      dq: The same in the dq kernel.
-      dkv: Ranges of the blocks of keys.
-      dscores: Ranges of the blocks of queries in the kernel that takes gradients of
-        scores from memory; None where none does.
+      spans: First key and end of each query, of whole blocks of them.
+      forward: Tasks of the forward kernel: blocks of queries and their ranges.
+      dq: Ranges of the blocks of queries in the dq kernel.
+      dkv: Tasks of the dkv kernel: blocks of keys and their ranges.
+      dscores: Tasks of the kernel that takes gradients of scores from memory, with
+        `mosaic_gpu_dscores.key_ranges`; None where none does.
     """
 
-    spans: Spans
-    pairs: Int32[Array, "B I 2 queries"]
-    forward: Int32[Array, "B I 4"]
+    spans: Int32[Array, "B 2 T"]
+    forward: Int32[Array, "tasks numbers"]
     dq: Int32[Array, "B I 4"]
-    dkv: Int32[Array, "B J 4"]
-    dscores: Int32[Array, "B I 3 2"] | None
+    dkv: Int32[Array, "tasks numbers"]
+    dscores: Int32[Array, "tasks numbers"] | None
 
 
 def visits_of(spans: Spans, k_tokens: int, tiles: TileConfig) -> Visits:
@@ -42,19 +39,23 @@ def visits_of(spans: Spans, k_tokens: int, tiles: TileConfig) -> Visits:
     padding = ((0, 0), (0, -spans.first.shape[1] % tiles.tokens))
     spans = Spans(*(jnp.pad(x, padding) for x in spans))
     k_tokens += -k_tokens % tiles.tokens
+    seen = query_blocks(spans, k_tokens, tiles.dkv_q, WARPGROUP_ROWS)
     return Visits(
-        spans,
-        paired(*spans, tiles.dkv_q),
-        key_blocks(spans, tiles.block_q, tiles.forward_k),
+        jnp.stack(spans, axis=1),
+        tasks(key_blocks(spans, tiles.block_q, tiles.forward_k)),
         key_blocks(spans, tiles.block_q, tiles.dq_k),
-        query_blocks(spans, k_tokens, tiles.dkv_q, tiles.dkv_k),
-        key_ranges(spans) if tiles.keeps_dscores else None,
+        tasks(in_parts(seen, tiles.dkv_k // WARPGROUP_ROWS)),
+        tasks(key_ranges(spans)) if tiles.keeps_dscores else None,
     )
 
 
-def paired(
-    x: Shaped[Array, "*B T"], y: Shaped[Array, "*B T"], block: int
-) -> Shaped[Array, "*B I 2 block"]:
-    """Returns both in one array of blocks: one copy brings both of a block."""
-    shape = (*x.shape[:-1], -1, block)
-    return jnp.stack([x.reshape(shape), y.reshape(shape)], axis=-2)
+def tasks(ranges: Int32[Array, "B I numbers"]) -> Int32[Array, "tasks all_numbers"]:
+    """Returns (row, block, *ranges) of each block, those that visit most first.
+
+    Args:
+      ranges: Of the blocks; they begin with the first number, and end with the last.
+    """
+    rows, blocks, _ = ranges.shape
+    place = jnp.indices((rows, blocks), jnp.int32).reshape(2, -1).T
+    lines = jnp.concatenate([place, ranges.reshape(rows * blocks, -1)], axis=1)
+    return lines[jnp.argsort(lines[:, 2] - lines[:, -1], stable=True)]

@@ -8,10 +8,12 @@ from kernels.attention.mask import visible
 from kernels.attention.spans import (
     Spans,
     causal_spans,
+    in_parts,
     key_blocks,
     query_blocks,
     visited_keys,
 )
+from kernels.attention.visits import tasks
 
 TOKENS = 24
 SEGMENTS = {
@@ -59,6 +61,37 @@ def check_ranges(ranges, tiles, *, is_never_empty=False):
             assert (begin, stop) == (seen[0], seen[-1] + 1)
         else:
             assert stop - begin == is_never_empty
+
+
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
+@pytest.mark.parametrize("window", [None, 6])
+def test_ranges_of_parts_are_counted_from_their_block(segments, window):
+    spans, _ = spans_and_mask(segments, window)
+    ranges = query_blocks(spans, TOKENS, 4, 4)
+    blocks = np.asarray(in_parts(ranges, 2))[0]
+    for (begin, *parts, end), pair in zip(
+        blocks, np.asarray(ranges).reshape(3, 2, 4), strict=True
+    ):
+        seen = [part for part in pair if part[3] > part[0]]
+        assert begin == min((part[0] for part in seen), default=0)
+        assert end == max((part[3] for part in seen), default=0)
+        for got, part in zip(np.reshape(parts, (2, 4)), pair, strict=True):
+            assert np.array_equal(got, part - begin if part[3] > part[0] else [0] * 4)
+
+
+def test_tasks_are_all_blocks_longest_first():
+    ranges = jnp.asarray(
+        [[[3, 9, 4], [0, 9, 0], [1, 9, 6]], [[2, 9, 7], [0, 9, 5], [0, 9, 1]]]
+    )
+    lines = np.asarray(tasks(ranges.astype(jnp.int32))).tolist()
+    assert lines == [
+        [0, 2, 1, 9, 6],
+        [1, 0, 2, 9, 7],
+        [1, 1, 0, 9, 5],
+        [0, 0, 3, 9, 4],
+        [1, 2, 0, 9, 1],
+        [0, 1, 0, 9, 0],
+    ]
 
 
 def test_chunks_see_their_part_of_the_row():
