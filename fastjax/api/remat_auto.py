@@ -231,8 +231,11 @@ def _measured(
     # A model that is loaded already leaves less room for these layers.
     room = limit_bytes - (device_bytes("bytes_in_use") or 0)
     leanest, *richer = policies
-    runs = [(few_layers, leanest), (most_layers, leanest)]
-    runs += [(more_layers, policy) for policy in richer]
+    runs: list[tuple[int, RematPolicy]] = [
+        (few_layers, leanest),
+        (most_layers, leanest),
+        *((more_layers, policy) for policy in richer),
+    ]
     few, most, *others = _compiled(planner, runs)
     if not most.fits(room):
         return {}
