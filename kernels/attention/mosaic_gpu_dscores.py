@@ -121,7 +121,11 @@ class Outbox(NamedTuple):
         self.outbox_smem.at[group, self.claim(step)][...] = dscores
 
     def claim(self, step: Any) -> Any:
-        """Returns a step's stage, once it was sent; each warpgroup claims each step."""
+        """Returns the stage of a step, once what it held was sent.
+
+        Each warpgroup claims each step, before it frees the step's queries: then the
+        stage is sent again.
+        """
         at, is_reused = self._stage(step), step >= self.outbox_free.shape[0]
         pl.when(is_reused)(lambda: plgpu.barrier_wait(self.outbox_free.at[at]))
         return at
@@ -197,7 +201,7 @@ def dq_of_dscores(
     Args:
       dscores: Of `dscores_shape`.
       k: Keys.
-      tasks: For each block of queries `key_ranges`.
+      tasks: `visits.tasks` of `key_ranges`.
       heads: Of the queries.
       scale: Of the scores.
     """

@@ -11,10 +11,11 @@ works on transposed scores, so that p and ds leave one product as registers and 
 the next. Every sum has one owner and one order: no atomics, and the same bits each
 time.
 
-A multiprocessor runs one thread block of dk/dv for the whole launch: while it stores
-the gradients of one block of keys, the next one is there. Each warpgroup passes by the
-queries that see none of its 64 keys. What registers are left decides the form of its
-loops: whatever is live across a step costs one.
+A multiprocessor runs one thread block of dk/dv for the whole launch (256 features leave
+no registers for that): while it stores the gradients of one block of keys, the next one
+is there. Each warpgroup passes by the queries that see none of its 64 keys. What
+registers are left decides the form of its loops: whatever is live across a step costs
+one.
 
 Budget at H 128: dq takes 192 KiB of shared memory, dk/dv 194, and 32 more where it
 leaves ds; both 240 registers a thread, of which dk/dv hold 128 in the two gradients.
@@ -344,72 +345,26 @@ def _dkv_body(
 
     lse_smem, delta_smem = (statistics_smem.at[:, i] for i in range(2))
 
-    def keys(block, row_group):
-        start = block * tiles.dkv_k + row_group * WARPGROUP_ROWS
-        return pl.ds(start, WARPGROUP_ROWS)
-
     @pl.when(group == 2)
     def _load():
         plgpu.set_max_registers(24, action="decrease")
         kv_ring = Ring((k_smem, v_smem), kv_loaded, kv_free)
         buffers = (q_smem, dout_smem, lse_smem, delta_smem, spans_smem)
-        queries_ring = Ring(buffers, loaded, free)
-
-        def load(number, carry):
-            kv_head, (row, block, begin, *parts, end) = share.take(number)
-            at = kv_ring.claim(number)
-            for i in range(groups):
-                for gmem, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
-                    source = gmem.at[row, keys(block, i), kv_head]
-                    plgpu.copy_gmem_to_smem(
-                        source, smem.at[at * groups + i], kv_loaded.at[at]
-                    )
-
-            def step(head, i, carry):
-                step, unsent = carry
-                queries = pl.ds(i * tiles.dkv_q, tiles.dkv_q)
-                q_head = kv_head * heads + head
-                queries_ring.fill(
-                    step,
-                    q_gmem.at[row, queries, q_head],
-                    dout_gmem.at[row, queries, q_head],
-                    lse_gmem.at[row, q_head, queries],
-                    delta_gmem.at[row, q_head, queries],
-                    spans_gmem.at[row, :, queries],
-                )
-                if outbox is not None:
-                    outbox.send(step - tiles.dkv_stages, unsent[0])
-                    of_all = row * q_gmem.shape[2] + q_head
-                    seen = [
-                        (i - begin >= parts[n]) & (i - begin < parts[n + 3])
-                        for n in (0, 4)
-                    ]
-                    unsent = (*unsent[1:], outbox.address(of_all, block, i, seen))
-                return step + 1, unsent
-
-            def over_head(head, carry):
-                return lax.fori_loop(begin, end, functools.partial(step, head), carry)
-
-            return lax.fori_loop(0, heads, over_head, carry)
-
-        unsent = () if outbox is None else outbox.nowhere()
-        steps, unsent = lax.fori_loop(0, share.total, load, (jnp.int32(0), unsent))
-        queries_ring.drain(steps)
-        kv_ring.drain(share.total)
-        if outbox is not None:
-            outbox.drain(steps, unsent)
+        streams = (q_gmem, dout_gmem, lse_gmem, delta_gmem, spans_gmem)
+        rings = kv_ring, Ring(buffers, loaded, free)
+        _stream_queries((k_gmem, v_gmem), streams, rings, share, outbox, tiles)
 
     mine = pl.ds(group * columns, columns) if shares_rows else slice(None)
 
-    def compute(number, begun):
+    def compute(task, begun):
         """Makes one block, after so many steps of earlier ones; returns their sum."""
-        _, (_, block, begin, *parts, end) = share.take(number)
+        _, (_, block, begin, *parts, end) = share.take(task)
         first, full_first, full_stop, stop = (
             parts[i] if shares_rows else jnp.where(group == 0, parts[i], parts[4 + i])
             for i in range(4)
         )
         steps = end - begin
-        kv_at = lax.rem(number, jnp.int32(tiles.dkv_buffers))
+        kv_at = lax.rem(task, jnp.int32(tiles.dkv_buffers))
         tile = kv_at * groups + row_group
         k_tile, v_tile = k_smem.at[tile], v_smem.at[tile]
         plgpu.barrier_wait(kv_loaded.at[kv_at])
@@ -427,9 +382,9 @@ def _dkv_body(
         def pass_by(number, _, *gradients):
             at = lax.rem(number, jnp.int32(tiles.dkv_stages))
             plgpu.barrier_wait(loaded.at[at])
-            plgpu.barrier_arrive(free.at[at])
             if outbox is not None:
                 outbox.claim(number)
+            plgpu.barrier_arrive(free.at[at])
             return gradients
 
         def see(number, turn, *gradients):
@@ -455,17 +410,13 @@ def _dkv_body(
                 # the barrier LLVM rounds them one by one, as slow as the powers.
                 weights = lax.optimization_barrier(weights.astype(q_smem.dtype))
 
-                def masked(weights):
-                    index = _iota(scores.shape, 0) + keys(block, row_group).start
-                    sees = (
-                        plgpu.load(spans_smem.at[at, n], layout=_COLUMNS)
-                        for n in range(2)
-                    )
-                    mask = _seen(index, *sees, axis=1)
-                    return jnp.where(mask, weights, jnp.zeros_like(weights))
-
+                place = (
+                    spans_smem.at[at],
+                    block * tiles.dkv_k + row_group * WARPGROUP_ROWS,
+                )
+                masked = functools.partial(_without_hidden, *place)
                 is_full = (turn >= full_first) & (turn < full_stop)
-                weights = lax.cond(is_full, lambda same: same, masked, weights)
+                weights = lax.cond(is_full, _same, masked, weights)
                 plgpu.wgmma(dv_ref, weights, dout_smem.at[at, :, mine])
                 delta = plgpu.load(statistics_smem.at[at, 1], layout=_COLUMNS)
                 dweights = plgpu.wgmma_accumulator_load(dweights_ref, wait_n=1)
@@ -488,8 +439,8 @@ def _dkv_body(
         carry = (jnp.int32(0), _zeros(columns), _zeros(columns))
         _, dk, dv = lax.fori_loop(begun, done_by, step, carry)
         # Read again: no registers are left to keep them.
-        kv_head, (row, *_) = share.take(lax.optimization_barrier(number))
-        place = (row, keys(block, row_group), kv_head)
+        kv_head, (row, *_) = share.take(lax.optimization_barrier(task))
+        place = (row, _keys(block, row_group, tiles), kv_head)
         results = (
             (dk * scale, k_tile, dk_gmem.at[place]),
             (dv, v_tile, dv_gmem.at[place]),
@@ -502,6 +453,83 @@ def _dkv_body(
     def _compute():
         plgpu.set_max_registers(240, action="increase")
         lax.fori_loop(0, share.total, compute, jnp.int32(0))
+
+
+def _keys(block, row_group, tiles: TileConfig):
+    """Returns the 64 keys of a warpgroup."""
+    start = block * tiles.dkv_k + row_group * WARPGROUP_ROWS
+    return pl.ds(start, WARPGROUP_ROWS)
+
+
+def _stream_queries(
+    keys_and_values, streams, rings, share: Share, outbox, tiles: TileConfig
+) -> None:
+    """Brings blocks of keys, and with each the queries of all heads that share it.
+
+    Args:
+      keys_and_values: Two arrays.
+      streams: Queries, gradients of the output, statistics and spans.
+      rings: What the two kinds go through.
+      share: The blocks of keys.
+      outbox: Sends what the other warpgroups put, or None.
+      tiles: Of the kernel.
+    """
+    kv_ring, queries_ring = rings
+    q_gmem, dout_gmem, lse_gmem, delta_gmem, spans_gmem = streams
+    q_heads = q_gmem.shape[2]
+    heads, row_groups = q_heads // share.heads, tiles.dkv_k // WARPGROUP_ROWS
+
+    def load(task, carry):
+        kv_head, (row, block, begin, *parts, end) = share.take(task)
+        at = kv_ring.claim(task)
+        for i in range(row_groups):
+            place = row, _keys(block, i, tiles), kv_head
+            for gmem, smem in zip(keys_and_values, kv_ring.buffers, strict=True):
+                target = smem.at[at * row_groups + i]
+                plgpu.copy_gmem_to_smem(gmem.at[place], target, kv_ring.loaded.at[at])
+
+        def step(head, i, carry):
+            number, unsent = carry
+            queries = pl.ds(i * tiles.dkv_q, tiles.dkv_q)
+            q_head = kv_head * heads + head
+            queries_ring.fill(
+                number,
+                q_gmem.at[row, queries, q_head],
+                dout_gmem.at[row, queries, q_head],
+                lse_gmem.at[row, q_head, queries],
+                delta_gmem.at[row, q_head, queries],
+                spans_gmem.at[row, :, queries],
+            )
+            if outbox is not None:
+                outbox.send(number - tiles.dkv_stages, unsent[0])
+                turn = i - begin
+                seen = [(turn >= parts[n]) & (turn < parts[n + 3]) for n in (0, 4)]
+                address = outbox.address(row * q_heads + q_head, block, i, seen)
+                unsent = (*unsent[1:], address)
+            return number + 1, unsent
+
+        def over_head(head, carry):
+            return lax.fori_loop(begin, end, functools.partial(step, head), carry)
+
+        return lax.fori_loop(0, heads, over_head, carry)
+
+    unsent = () if outbox is None else outbox.nowhere()
+    steps, unsent = lax.fori_loop(0, share.total, load, (jnp.int32(0), unsent))
+    queries_ring.drain(steps)
+    kv_ring.drain(share.total)
+    if outbox is not None:
+        outbox.drain(steps, unsent)
+
+
+def _same(x):
+    return x
+
+
+def _without_hidden(spans, first_key, weights):
+    """Returns the weights, 0 where a query does not see a key."""
+    index = _iota(weights.shape, 0) + first_key
+    ends = (plgpu.load(spans.at[i], layout=_COLUMNS) for i in range(2))
+    return jnp.where(_seen(index, *ends, axis=1), weights, jnp.zeros_like(weights))
 
 
 def _store(results, group, done) -> None:

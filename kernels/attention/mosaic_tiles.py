@@ -27,8 +27,8 @@ class TileConfig:
 
     Attributes:
       groups: Compute warpgroups of the forward and dq kernels, 64 queries each.
-      is_persistent: A multiprocessor runs one thread block of the forward kernel,
-        which takes several blocks of queries.
+      is_persistent: A multiprocessor runs one thread block of the forward kernel, and
+        one of the dkv kernel, which takes several blocks.
       q_buffers: Blocks of queries in shared memory, in the forward kernel.
       forward_k: Keys a step of the forward kernel.
       dq_k: Keys a step of the dq kernel.
@@ -72,7 +72,7 @@ def tile_config(head_size: int, *, has_softcap: bool) -> TileConfig:
     """Returns the blocks for a head size, or raises `UnsupportedOp`.
 
     Registers decide. 256 features leave few for a step, and none for a loop over
-    blocks of queries; the slope of a soft cap takes what gradients of 128 features
+    blocks; the slope of a soft cap takes what gradients of 128 features
     leave, so that there each warpgroup of dkv holds half of the features.
     """
     if head_size not in HEAD_SIZES:
@@ -213,6 +213,7 @@ class Visit(NamedTuple):
 
     @classmethod
     def of(cls, begin: Any, full_begin: Any, full_end: Any, stop: Any) -> "Visit":
+        """Takes the numbers of such a range."""
         return cls(stop - begin, full_end - full_begin, full_begin, stop)
 
     def block(self, step: Any) -> Any:

@@ -16,13 +16,15 @@ from .spans import Spans, in_parts, key_blocks, query_blocks
 class Visits(NamedTuple):
     """Which keys each query sees, and which blocks each block therefore visits.
 
-    The ranges of blocks are those of `spans.key_blocks` and `spans.query_blocks`.
+    The ranges of blocks are those of `spans.key_blocks` and `spans.query_blocks`; tasks
+    are lines of a row, a block of it and what that visits.
 
     Attributes:
       spans: First key and end of each query, of whole blocks of them.
       forward: Tasks of the forward kernel: blocks of queries and their ranges.
       dq: Ranges of the blocks of queries in the dq kernel.
-      dkv: Tasks of the dkv kernel: blocks of keys and their ranges.
+      dkv: Tasks of the dkv kernel: blocks of keys and, for each 64 of them, the ranges,
+        counted from the first block of queries (`spans.in_parts`).
       dscores: Tasks of the kernel that takes gradients of scores from memory, with
         `mosaic_gpu_dscores.key_ranges`; None where none does.
     """

@@ -14,6 +14,7 @@ from kernels.attention import (
     dscores_bytes,
     mosaic_gpu,
     mosaic_gpu_dscores,
+    mosaic_gpu_vjp,
 )
 from kernels.attention.cases import (
     GPU_CASES,
@@ -90,9 +91,10 @@ def check(case, run, **more):
     ids=lambda value: value.name if isinstance(value, AttentionCase) else str(value),
 )
 def test_matches_in_the_interpreter(case, more, monkeypatch):
-    # So few that a thread block takes several blocks of queries.
+    # So few that a thread block takes several blocks of queries or keys.
     monkeypatch.setattr(mosaic_gpu, "multiprocessors", lambda: 3)
     monkeypatch.setattr(mosaic_gpu_dscores, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(mosaic_gpu_vjp, "multiprocessors", lambda: 1)
 
     def run(function, arrays):
         with interpreted():
