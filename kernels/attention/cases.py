@@ -151,6 +151,16 @@ INTERPRETED_CASES = (
         softcap=3.0,
     ),
     AttentionCase(
+        name="softcap_padded_blocks",
+        batch=1,
+        tokens=256,
+        heads=1,
+        kv_heads=1,
+        head_size=128,
+        documents=(100,),
+        softcap=3.0,
+    ),
+    AttentionCase(
         name="keys_not_shared",
         batch=1,
         tokens=256,

@@ -13,7 +13,6 @@ and values 128), 240 registers a thread, of which 64 hold the output, 64 the sco
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float, Float32
 
 from kernels.device import multiprocessors
 
+from .mosaic_scores import LOG2_E, along, is_seen
 from .mosaic_tiles import (
     WARPGROUP_ROWS,
     Ring,
@@ -37,8 +37,6 @@ from .mosaic_tiles import (
 from .visits import Visits
 
 KERNEL_NAME = "attention_forward"
-
-LOG2_E = math.log2(math.e)
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
@@ -196,7 +194,9 @@ def _body(
                     _masked, first=first - start, end=end - start
                 )
                 if is_first:
-                    scores = lax.cond(visit.full_steps > 0, _same, masked, scores)
+                    scores = lax.cond(
+                        visit.full_steps > 0, lambda all_seen: all_seen, masked, scores
+                    )
                 elif not is_full:
                     scores = masked(scores)
                 softmax = _online_softmax(scores, top, total, factor)
@@ -210,7 +210,7 @@ def _body(
                 products, accumulator(head_size), accumulator(block_k)
             )
             if not is_first:
-                acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+                acc *= along(decay, acc.shape, 0)
             return acc, top, total, weights.astype(v_smem.dtype)
 
         carry = step(jnp.int32(0), _nothing(head_size), is_first=True)
@@ -257,16 +257,9 @@ def _nothing(head_size: int):
     )
 
 
-def _same(scores):
-    return scores
-
-
 def _masked(scores, first, end):
     """Returns the scores of a block; minus infinity for keys that a query sees not."""
-    shape = scores.shape
-    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    first, end = (lax.broadcast_in_dim(x, shape, [0]) for x in (first, end))
-    return jnp.where((key >= first) & (key < end), scores, -jnp.inf)
+    return jnp.where(is_seen(scores.shape, first, end, axis=0), scores, -jnp.inf)
 
 
 def _online_softmax(scores, top, total, factor: float):
@@ -274,7 +267,7 @@ def _online_softmax(scores, top, total, factor: float):
     new_top = jnp.maximum(top, scores.max(axis=1) * factor)
     # Of a query that sees nothing yet.
     shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-    weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(shift, scores.shape, [0]))
+    weights = jnp.exp2(scores * factor - along(shift, scores.shape, 0))
     decay = jnp.exp2(top - shift)
     return decay, new_top, total * decay + weights.sum(axis=1), weights
 
@@ -284,4 +277,4 @@ def _normalised(acc, top, total):
     sees = total > 0
     total = jnp.where(sees, total, 1.0)
     lse = jnp.where(sees, top / LOG2_E + jnp.log(total), 0.0)
-    return acc * lax.broadcast_in_dim(1 / total, acc.shape, [0]), lse
+    return acc * along(1 / total, acc.shape, 0), lse

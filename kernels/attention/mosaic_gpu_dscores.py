@@ -53,7 +53,7 @@ _SHARED_BYTES = 224 * 2**10  # for results and stages
 
 
 def dscores_shape(q: jax.ShapeDtypeStruct | Array) -> tuple[int, int]:
-    """Returns (rows, heads, tiles and keys; queries).
+    """Returns (rows * heads * tiles * 64 keys, 64 queries).
 
     A tile has 64 keys and 64 queries. Those of the same keys follow one another, from
     the first queries that can see the block of keys; `tile_of` knows the first one.

@@ -22,7 +22,6 @@ leaves ds; both 240 registers a thread, of which dk/dv hold 128 in the two gradi
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +33,7 @@ from jaxtyping import Array, Float, Float32
 from kernels.device import multiprocessors
 
 from .mosaic_gpu_dscores import Outbox, dq_of_dscores, dscores_shape
+from .mosaic_scores import LOG2_E, along, is_seen
 from .mosaic_tiles import (
     WARPGROUP_ROWS,
     Ring,
@@ -48,8 +48,6 @@ from .visits import Visits
 
 DQ_KERNEL_NAME = "attention_dq"
 DKV_KERNEL_NAME = "attention_dkv"
-
-LOG2_E = math.log2(math.e)
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -153,7 +151,7 @@ def _dq_body(
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     group = lax.axis_index("group")
     kv_head = lax.div(head, jnp.int32(q_gmem.shape[2] // k_gmem.shape[2]))
-    visit = Visit.load(ranges_gmem.at[batch, block])
+    visit = Visit.of(*(ranges_gmem[batch, block, i] for i in range(4)))
     block_k, head_size = tiles.dq_k, q_gmem.shape[3]
 
     def queries(group):
@@ -208,14 +206,14 @@ def _dq_body(
                 plgpu.barrier_wait(v_loaded.at[at])
                 plgpu.wgmma(dweights_ref, dout_smem.at[group], v_smem.at[at].T)
                 scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                mask = None
+                weights, slope = _weights(scores, lse, 0, scale, softcap)
                 if is_masked:
-                    index = _iota(scores.shape, 1) + visit.block(turn) * block_k
-                    mask = _seen(index, first, end, axis=0)
-                weights, slope = _weights(scores, lse, 0, mask, scale, softcap)
+                    start = visit.block(turn) * block_k
+                    mask = is_seen(scores.shape, first - start, end - start, axis=0)
+                    weights = jnp.where(mask, weights, 0.0)
                 dweights = dweights_ref[...]
                 plgpu.barrier_arrive(v_free.at[at])
-                dscores = weights * (dweights - _along(delta, dweights.shape, 0))
+                dscores = weights * (dweights - along(delta, dweights.shape, 0))
                 if slope is not None:
                     dscores *= slope
                 plgpu.wgmma(dq_ref, dscores.astype(k_smem.dtype), k_smem.at[at])
@@ -250,8 +248,8 @@ def _dkv(
     """Returns dk, dv and, if they are to be kept, the gradients of the scores."""
     _, _, kv_heads, head_size = k.shape
     tile = functools.partial(operand, dtype=q.dtype, step=tiles.dkv_q)
-    groups = tiles.dkv_k // WARPGROUP_ROWS
-    rows = tile((tiles.dkv_buffers * groups, WARPGROUP_ROWS, head_size))
+    row_groups = tiles.dkv_k // WARPGROUP_ROWS
+    rows = tile((tiles.dkv_buffers * row_groups, WARPGROUP_ROWS, head_size))
     stages = tile((tiles.dkv_stages, tiles.dkv_q, head_size))
     dealt = visits.dkv.shape[0] * kv_heads
     if tiles.is_persistent:
@@ -278,7 +276,7 @@ def _dkv(
             ),
             "spans_smem": plgpu.SMEM((tiles.dkv_stages, 2, tiles.dkv_q), jnp.int32),
             "kv_loaded": plgpu.Barrier(
-                num_arrivals=2 * groups, num_barriers=tiles.dkv_buffers
+                num_arrivals=2 * row_groups, num_barriers=tiles.dkv_buffers
             ),
             "kv_free": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.dkv_buffers),
             "loaded": plgpu.Barrier(num_arrivals=5, num_barriers=tiles.dkv_stages),
@@ -337,12 +335,11 @@ def _dkv_body(
     share = Share(lax.axis_index("block"), dealt, kv_heads, tasks_gmem)
     group = lax.axis_index("group")
     heads, head_size = q_gmem.shape[2] // kv_heads, q_gmem.shape[3]
-    groups = tiles.dkv_k // WARPGROUP_ROWS
-    shares_rows = groups == 1
+    row_groups = tiles.dkv_k // WARPGROUP_ROWS
+    shares_rows = row_groups == 1
     columns = head_size // 2 if shares_rows else head_size
     row_group = 0 if shares_rows else group
     outbox = Outbox(dscores_gmem, tokens, **outbox_memory) if outbox_memory else None
-
     lse_smem, delta_smem = (statistics_smem.at[:, i] for i in range(2))
 
     @pl.when(group == 2)
@@ -365,7 +362,7 @@ def _dkv_body(
         )
         steps = end - begin
         kv_at = lax.rem(task, jnp.int32(tiles.dkv_buffers))
-        tile = kv_at * groups + row_group
+        tile = kv_at * row_groups + row_group
         k_tile, v_tile = k_smem.at[tile], v_smem.at[tile]
         plgpu.barrier_wait(kv_loaded.at[kv_at])
 
@@ -405,22 +402,20 @@ def _dkv_body(
                 plgpu.wgmma(dweights_ref, v_tile, dout_smem.at[at].T)
                 lse = plgpu.load(statistics_smem.at[at, 0], layout=_COLUMNS)
                 scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                weights, slope = _weights(scores, lse, 1, None, scale, softcap)
+                weights, slope = _weights(scores, lse, 1, scale, softcap)
                 # Mask and ds take the rounded weights: half of the registers. Without
                 # the barrier LLVM rounds them one by one, as slow as the powers.
                 weights = lax.optimization_barrier(weights.astype(q_smem.dtype))
-
-                place = (
-                    spans_smem.at[at],
-                    block * tiles.dkv_k + row_group * WARPGROUP_ROWS,
+                first_key = _keys(block, row_group, tiles).start
+                masked = functools.partial(
+                    _without_hidden, spans_smem.at[at], first_key
                 )
-                masked = functools.partial(_without_hidden, *place)
                 is_full = (turn >= full_first) & (turn < full_stop)
-                weights = lax.cond(is_full, _same, masked, weights)
+                weights = lax.cond(is_full, lambda all_seen: all_seen, masked, weights)
                 plgpu.wgmma(dv_ref, weights, dout_smem.at[at, :, mine])
                 delta = plgpu.load(statistics_smem.at[at, 1], layout=_COLUMNS)
                 dweights = plgpu.wgmma_accumulator_load(dweights_ref, wait_n=1)
-                dscores = dweights - _along(delta, dweights.shape, 1)
+                dscores = dweights - along(delta, dweights.shape, 1)
                 dscores *= weights.astype(jnp.float32)
                 if slope is not None:
                     dscores *= slope
@@ -521,15 +516,13 @@ def _stream_queries(
         outbox.drain(steps, unsent)
 
 
-def _same(x):
-    return x
-
-
 def _without_hidden(spans, first_key, weights):
     """Returns the weights, 0 where a query does not see a key."""
-    index = _iota(weights.shape, 0) + first_key
-    ends = (plgpu.load(spans.at[i], layout=_COLUMNS) for i in range(2))
-    return jnp.where(_seen(index, *ends, axis=1), weights, jnp.zeros_like(weights))
+    first, end = (
+        plgpu.load(spans.at[i], layout=_COLUMNS) - first_key for i in range(2)
+    )
+    mask = is_seen(weights.shape, first, end, axis=1)
+    return jnp.where(mask, weights, jnp.zeros_like(weights))
 
 
 def _store(results, group, done) -> None:
@@ -562,14 +555,13 @@ def _zeros(columns: int):
     return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
 
 
-def _weights(scores, lse, axis: int, mask, scale: float, softcap: float | None):
+def _weights(scores, lse, axis: int, scale: float, softcap: float | None):
     """Returns the weights, and the slope of the soft cap if there is one.
 
     Args:
       scores: Products of queries and keys.
-      lse: Log-sum-exp of each query.
-      axis: The axis of `scores` that `lse` lacks is the other one.
-      mask: What is seen, or None.
+      lse: Log-sum-exp of each query, in powers of two.
+      axis: Of `scores` that the queries lie along.
       scale: Of the scores.
       softcap: Bound of the scores, or None.
     """
@@ -577,19 +569,4 @@ def _weights(scores, lse, axis: int, mask, scale: float, softcap: float | None):
     if softcap is not None:
         scores = jnp.tanh(scores * (scale / softcap))
         factor, slope = softcap * LOG2_E, 1 - scores * scores
-    weights = jnp.exp2(scores * factor - _along(lse, scores.shape, axis))
-    return weights if mask is None else jnp.where(mask, weights, 0.0), slope
-
-
-def _seen(index, first, end, *, axis: int):
-    first, end = (_along(x, index.shape, axis) for x in (first, end))
-    return (index >= first) & (index < end)
-
-
-def _along(x, shape: tuple[int, ...], axis: int):
-    """Spreads one number a query, which lie along `axis`, over a block of scores."""
-    return lax.broadcast_in_dim(x, shape, [axis])
-
-
-def _iota(shape: tuple[int, ...], axis: int):
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+    return jnp.exp2(scores * factor - along(lse, scores.shape, axis)), slope

@@ -207,13 +207,8 @@ class Visit(NamedTuple):
     stop: Any
 
     @classmethod
-    def load(cls, range_gmem: Any) -> "Visit":
-        """Reads one of the ranges that `spans` makes."""
-        return cls.of(*(range_gmem[i] for i in range(4)))
-
-    @classmethod
     def of(cls, begin: Any, full_begin: Any, full_end: Any, stop: Any) -> "Visit":
-        """Takes the numbers of such a range."""
+        """Takes the numbers of one of the ranges that `spans` makes."""
         return cls(stop - begin, full_end - full_begin, full_begin, stop)
 
     def block(self, step: Any) -> Any:
