@@ -35,15 +35,13 @@ _PASSES: dict[RematPolicy, tuple[float, float]] = {
     "layer_offload": (3.1, 4.5),
 }
 """Forward passes of products and of attention that a leaner layer amounts to."""
-_FEW, _MORE, _MOST = 2, 4, 8
-"""Layers that are timed: the few and the most of the leanest policy, more of others.
-
-A millisecond too much in one of the times is 4 to 9 in 32 layers. With 4 as the most it
-was 15.
-"""
+_FEW, _MORE = 2, 4
+"""Layers that are timed: few of the leanest policy, more of each."""
 _WARM_UP_SECONDS, _TIMED = 1.0, 7
 _MOST_SECONDS = 2.0
 """Of a step of a few layers at full rate; longer ones are counted, not timed."""
+_TIMED_WHOLE, _MOST_WHOLE_SECONDS = 3, 8.0
+"""Steps of the whole model that are timed, and what one of them may take."""
 _MARGIN = 0.995
 """Share of the limit that the compiler may plan with; the allocator needs the rest."""
 _SURELY = 0.85
@@ -86,7 +84,7 @@ def _automatic(
     """Returns the fastest plan whose compiled step fits, with its predicted costs.
 
     Each policy's step is compiled and timed with a few layers of the model, random
-    weights in them.
+    weights in them; so is then the whole step of the plan.
     """
     spec, shape, model = planner.spec, planner.shape, planner.model
     # The optimiser's states may wait there too.
@@ -123,10 +121,13 @@ def _automatic(
         choices = [choice]
         if is_timed and not is_unrolled:
             written = written_out(choice, micro_batches=steps * shape.accumulation)
-            choices = [written, choice]
-        choice = _compiled_choice(planner, choices, resident, most)
+            choices = list(dict.fromkeys([written, choice]))
+        choice, trial = _compiled_choice(planner, choices, resident, most)
         if choice.bytes <= most:
-            choice = choice if is_timed else dataclasses.replace(choice, seconds=None)
+            if is_timed:
+                choice = _timed(planner, choice, trial, limit_bytes)
+            else:
+                choice = dataclasses.replace(choice, seconds=None)
             note(f"remat auto: {described(choice, shape)}")
             return choice
         if set(choice.remat.policies) == {leanest}:
@@ -142,19 +143,35 @@ def _automatic(
 
 def _compiled_choice(
     planner: Planner, choices: Sequence[Choice], resident: int, most: float
-) -> Choice:
+) -> tuple[Choice, "_Trial"]:
     """Returns the first that fits, else the last, with all bytes that it needs.
 
     Written out, a step may need more than scanned.
     """
-    tried = choices[0]
-    for choice in dict.fromkeys(choices):
-        memory = compiled_memory(planner, choice.remat)
-        need = memory.total_bytes if memory else choice.bytes + resident
-        tried = dataclasses.replace(choice, bytes=float(need))
-        if need <= most:
-            break
-    return tried
+    choice, *others = choices
+    trial = _Trial(planner, planner.spec, choice.remat, planner.shape)
+    need = trial.memory.total_bytes if trial.memory else choice.bytes + resident
+    if need > most and others:
+        return _compiled_choice(planner, others, resident, most)
+    return dataclasses.replace(choice, bytes=float(need)), trial
+
+
+def _timed(
+    planner: Planner, choice: Choice, trial: "_Trial", limit_bytes: int
+) -> Choice:
+    """Returns the choice with the time that its whole step takes, if that is short.
+
+    Few layers do not tell how fast a host takes the copies of all.
+    """
+    assert choice.seconds is not None
+    micro_batches = planner.shape.accumulation
+    is_short = micro_batches * choice.seconds <= _MOST_WHOLE_SECONDS
+    if not is_short or not trial.fits(limit_bytes):
+        return choice
+    parts = random_parts(planner.spec)
+    seconds = trial.seconds(parts, _TIMED_WHOLE) / micro_batches
+    _delete(parts[1:])
+    return dataclasses.replace(choice, seconds=seconds)
 
 
 def prediction(choice: Choice, shape: BatchShape) -> dict[str, float]:
@@ -223,31 +240,24 @@ def _measured(
     which no line can be drawn.
     """
     num_layers = planner.spec.config.num_hidden_layers
-    few_layers, more_layers, most_layers = (
-        min(layers, num_layers - i) for i, layers in ((1, _FEW), (0, _MORE), (0, _MOST))
-    )
-    flops = most_layers * _flops(planner, FRUGAL_PASSES)
+    more_layers = min(_MORE, num_layers)
+    few_layers = min(_FEW, num_layers - 1)
+    flops = more_layers * _flops(planner, FRUGAL_PASSES)
     if not few_layers or flops > _MOST_SECONDS * MATMUL_FLOPS_PER_SECOND:
         return {}
-    # A model that is loaded already leaves less room for these layers.
-    room = limit_bytes - (device_bytes("bytes_in_use") or 0)
-    leanest, *richer = policies
-    runs: list[tuple[int, RematPolicy]] = [
-        (few_layers, leanest),
-        (most_layers, leanest),
-        *((more_layers, policy) for policy in richer),
-    ]
-    few, most, *others = _compiled(planner, runs)
-    if not most.fits(room):
+    few, *shorts = _compiled(
+        planner,
+        [(few_layers, policies[0]), *((more_layers, policy) for policy in policies)],
+    )
+    if not shorts[0].fits(limit_bytes):
         return {}
-    few_seconds, most_seconds = (_seconds([short])[0] for short in (few, most))
-    layer_seconds = (most_seconds - few_seconds) / (most_layers - few_layers)
-    base = few_seconds - few_layers * layer_seconds
-    others = [short for short in others if short.fits(room)]
+    shorts = [short for short in shorts if short.fits(limit_bytes)]
     # One after the other, since each has an embedding and a head.
-    timed = [(most, most_seconds), *zip(others, _seconds(others), strict=True)]
+    (few_seconds,), all_seconds = _seconds([few]), _seconds(shorts)
+    layer_seconds = (all_seconds[0] - few_seconds) / (more_layers - few_layers)
+    base = few_seconds - few_layers * layer_seconds
     costs: dict[RematPolicy, PolicyCost] = {}
-    for short, seconds in timed:
+    for short, seconds in zip(shorts, all_seconds, strict=True):
         kept, host = _kept_bytes(planner, short.policy)
         kept += planner.model.gradients // num_layers
         costs[short.policy] = PolicyCost(
@@ -266,46 +276,57 @@ def _measured(
     return costs
 
 
-class _Short:
-    """The step of a model's first layers under one policy, compiled on shapes."""
+class _Trial:
+    """A training step that is compiled on shapes, and may be timed on random weights.
+
+    Attributes:
+      memory: What the compiler plans; None where it does not tell.
+    """
+
+    def __init__(
+        self, planner: Planner, spec: DecoderSpec, remat: RematPlan, shape: BatchShape
+    ) -> None:
+        parts = _abstract_parts(spec)
+        self._step = RandomStep(planner.config, spec, remat, shape, parts=parts)
+        self.memory = self._step.compile()
+
+    def fits(self, limit_bytes: int) -> bool:
+        """Returns whether the step fits beside what the device holds now."""
+        if self.memory is None:
+            return True
+        held = device_bytes("bytes_in_use") or 0
+        return self.memory.total_bytes <= limit_bytes - held
+
+    def seconds(self, parts: Parts, timed: int) -> float:
+        """Returns the median time of so many warm steps, which consume the adapters."""
+        self._step.load(parts)
+        end = time.perf_counter() + _WARM_UP_SECONDS
+        seconds, seed = [], 0
+        while len(seconds) < timed:
+            start = time.perf_counter()
+            self._step(seed)
+            seed += 1
+            if start > end:
+                seconds.append(time.perf_counter() - start)
+        _delete(self._step.state)
+        return statistics.median(seconds)
+
+
+class _Short(_Trial):
+    """The step of a model's first layers under one policy."""
 
     def __init__(self, planner: Planner, layers: int, policy: RematPolicy) -> None:
         self.layers = layers
         self.policy: RematPolicy = policy
         self.spec = shortened(planner.spec, layers)
-        self.step = RandomStep(
-            planner.config,
-            self.spec,
-            RematPlan(
-                policies=(policy,) * layers, is_unrolled=planner.config.unroll_layers
-            ),
-            dataclasses.replace(planner.shape, accumulation=1),
-            parts=_abstract_parts(self.spec),
-        )
-        self.memory = self.step.compile()
+        is_unrolled = planner.config.unroll_layers
+        remat = RematPlan(policies=(policy,) * layers, is_unrolled=is_unrolled)
+        shape = dataclasses.replace(planner.shape, accumulation=1)
+        super().__init__(planner, self.spec, remat, shape)
 
     @property
     def temp_bytes(self) -> int:
         return self.memory.temp_bytes if self.memory else 0
-
-    def fits(self, room: int) -> bool:
-        return self.memory is None or self.memory.total_bytes <= room
-
-    def seconds(self, parts: Parts) -> float:
-        """Returns the median time of a warm step on these weights."""
-        graphdef, trainable, frozen = parts
-        # The step takes the trained weights.
-        self.step.load((graphdef, jax.tree.map(jnp.copy, trainable), frozen))
-        end = time.perf_counter() + _WARM_UP_SECONDS
-        seconds, seed = [], 0
-        while len(seconds) < _TIMED:
-            start = time.perf_counter()
-            self.step(seed)
-            seed += 1
-            if start > end:
-                seconds.append(time.perf_counter() - start)
-        _delete(self.step.state)
-        return statistics.median(seconds)
 
 
 def _compiled(
@@ -324,11 +345,12 @@ def _compiled(
 
 def _seconds(steps: Sequence[_Short]) -> list[float]:
     """Returns the time of each step of the same layers, on the same random weights."""
-    if not steps:
-        return []
-    parts = random_parts(steps[0].spec)
-    seconds = [step.seconds(parts) for step in steps]
-    _delete(parts[1:])
+    graphdef, trainable, frozen = random_parts(steps[0].spec)
+    seconds = [
+        step.seconds((graphdef, jax.tree.map(jnp.copy, trainable), frozen), _TIMED)
+        for step in steps
+    ]
+    _delete((trainable, frozen))
     return seconds
 
 
@@ -345,10 +367,7 @@ def compiled_memory(planner: Planner, remat: RematPlan) -> StepMemory | None:
       planner: Of the run.
       remat: What the backward pass recomputes.
     """
-    config, spec, shape = planner.config, planner.spec, planner.shape
-    parts = _abstract_parts(spec)
-    step = RandomStep(config, spec, remat, shape, parts=parts)
-    return step.compile()
+    return _Trial(planner, planner.spec, remat, planner.shape).memory
 
 
 def _abstract_parts(spec: DecoderSpec) -> Parts:
