@@ -6,13 +6,13 @@ from typing import Any
 
 from fastjax.data.bad_rows import BadRows
 from fastjax.data.opened_file import arrow
-from fastjax.data.rows import Place, Row
+from fastjax.data.rows import Row
 from fastjax.errors import DataError, printable
 
 _ROWS_A_BATCH = 1000
 
 
-def read_parquet_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[Row]:
+def read_parquet_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     """Yields the rows of a Parquet file.
 
     Raises:
@@ -26,10 +26,10 @@ def read_parquet_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[R
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from file.iter_batches(batch_size=_ROWS_A_BATCH)
 
-    yield from _rows(batches(), path, start, "Parquet")
+    yield from _rows(batches(), path, "Parquet")
 
 
-def read_arrow_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[Row]:
+def read_arrow_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     """Yields the rows of an Arrow file, of the file format or of the stream format.
 
     Raises:
@@ -50,22 +50,19 @@ def read_arrow_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[Row
                 with pyarrow.ipc.open_stream(source) as stream:
                     yield from stream
 
-    yield from _rows(batches(), path, start, "Arrow")
+    yield from _rows(batches(), path, "Arrow")
 
 
-def _rows(batches: Iterator[Any], path: Path, start: Place, kind: str) -> Iterator[Row]:
+def _rows(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row]:
     import pyarrow
 
     number = 0
     try:
         for batch in batches:
-            skipped = min(batch.num_rows, max(0, start.number - number))
-            number += skipped
-            for first in range(skipped, batch.num_rows, _ROWS_A_BATCH):
+            for first in range(0, batch.num_rows, _ROWS_A_BATCH):
                 for columns in batch.slice(first, _ROWS_A_BATCH).to_pylist():
                     number += 1
-                    where = f"{path}:row {number}"
-                    yield Row(columns, where, next_place=Place(0, number))
+                    yield Row(columns, f"{path}:row {number}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"the file is not whole {kind} data: {printable(error)}",

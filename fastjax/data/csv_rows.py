@@ -13,13 +13,13 @@ from pathlib import Path
 
 from fastjax.data.bad_rows import BadRows
 from fastjax.data.opened_file import MAX_VALUE_BYTES, lines
-from fastjax.data.rows import Place, Row
+from fastjax.data.rows import Row
 from fastjax.errors import DataError, printable
 
 _SEPARATORS = ",;\t|"
 
 
-def read_csv_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[Row]:
+def read_csv_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     """Yields the rows of one file.
 
     Raises:
@@ -38,7 +38,6 @@ def read_csv_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[Row]:
     except csv.Error as error:
         raise _no_names(f"the first line is not valid CSV: {error}", path) from error
     _require_names(names, path)
-    number = 0
     while True:
         where = f"{path}:{reader.line_num + 1}"
         try:
@@ -54,10 +53,8 @@ def read_csv_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[Row]:
             what = f"the row has {len(fields)} fields, the first line {len(names)}"
             bad_rows.refuse(f"{what}; the separator is {separator!r}", where)
             continue
-        number += 1
-        if number > start.number:
-            columns: dict[str, object] = dict(zip(names, fields, strict=True))
-            yield Row(columns, where, next_place=Place(0, number))
+        columns: dict[str, object] = dict(zip(names, fields, strict=True))
+        yield Row(columns, where)
 
 
 def _next_fields(reader: Iterator[list[str]]) -> list[str]:

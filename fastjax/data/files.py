@@ -12,12 +12,12 @@ from fastjax.data.bad_rows import BadRows
 from fastjax.data.csv_rows import read_csv_rows
 from fastjax.data.json_rows import read_json_rows
 from fastjax.data.opened_file import DECOMPRESSORS
-from fastjax.data.rows import START, Place, Row
+from fastjax.data.rows import Row
 from fastjax.data.text_rows import read_text_rows
 from fastjax.errors import DataError, printable
 from fastjax.files import user_path
 
-Reader = Callable[[Path, BadRows, Place], Iterator[Row]]
+Reader = Callable[[Path, BadRows], Iterator[Row]]
 READERS: dict[str, Reader] = {
     ".json": read_json_rows,
     ".jsonl": read_json_rows,
@@ -60,13 +60,13 @@ def data_files(source: str | Path, *, split: str = "train") -> list[Path]:
     raise _missing(path, "no such file or folder")
 
 
-def read_rows(path: Path, bad_rows: BadRows, start: Place = START) -> Iterator[Row]:
-    """Returns the rows of one file of a known kind, from a place in it.
+def read_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
+    """Returns the rows of one file of a known kind.
 
     Raises:
       DataError: The file cannot be read, or `bad_rows` is spent.
     """
-    return READERS[_kind(path)](path, bad_rows, start)
+    return READERS[_kind(path)](path, bad_rows)
 
 
 def is_data_file_name(name: str | Path) -> bool:

@@ -5,7 +5,6 @@ spread over several lines; UTF-8, with or without a byte order mark, any line en
 Refused: NaN and Infinity, keys that occur twice, values above 16 MB, other encodings.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from fastjax.data.opened_file import (
     require_honest_size,
     without_mark,
 )
-from fastjax.data.rows import Place, Row
+from fastjax.data.rows import Row
 from fastjax.errors import DataError, printable
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -30,23 +29,20 @@ class _RefusedValue(ValueError):
     """JSON that Python's parser would take and this reader does not."""
 
 
-def read_json_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[Row]:
+def read_json_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     """Yields the rows of one file.
 
     Raises:
       DataError: The file is unreadable or not UTF-8, or `bad_rows` is spent.
     """
-    if start.offset == 0 and _is_document(path):
+    if _is_document(path):
         with opened(path) as file:
             raw = file.read()
         require_honest_size(path, len(raw))
         text = decoded(without_mark(raw, path), path, offset=0)
-        rows = _document_rows(text, str(path), bad_rows)
-        numbered = enumerate(itertools.islice(rows, start.number, None), start.number)
-        for number, row in numbered:
-            yield row._replace(next_place=Place(0, number + 1))
+        yield from _document_rows(text, str(path), bad_rows)
     else:
-        yield from _line_rows(path, bad_rows, start)
+        yield from _line_rows(path, bad_rows)
 
 
 def _is_document(path: Path) -> bool:
@@ -78,8 +74,8 @@ def _is_whole_prefix(text: str) -> bool:
     return True
 
 
-def _line_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[Row]:
-    for line in lines(path, offset=start.offset, number=start.number):
+def _line_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
+    for line in lines(path):
         where = f"{path}:{line.number}"
         if line.is_too_long:
             bad_rows.refuse("the line is longer than 16 MB", where)
@@ -96,8 +92,7 @@ def _line_rows(path: Path, bad_rows: BadRows, start: Place) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             bad_rows.refuse(f"not valid JSON: {_reason(error)}", where)
         else:
-            for row in _object_row(value, where, bad_rows):
-                yield row._replace(next_place=Place(line.end, line.number))
+            yield from _object_row(value, where, bad_rows)
 
 
 def _document_rows(text: str, name: str, bad_rows: BadRows) -> Iterator[Row]:

@@ -28,13 +28,11 @@ class Line(NamedTuple):
     Attributes:
       text: With its end; empty where `is_too_long`.
       number: From 1.
-      end: Byte of the (decompressed) file where the next line begins.
       is_too_long: It has more than `MAX_VALUE_BYTES` and was skipped.
     """
 
     text: str
     number: int
-    end: int
     is_too_long: bool = False
 
 
@@ -61,19 +59,14 @@ def opened(path: Path) -> Iterator[io.BufferedIOBase]:
         raise DataError(what, where=str(path), code="FJ-DATA-READ") from error
 
 
-def lines(path: Path, *, offset: int = 0, number: int = 0) -> Iterator[Line]:
+def lines(path: Path) -> Iterator[Line]:
     """Yields the lines of a UTF-8 file, with or without a byte order mark.
-
-    Args:
-      path: File.
-      offset: Byte where the first line begins: `Line.end` of an earlier one.
-      number: Lines before it.
 
     Raises:
       DataError: The file cannot be read, or is not UTF-8.
     """
     with opened(path) as file:
-        position = _skipped_to(file, offset, path)
+        position = number = 0
         while raw := file.readline(MAX_VALUE_BYTES + 1):
             start, number = position, number + 1
             position += len(raw)
@@ -86,7 +79,7 @@ def lines(path: Path, *, offset: int = 0, number: int = 0) -> Iterator[Line]:
             if start == 0:
                 raw = without_mark(raw, path)
             text = "" if is_too_long else decoded(raw, path, offset=start)
-            yield Line(text, number, position, is_too_long)
+            yield Line(text, number, is_too_long)
 
 
 def require_honest_size(path: Path, position: int) -> None:
@@ -116,16 +109,6 @@ def decoded(raw: bytes, path: Path, *, offset: int) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, offset + error.start, "latin-1") from error
-
-
-def _skipped_to(file: io.BufferedIOBase, offset: int, path: Path) -> int:
-    """Returns `offset`, up to where the file was skipped, or read if compressed."""
-    if path.suffix.lower() not in DECOMPRESSORS:
-        return file.seek(offset)
-    position = 0
-    while position < offset:
-        position += len(file.read(min(_BLOCK_BYTES, offset - position)))
-    return position
 
 
 def without_mark(raw: bytes, path: Path) -> bytes:

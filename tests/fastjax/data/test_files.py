@@ -57,15 +57,12 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_kind_gives_the_same_rows_from_any_place(tmp_path, name):
+def test_every_kind_gives_the_same_rows(tmp_path, name):
     path = tmp_path / name
     WRITERS[name](path)
     rows = list(read_rows(path, BadRows()))
     assert [row.columns for row in rows] == ROWS
     assert all(row.where.startswith(str(path)) for row in rows)
-    for done in (1, 4, 7):
-        rest = list(read_rows(path, BadRows(), rows[done - 1].next_place))
-        assert rest == rows[done:]
 
 
 def test_a_text_file_is_one_text_in_pieces(tmp_path, monkeypatch):
@@ -77,9 +74,6 @@ def test_a_text_file_is_one_text_in_pieces(tmp_path, monkeypatch):
     assert (head[0].is_start, last.is_start) == (True, False)
     assert (head[0].is_end, last.is_end) == (False, True)
     assert last.where.endswith("book.txt:2")
-    rows = list(read_rows(tmp_path / "book.txt", BadRows()))
-    rest = list(read_rows(tmp_path / "book.txt", BadRows(), rows[0].next_place))
-    assert rest == rows[1:]
 
 
 def test_csv_faults_name_the_line(tmp_path):

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from fastjax.data import json_rows, opened_file
 from fastjax.data.bad_rows import BadRows
 from fastjax.data.json_rows import read_json_rows
-from fastjax.data.rows import START
 from fastjax.errors import DataError
 
 
@@ -17,7 +16,7 @@ def rows_of(tmp_path, raw: bytes, allowed: int = 0):
     path = tmp_path / "data.jsonl"
     path.write_bytes(raw)
     bad_rows = BadRows(allowed)
-    return list(read_json_rows(path, bad_rows, START)), bad_rows
+    return list(read_json_rows(path, bad_rows)), bad_rows
 
 
 @pytest.mark.parametrize(
@@ -110,7 +109,7 @@ def test_limits_the_size_of_a_row(tmp_path, monkeypatch, wrap):
 
 def test_reports_an_unreadable_file(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
-        list(read_json_rows(tmp_path / "missing.jsonl", BadRows(), START))
+        list(read_json_rows(tmp_path / "missing.jsonl", BadRows()))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
