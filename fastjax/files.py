@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from fastjax.errors import ModelError, StorageError, printable
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_SPARE_BYTES = 64_000_000
+_SPARE_BYTES = 64 * 2**20
 _ABANDONED_SECONDS = 3600.0
 
 
@@ -66,20 +66,16 @@ def require_space(path: Path, needed_bytes: int) -> None:
     """Makes sure that a file or folder of that size can be made at `path`.
 
     Raises:
-      StorageError: The disk has less, or less than 64 MB would be left.
+      StorageError: The disk has less, or less than 64 MiB would be left.
     """
     free = free_bytes(path)
     if free < needed_bytes + _SPARE_BYTES:
         raise StorageError(
-            f"the disk is too full: {_size(needed_bytes)} are needed besides the "
-            f"{_size(_SPARE_BYTES)} that stay free, {_size(free)} are free",
+            f"the disk is too full: {binary_size(needed_bytes)} are needed besides the "
+            f"{binary_size(_SPARE_BYTES)} that stay free, {binary_size(free)} are free",
             where=str(path),
             fix="free some space, or choose another folder",
         )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def fsync(path: Path) -> None:

@@ -6,12 +6,13 @@ import time
 from typing import Any
 
 from fastjax import runtime
-from fastjax.api.benchmark_report import device_bytes, environment, gib, write_json
+from fastjax.api.benchmark_report import environment, gib, write_json
 from fastjax.api.memory import limit_here
 from fastjax.api.random_step import RandomStep, StepArgs, planner_of
 from fastjax.api.remat_auto import planned_remat, prediction
-from fastjax.api.roofline import roofline_share
+from fastjax.api.roofline import h200_roofline_share
 from fastjax.nvidia import sampled_load
+from fastjax.train.compiled import device_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +70,7 @@ def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         "predicted": None if choice is None else prediction(choice, shape),
         "share_of_h200_roofline": None
         if args.full_finetuning
-        else roofline_share(
+        else h200_roofline_share(
             spec.config, batch=args.batch, seq=args.seq, seconds=median
         ),
         "peak_gib": gib(device_bytes("peak_bytes_in_use")),

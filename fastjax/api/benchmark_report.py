@@ -15,12 +15,6 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 _GIB = 2**30
 
 
-def device_bytes(name: str) -> int | None:
-    """Returns a number of the device's allocator, None where it does not tell."""
-    stats = jax.local_devices()[0].memory_stats()
-    return None if stats is None else stats.get(name)
-
-
 def gib(count: int | None) -> float | None:
     """Returns bytes as GiB."""
     return None if count is None else count / _GIB

@@ -17,13 +17,13 @@ import fastjax
 from conversions.hf.families import FAMILIES
 from fastjax import files, nvidia, requirements, runtime
 from fastjax.errors import EnvironmentFault
+from fastjax.files import binary_size
 from fastjax.models.registry import PRESETS
 from fastjax.terminal import as_html
 from kernels import self_check
 from kernels.self_check import OpCheck
 
-_GIBIBYTE = 2**30
-_SCARCE_DISK_BYTES = 2 * _GIBIBYTE
+_SCARCE_DISK_BYTES = 2 * 2**30
 _BUSY_SHARE = 0.5
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
@@ -144,9 +144,9 @@ def _machine() -> dict[str, str]:
     return {
         "system": platform.platform(),
         "CPUs": str(os.cpu_count()),
-        "memory": f"{_gib(free)} of {_gib(total)} free",
+        "memory": f"{binary_size(free)} of {binary_size(total)} free",
         **{
-            f"disk of {what}": f"{_gib(files.free_bytes(path))} free, {path}"
+            f"disk of {what}": f"{binary_size(files.free_bytes(path))} free, {path}"
             for what, path in _disks().items()
         },
     }
@@ -163,8 +163,8 @@ def _device(
     found = jax.devices()[0]
     if found.platform != "cpu":
         notes = [
-            f"{_gib(gpu.total_bytes - gpu.free_bytes)} of {gpu.name} are in use: "
-            "--memory_gib keeps a run within the rest"
+            f"{binary_size(gpu.total_bytes - gpu.free_bytes)} of {gpu.name} are in "
+            "use: --memory_gib keeps a run within the rest"
             for gpu in gpus
             if gpu.free_bytes < _BUSY_SHARE * gpu.total_bytes
         ]
@@ -182,7 +182,7 @@ def _disk_problems() -> Iterator[EnvironmentFault]:
         free = files.free_bytes(path)
         if free < _SCARCE_DISK_BYTES:
             yield EnvironmentFault(
-                f"the disk of {what} has {_gib(free)} left",
+                f"the disk of {what} has {binary_size(free)} left",
                 where=str(path),
                 fix="free some space: a checkpoint of an adapter takes up to 1 GiB",
                 code="FJ-ENV-DISK",
@@ -202,9 +202,6 @@ def _wrong(check: OpCheck) -> EnvironmentFault:
 def _shown_gpu(gpu: nvidia.InstalledGpu) -> str:
     return (
         f"{gpu.name}, compute {gpu.compute_capability or 'unknown'}, "
-        f"driver {gpu.driver}, {_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} free"
+        f"driver {gpu.driver}, {binary_size(gpu.free_bytes)} of "
+        f"{binary_size(gpu.total_bytes)} free"
     )
-
-
-def _gib(count: int) -> str:
-    return f"{count / _GIBIBYTE:,.1f} GiB"

@@ -8,7 +8,6 @@ import jax
 
 from fastjax import lora as adapters
 from fastjax import runtime
-from fastjax.api.benchmark_report import device_bytes
 from fastjax.config import DType, QuantConfig, RematPolicy, TrainConfig
 from fastjax.errors import OutOfMemory
 from fastjax.files import binary_size
@@ -18,6 +17,7 @@ from fastjax.nn.linear import PackedFormat
 from fastjax.quantize import wanted_format
 from fastjax.rank_allocation import probe_of
 from fastjax.remat import RematPlan
+from fastjax.train.compiled import device_bytes
 from fastjax.train.memory_plan import (
     BatchShape,
     MemoryPlan,

@@ -15,7 +15,6 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from fastjax import runtime
-from fastjax.api.benchmark_report import device_bytes
 from fastjax.api.memory import Planner, memory_limit
 from fastjax.api.random_step import Parts, RandomStep, random_parts, shortened
 from fastjax.api.roofline import FRUGAL_PASSES, MATMUL_FLOPS_PER_SECOND, layer_flops
@@ -23,7 +22,7 @@ from fastjax.config import RematPolicy
 from fastjax.errors import ConfigError, OutOfMemory
 from fastjax.models.build import DecoderSpec, abstract_decoder
 from fastjax.remat import RematPlan
-from fastjax.train.compiled import MEMORY_FIX, StepMemory
+from fastjax.train.compiled import MEMORY_FIX, StepMemory, device_bytes
 from fastjax.train.memory_plan import BatchShape, saved_bytes
 from fastjax.train.remat_choice import Choice, PolicyCost, fastest, written_out
 

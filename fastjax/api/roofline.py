@@ -42,9 +42,9 @@ def layer_flops(
     return passes[0] * products + passes[1] * 2 * seq * queries
 
 
-def roofline_share(
+def h200_roofline_share(
     config: TransformerConfig, *, batch: int, seq: int, seconds: float
 ) -> float:
-    """Returns how much of the step's time its products would take at full rate."""
+    """Returns how much of the step's time its products would take on an H200."""
     fastest = step_flops(config, batch=batch, seq=seq) / MATMUL_FLOPS_PER_SECOND
     return fastest / seconds

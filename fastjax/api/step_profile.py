@@ -20,10 +20,11 @@ import jax
 from jax.profiler import ProfileData
 
 from fastjax import runtime
-from fastjax.api.benchmark_report import device_bytes, environment, gib, write_json
+from fastjax.api.benchmark_report import environment, gib, write_json
 from fastjax.api.random_step import RandomStep, StepArgs, planner_of
 from fastjax.api.remat_auto import planned_remat
 from fastjax.nvidia import sampled_load
+from fastjax.train.compiled import device_bytes
 
 _WITHOUT_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 _WARM_UP_STEPS = 3

@@ -18,7 +18,7 @@ from fastjax.api.sweep_plan import SweepRun
 from fastjax.api.training import adapter_writer
 from fastjax.train import CompiledSteps, Job, TrainResult, record
 from fastjax.train.batches import DeviceBatch
-from fastjax.train.compiled import device_peak_bytes
+from fastjax.train.compiled import device_bytes
 from fastjax.train.evaluate import EvalResult
 from fastjax.train.health import BAD_STEPS_TO_STOP, bad_steps_in_row, require_gradient
 from fastjax.train.metrics import finite
@@ -73,7 +73,7 @@ class SweepMember:
             step, metrics, batch, epoch=self._epoch(step), seconds=seconds
         )
         if entry is not None:
-            self._reporter.metrics(entry, device_peak_bytes())
+            self._reporter.metrics(entry, device_bytes("peak_bytes_in_use"))
 
     def evaluated(self, step: int, result: EvalResult) -> None:
         """Takes in an evaluation."""

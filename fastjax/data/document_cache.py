@@ -26,7 +26,7 @@ from fastjax.data.documents import (
     DocumentWriter,
     mapped,
 )
-from fastjax.files import remove_abandoned
+from fastjax.files import fsync, remove_abandoned
 
 MIN_FILE_BYTES = 4 << 20
 """Smaller data is tokenised in seconds and never kept."""
@@ -107,7 +107,7 @@ class DocumentCache:
             text = json.dumps({"hashes": _hashes(aside), "facts": entry.facts})
             (aside / _ENTRY_NAME).write_text(text, encoding="utf-8")
             for path in aside.iterdir():
-                _synced(path)
+                fsync(path)
             shutil.rmtree(self._root / key, ignore_errors=True)
             aside.rename(self._root / key)
             self._forget_old()
@@ -126,8 +126,3 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _synced(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

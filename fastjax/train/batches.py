@@ -16,7 +16,7 @@ class Loader(Protocol):
     Attributes:
       steps_per_epoch: Batches of one pass over the data.
       max_segments: Upper bound of the documents in a row, None when unknown.
-      fingerprint: Changes when any batch would.
+      fingerprint: Hash of the data, in order; what rows are made of them is apart.
     """
 
     @property

@@ -199,10 +199,10 @@ def cache_hits() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_listener(listen)
 
 
-def device_peak_bytes() -> int | None:
-    """Returns the most memory the device has held, None where it does not tell."""
+def device_bytes(name: str) -> int | None:
+    """Returns a number of the device's allocator, None where it does not tell."""
     stats = jax.local_devices()[0].memory_stats()
-    return None if stats is None else stats.get("peak_bytes_in_use")
+    return None if stats is None else stats.get(name)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from fastjax.train import (
 )
 from fastjax.train.ahead import steps_of
 from fastjax.train.batches import DeviceBatch, put_batch
-from fastjax.train.compiled import device_peak_bytes
+from fastjax.train.compiled import device_bytes
 from fastjax.train.evaluate import evaluate, make_eval_step
 from fastjax.train.job import Job
 from fastjax.train.lock import output_lock
@@ -261,7 +261,7 @@ class _Loop:
                 step, metrics, batch, epoch=self._epoch(step), seconds=seconds
             )
             if entry is not None:
-                self.reporter.metrics(entry, device_peak_bytes())
+                self.reporter.metrics(entry, device_bytes("peak_bytes_in_use"))
 
     def _epoch(self, step: int) -> float:
         return step / max(1, self.job.train_loader.steps_per_epoch)

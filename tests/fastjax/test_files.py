@@ -51,7 +51,7 @@ def test_full_disk_is_a_storage_error(tmp_path: Path):
 def test_a_small_need_is_told_with_what_stays_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("fastjax.files.free_bytes", lambda path: 64_000_000)
-    told = "0.3 MB are needed besides the 64.0 MB that stay free, 64.0 MB are free"
+    monkeypatch.setattr("fastjax.files.free_bytes", lambda path: 64 * 2**20)
+    told = "0.3 MiB are needed besides the 64.0 MiB that stay free, 64.0 MiB are free"
     with pytest.raises(StorageError, match=told):
         require_space(tmp_path, 300_000)
