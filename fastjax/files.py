@@ -8,7 +8,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -170,6 +170,39 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         for leftover in (temporary, old):
             with contextlib.suppress(OSError):
                 _remove(leftover)
+
+
+@contextlib.contextmanager
+def added_files(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]:
+    """Yields an empty folder whose files go into `folder` at the end, each whole.
+
+    What else lies there stays.
+
+    Args:
+      folder: Exists.
+      replaces: Patterns of files that would not fit the new ones: such as are not
+        written again are deleted.
+
+    Raises:
+      StorageError: They cannot be written.
+    """
+    aside = folder / temporary_name("added")
+    with storage_errors(f"write into {folder.name}", folder):
+        try:
+            aside.mkdir()
+            yield aside
+            settle(aside)
+            added = [path.relative_to(aside) for path in files_below(aside)]
+            for pattern in replaces:
+                for path in folder.glob(pattern):
+                    if path.relative_to(folder) not in added:
+                        path.unlink()
+            for name in added:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (aside / name).replace(folder / name)
+            fsync(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_atomic(path: Path, text: str) -> None:

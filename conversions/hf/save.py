@@ -36,6 +36,8 @@ from kernels.nf4 import NF4Array
 from kernels.packed import PackedArray, dense
 
 MAX_SHARD_BYTES = 5_000_000_000
+# Names of weights; of those in one folder a reader takes the first.
+WEIGHT_FILES = (WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors")
 COPIED = (
     "generation_config.json",
     "tokenizer.json",

@@ -17,7 +17,7 @@ from fastjax.models.registry import PRESETS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 # What transformers raises for files that are not what they should be.
 _BROKEN_FILES = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
@@ -54,7 +54,7 @@ def find_model(
     """
     _require_no_mistyped_folder(name)
     folder, source_name = _folder(name, revision, with_weights=with_weights)
-    adapter = folder if (folder / _ADAPTER_CONFIG).is_file() else None
+    adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
     if adapter is not None:
         folder, source_name = _base_of(adapter, with_weights=with_weights)
     return FoundModel(name=source_name, folder=folder, adapter=adapter)
@@ -139,7 +139,7 @@ def _base_of(adapter: Path, *, with_weights: bool) -> tuple[Path, str]:
     if not name:
         raise ModelError(
             "the adapter does not say which base model it belongs to",
-            where=str(adapter / _ADAPTER_CONFIG),
+            where=str(adapter / ADAPTER_CONFIG),
             fix="add base_model_name_or_path to that file",
         )
     revision = recorded.revision or "main"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from conversions.peft import Stretch, stretch_of, write_adapter
 from fastjax import lora as adapters
 from fastjax.api.device_faults import device_faults
 from fastjax.api.gguf_folder import write_gguf_folder
-from fastjax.api.merging import Merge
+from fastjax.api.merging import Merge, added_model
 from fastjax.api.rows import (
     feeding,
     open_stream,
@@ -246,11 +247,18 @@ class LanguageModel:
         return answers
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes the adapter as a PEFT folder, or all weights without an adapter."""
+        """Writes the adapter as a PEFT folder, or all weights without an adapter.
+
+        Other files of an existing folder stay.
+        """
         folder = Path(folder)
-        if self.lora is None:
-            return self.save_pretrained_merged(folder, overwrite=True)
-        self.write_adapter(folder, self.split()[1])
+        if self.lora is not None:
+            self.write_adapter(folder, self.split()[1])
+        elif not os.path.lexists(folder):
+            self.save_pretrained_merged(folder)
+        else:
+            with added_model(folder) as aside:
+                self.save_pretrained_merged(aside, overwrite=True)
         return folder
 
     def write_adapter(self, folder: Path, trainable: nnx.State) -> None:

@@ -1,5 +1,6 @@
 """A base model with an adapter merged onto it, as a stream of weights."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from jaxtyping import Array
 
 from conversions.hf import (
+    WEIGHT_FILES,
     Checkpoint,
     read_config,
     save_model,
@@ -15,9 +17,9 @@ from conversions.hf import (
 )
 from conversions.peft import read_adapter
 from fastjax import files
-from fastjax.api.finding import FoundModel, load_tokenizer
+from fastjax.api.finding import ADAPTER_CONFIG, FoundModel, load_tokenizer
 from fastjax.config import BasePrecision, DType, QuantConfig
-from fastjax.errors import ConfigError
+from fastjax.errors import ConfigError, StorageError
 from fastjax.lora import adapted_spec
 from fastjax.merge import merged_weights
 from fastjax.models.build import DecoderSpec, flat_weights, linear_names
@@ -192,6 +194,26 @@ class Merge:
         if not self.spec.trains_weights:
             stored = stored_formats(Checkpoint(self.folder), config)
         return stored or dict.fromkeys(linear_names(config), PackedFormat(dtype=dtype))
+
+
+@contextlib.contextmanager
+def added_model(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder whose files become the model of an existing `folder`.
+
+    What else lies there stays, but for weights of an older model.
+
+    Raises:
+      StorageError: An adapter lies there, which readers would take for the result, or
+        the files cannot be written.
+    """
+    if (folder / ADAPTER_CONFIG).exists():
+        raise StorageError(
+            "a whole model beside an adapter would be read as the adapter",
+            where=str(folder / ADAPTER_CONFIG),
+            fix="give another folder, or move the adapter out of this one",
+        )
+    with files.added_files(folder, replaces=WEIGHT_FILES) as aside:
+        yield aside
 
 
 def _recorded_quant(adapter: Path) -> QuantConfig | None:

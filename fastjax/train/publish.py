@@ -1,7 +1,6 @@
 """Puts a run's result and description at the top of its output folder."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,19 +29,8 @@ def publish_adapter(
     Raises:
       StorageError: It cannot be written; files of before are intact.
     """
-    aside = output_dir / files.temporary_name("adapter")
-    with files.storage_errors("write the adapter", output_dir):
-        try:
-            aside.mkdir()
-            write_adapter(aside, trainable)
-            files.settle(aside)
-            for path in files.files_below(aside):
-                target = output_dir / path.relative_to(aside)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(target)
-            files.fsync(output_dir)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    with files.added_files(output_dir) as aside:
+        write_adapter(aside, trainable)
 
 
 def rescue_adapter(

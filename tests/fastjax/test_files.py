@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastjax.errors import StorageError
-from fastjax.files import new_file, new_folder, require_space
+from fastjax.files import added_files, new_file, new_folder, require_space
 
 
 def test_folder_appears_at_the_end(tmp_path: Path):
@@ -37,6 +37,21 @@ def test_an_error_leaves_the_old_folder(tmp_path: Path):
     assert path.is_dir()
     assert not list(path.iterdir())
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_added_files_leave_the_others(tmp_path: Path):
+    for name in ("kept", "replaced", "part-1"):
+        (tmp_path / name).write_text("old")
+    with added_files(tmp_path, replaces=["part-*"]) as aside:
+        (aside / "deep").mkdir()
+        for name in ("replaced", "part-2", "deep/new"):
+            (aside / name).write_text("new")
+    texts = {p.name: p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    new = dict.fromkeys(("replaced", "part-2", "new"), "new")
+    assert texts == {"kept": "old"} | new
+    with pytest.raises(KeyError), added_files(tmp_path, replaces=["*"]):
+        raise KeyError
+    assert {p.name: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == texts
 
 
 def test_full_disk_is_a_storage_error(tmp_path: Path):

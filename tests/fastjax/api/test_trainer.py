@@ -22,7 +22,7 @@ from fastjax.api import (
     load_model,
     train_on_responses_only,
 )
-from fastjax.errors import ConfigError, DataError
+from fastjax.errors import ConfigError, DataError, StorageError
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -128,6 +128,30 @@ def test_full_finetuning_changes_every_weight(
     ids = np.arange(6, dtype=np.int32)[None]
     again = load_model(str(tmp_path / "out" / "model"), dtype="float32")
     np.testing.assert_allclose(again.logits(ids), model.logits(ids), atol=1e-5)
+
+
+def test_a_whole_model_is_written_beside_what_lies_there(
+    small_model: Path, trainer_of: Make
+) -> None:
+    model, _ = FastLanguageModel.from_pretrained(
+        str(small_model), dtype="float32", full_finetuning=True
+    )
+    trainer = trainer_of(model)
+    trainer.train()
+    folder = Path(trainer.config.output_dir)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "model-00001-of-00002.safetensors").write_text("of an older model")
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    assert trainer.save_model() == folder
+    gone = before - {path for path in folder.rglob("*") if path.is_file()}
+    assert {path.name for path in gone} == {"model-00001-of-00002.safetensors"}
+    assert (folder / "notes.txt").read_text() == "mine"
+    ids = np.arange(6, dtype=np.int32)[None]
+    again = load_model(str(folder), dtype="float32")
+    np.testing.assert_array_equal(again.logits(ids), model.logits(ids))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(StorageError, match="beside an adapter"):
+        trainer.save_model()
 
 
 def test_float16_trains_with_a_scaled_loss(small_model: Path, trainer_of: Make) -> None:
