@@ -260,7 +260,7 @@ def test_the_record_names_xla_on_a_cpu():
         ({"softcap": 0.0}, "softcap=0.0 must be above 0"),
         ({"max_segments": 0}, "max_segments=0 must be at least 1"),
         ({"q_segment_ids": jnp.ones((2, 24), jnp.int32)}, "need segment_ids"),
-        ({"implementation": "triton"}, "cudnn, mosaic_gpu, mosaic_gpu_cudnn, xla"),
+        ({"implementation": "triton"}, "cudnn, xla, mosaic_gpu, mosaic_gpu_cudnn"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

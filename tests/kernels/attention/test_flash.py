@@ -41,7 +41,7 @@ ALL_AT_ONCE = AttentionCase(
 LARGE = [
     case
     for case in LARGE_CASES
-    if case.head_size != 128 or (case.softcap and case.documents)
+    if case.head_size != 128 or (case.documents and (case.softcap or case.window))
 ]
 """Of the large ones those that `GPU_CASES` have no like of."""
 
@@ -230,21 +230,27 @@ def test_layers_of_a_scan_may_differ_in_their_window():
 
 
 @pytest.mark.parametrize(
-    ("head_size", "is_packed", "softcap", "default"),
+    ("head_size", "is_packed", "options", "default"),
     [
-        (128, True, None, "mosaic_gpu"),
-        (64, True, None, "mosaic_gpu"),
-        (256, True, 30.0, "mosaic_gpu"),
-        (256, False, 30.0, "mosaic_gpu"),
-        (64, False, 30.0, "xla"),
+        (128, True, {}, "mosaic_gpu"),
+        (64, True, {}, "mosaic_gpu"),
+        (256, True, {"softcap": 30.0}, "mosaic_gpu"),
+        (256, False, {"softcap": 30.0}, "mosaic_gpu"),
+        (256, False, {"softcap": 30.0, "window": 7}, "mosaic_gpu"),
+        (64, False, {"softcap": 30.0}, "xla"),
+        (128, True, {"window": 7}, "mosaic_gpu"),
+        (128, True, {"window": 7, "softcap": 30.0}, "mosaic_gpu"),
+        (128, True, {"window": jnp.int32(7)}, "mosaic_gpu"),
+        (128, False, {"window": jnp.int32(7)}, "mosaic_gpu"),
+        (256, False, {"window": jnp.int32(7)}, "mosaic_gpu"),
     ],
 )
-def test_the_default_on_hopper(head_size, is_packed, softcap, default):
+def test_the_default_on_hopper(head_size, is_packed, options, default):
     q = jax.ShapeDtypeStruct((1, 128, 2, head_size), jnp.bfloat16)
     ids = jnp.ones((1, 128), jnp.int32) if is_packed else None
 
     def op(*arrays):
-        return attention(*arrays, segment_ids=ids, softcap=softcap)
+        return attention(*arrays, segment_ids=ids, **options)
 
     with assume_compute_capability(HOPPER), record() as chosen:
         jax.eval_shape(op, q, q, q)
