@@ -26,7 +26,7 @@ from kernels.persistent_product import TileConfig, tiles_for
 from . import vjp
 from .mosaic_gpu import odds
 from .options import Options
-from .xla import Chunks, in_chunks
+from .xla import Chunks, in_chunks, target_count
 
 _LARGEST_SUM = math.exp(60)
 """Above it, products with the head might overflow float32 too."""
@@ -62,7 +62,7 @@ def linear_cross_entropy(
         )
 
     loss = jax.lax.cond(jnp.any(is_too_large), again, lambda: jnp.sum(losses))
-    return loss, _count(options, targets)
+    return loss, target_count(options, targets)
 
 
 def _forward(
@@ -87,7 +87,7 @@ def _forward(
     loss, dhidden = jax.lax.cond(
         jnp.any(is_too_large), again, lambda: (jnp.sum(losses), dhidden)
     )
-    return (loss, _count(options, targets)), dhidden
+    return (loss, target_count(options, targets)), dhidden
 
 
 def _backward(
@@ -122,7 +122,10 @@ def _exponentials(
     options: Options, chunk: Chunks, head: jax.Array, tiles: TileConfig
 ) -> _Exponentials:
     is_target = chunk.targets != options.ignore_index
-    own_rows = head[jnp.where(is_target, chunk.targets, 0)]
+    # A target outside of the vocabulary makes the loss NaN, as by XLA.
+    own_rows = head.at[jnp.where(is_target, chunk.targets, 0)].get(
+        mode="fill", fill_value=jnp.nan
+    )
     own_logits = jnp.sum(
         chunk.hidden.astype(jnp.float32) * own_rows.astype(jnp.float32), axis=1
     )
@@ -153,10 +156,6 @@ def _gradient(
 
 def _in_small_chunks(options: Options) -> Options:
     return dataclasses.replace(options, chunk_tokens=_RECOMPUTED_ROWS)
-
-
-def _count(options: Options, targets: jax.Array) -> Float32[Array, ""]:
-    return jnp.sum(targets != options.ignore_index, dtype=jnp.float32)
 
 
 def _tiles(options: Options, hidden: jax.Array, head: jax.Array) -> TileConfig:

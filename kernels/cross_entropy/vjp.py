@@ -18,6 +18,7 @@ from .xla import (
     chunk_gradients,
     in_chunks,
     logits_and_lse,
+    target_count,
     target_log_probs,
 )
 
@@ -31,7 +32,7 @@ def linear_cross_entropy(
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Returns the sum of -log p(target) and the number of targets."""
     log_probs, _ = _log_probs_forward(options, hidden, head, targets)
-    return -jnp.sum(log_probs), _count(options, targets)
+    return -jnp.sum(log_probs), target_count(options, targets)
 
 
 def loss_and_gradient(
@@ -61,7 +62,7 @@ def _loss_forward(
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None, jax.Array]]:
     loss, dhidden, dhead = loss_and_gradient(options, hidden, head, targets)
     # An empty array carries the head's dtype to the backward pass.
-    return (loss, _count(options, targets)), (dhidden, dhead, head[:0])
+    return (loss, target_count(options, targets)), (dhidden, dhead, head[:0])
 
 
 def _loss_backward(
@@ -123,10 +124,6 @@ def _log_probs_backward(
     if dhead is not None:
         dhead = dhead.astype(head.dtype)
     return dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], dhead, None
-
-
-def _count(options: Options, targets: jax.Array) -> jax.Array:
-    return jnp.sum(targets != options.ignore_index, dtype=jnp.float32)
 
 
 def _initial_dhead(options: Options, head: jax.Array) -> jax.Array | None:

@@ -37,6 +37,11 @@ def in_chunks(
     )
 
 
+def target_count(options: Options, targets: Int[Array, " M"]) -> Float32[Array, ""]:
+    """Returns how many targets are not ignored."""
+    return jnp.sum(targets != options.ignore_index, dtype=jnp.float32)
+
+
 def logits_and_lse(
     options: Options, hidden: Float[Array, "M D"], head: Float[Array, "V D"]
 ) -> tuple[Float32[Array, "M V"], Float32[Array, " M"]]:

@@ -225,10 +225,23 @@ def test_large_logits_stay_finite() -> None:
     assert jnp.isfinite(loss)
 
 
-def test_a_target_outside_the_vocabulary_shows() -> None:
-    hidden, head, targets = _inputs(CASES["one_chunk"], "float32")
-    loss, _ = linear_cross_entropy(hidden, head, targets.at[3].set(50))
+@pytest.mark.parametrize("outside", [256, 1000])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla", "reference"])
+def test_a_target_outside_the_vocabulary_shows(
+    implementation: str, outside: int
+) -> None:
+    case = INTERPRETED[0]
+    hidden, head, targets = _inputs(case, "bfloat16")
+    run = _loss_and_gradients(case, targets.at[3].set(outside), False, implementation)
+    options = _options(case) | {"implementation": implementation}
+    with interpreted():
+        (loss, _), _ = run(hidden, head)
+        alone, _ = linear_cross_entropy(
+            hidden, head, targets.at[3].set(outside), **options
+        )
+        jax.block_until_ready((loss, alone))
     assert jnp.isnan(loss)
+    assert jnp.isnan(alone)
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
