@@ -249,7 +249,7 @@ def gradients(
         dataclasses.replace(
             projection,
             weight=None,
-            bias=_sum_rows(dout, projection.bias),
+            bias=xla.bias_gradient(dout, projection.bias),
             lora_a=da[i],
             lora_b=db[i],
             scaling=None,
@@ -342,9 +342,3 @@ def down_gradients(
         down_gradient(projection, joined[:, start:])
         for projection, start in zip(projections, starts_of(projections), strict=True)
     ]
-
-
-def _sum_rows(dout: jax.Array, bias: jax.Array | None) -> jax.Array | None:
-    if bias is None:
-        return None
-    return jnp.sum(dout.astype(jnp.float32), axis=0).astype(bias.dtype)

@@ -130,7 +130,7 @@ def backward(
     x, projections, keys, xa, norms = residuals
     weights = [dense(p.weight, x.dtype) for p in projections]
     dbias = [
-        _sum_rows(dout, p.bias) for dout, p in zip(douts, projections, strict=True)
+        bias_gradient(dout, p.bias) for dout, p in zip(douts, projections, strict=True)
     ]
     dmagnitude: list[jax.Array | None] = [None] * len(projections)
     dys = list(douts)  # cotangents of x @ weight + xa @ b
@@ -275,7 +275,8 @@ def _magnitude_gradient(
     return gradient.astype(_present(projection.magnitude).dtype)
 
 
-def _sum_rows(dout: jax.Array, bias: jax.Array | None) -> jax.Array | None:
+def bias_gradient(dout: jax.Array, bias: jax.Array | None) -> jax.Array | None:
+    """Returns the sum of the cotangents over rows, in the dtype of the bias."""
     if bias is None:
         return None
     return jnp.sum(dout.astype(jnp.float32), axis=0).astype(bias.dtype)
