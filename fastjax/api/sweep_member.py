@@ -13,9 +13,9 @@ from fastjax import files
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter
 from fastjax.api.model_card import write_model_card
+from fastjax.api.result_writers import adapter_writer
 from fastjax.api.run_folder import write_settings
 from fastjax.api.sweep_plan import SweepRun
-from fastjax.api.training import adapter_writer
 from fastjax.train import CompiledSteps, Job, TrainResult, record
 from fastjax.train.batches import DeviceBatch
 from fastjax.train.compiled import device_bytes
@@ -105,7 +105,9 @@ class SweepMember:
             adapted = copy.copy(base)
             add_adapter(adapted, plain, seed=0)
             adapted.lora = config.lora
-            publish_adapter(folder, trainable, adapter_writer(adapted))
+            write_adapter = adapter_writer(adapted)
+            assert write_adapter is not None
+            publish_adapter(folder, trainable, write_adapter)
             data = self.job.train_loader.fingerprint
             write_model_card(folder, adapted, config, result, data=data)
         self._reporter.plot()

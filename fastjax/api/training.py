@@ -4,10 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
-from jaxtyping import PyTree
 from rich.console import Console
 
 from conversions.hf import folder_fingerprint
@@ -22,6 +20,7 @@ from fastjax.api.loading import add_adapter, load_model, load_text_side
 from fastjax.api.model_card import write_model_card
 from fastjax.api.ranks import set_ranks
 from fastjax.api.reading_ahead import reading_ahead
+from fastjax.api.result_writers import adapter_writer, model_writer
 from fastjax.api.run_folder import default_output_dir, require_writable, write_settings
 from fastjax.api.run_plan import PlannedRun, compiling_ahead, planned_run
 from fastjax.api.samples import make_sampler, read_prompts
@@ -34,6 +33,7 @@ from fastjax.terminal import open_console, say
 from fastjax.train import Job, TrainResult, evaluate, make_eval_step, resume, run
 from fastjax.train.checkpoint import checkpoints
 from fastjax.train.compiled import MEMORY_FIX
+from fastjax.train.publish import MODEL_FOLDER
 from fastjax.train.trackers import require_packages
 
 _SAME = "the same command"
@@ -223,6 +223,7 @@ def train(
         output_dir=folder,
         remat=planned.remat,
         write_adapter=adapter_writer(model),
+        write_model=model_writer(model),
         on_exit=model.update,
         resume_command=resume_command,
         base=folder_fingerprint(model.source.folder),
@@ -233,10 +234,8 @@ def train(
     )
     with device_faults("train", memory_fix=MEMORY_FIX):
         result = run(job, console)
-    if model.spec.trains_weights:
-        model.save_pretrained_merged(folder / "model", overwrite=True)
     if not result.was_finished:
-        place = folder / "model" if model.spec.trains_weights else folder
+        place = folder / MODEL_FOLDER if model.spec.trains_weights else folder
         write_model_card(place, model, config, result, data=planned.loader.fingerprint)
     return result
 
@@ -370,22 +369,9 @@ def _flops_per_token(model: LanguageModel) -> float:
     return (6.0 if model.spec.trains_weights else 4.0) * count
 
 
-def adapter_writer(model: LanguageModel) -> Any:
-    """Returns what writes adapter and tokenizer; None for a model without adapter."""
-    if model.lora is None:
-        return None
-
-    def write(folder: Path, trainable: PyTree) -> None:
-        model.write_adapter(folder, trainable)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
-
-    return write
-
-
 def _say_next(config: TrainConfig, data: TrainingData, console: Console) -> None:
     folder = config.output_dir
-    target = f"{folder}/model" if config.full_finetuning else folder
+    target = f"{folder}/{MODEL_FOLDER}" if config.full_finetuning else folder
     lines = [f"{'model' if config.full_finetuning else 'adapter'}: {target}"]
     as_trained = "" if data.uses_template else " --no-chat"
     lines.append(

@@ -25,7 +25,7 @@ from fastjax.errors import CheckpointMismatch, ModelError, printable
 from fastjax.train import faults, manifest
 from fastjax.train.state import TrainState
 
-WriteAdapter = Callable[[Path, PyTree], None]
+WriteWeights = Callable[[Path, PyTree], None]
 RECORD_NAME = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -53,7 +53,7 @@ def save(
     record: Mapping[str, Any],
     *,
     step: int,
-    write_adapter: WriteAdapter | None,
+    write_adapter: WriteWeights | None,
     keep: int,
     also_keep: int | None = None,
 ) -> Path:

@@ -14,7 +14,7 @@ from fastjax.config import TrainConfig
 from fastjax.losses import cross_entropy
 from fastjax.remat import Remat, RematPlan
 from fastjax.train.batches import Loader
-from fastjax.train.checkpoint import WriteAdapter
+from fastjax.train.checkpoint import WriteWeights
 from fastjax.train.compiled import CompiledSteps
 from fastjax.train.step import LossFunction
 
@@ -34,8 +34,9 @@ class Job:
       remat: What the backward pass recomputes; None where there is none.
       base: Fingerprint of the model's folder: a resumed run must have the same; empty
         when it is not known.
-      write_adapter: Writes an adapter's files into a folder. None, for full
-        fine-tuning, leaves the writing of the result to the caller.
+      write_adapter: Writes an adapter's files into a folder; None without one.
+      write_model: Writes the whole model as a folder, the result of full fine-tuning;
+        None where the adapter is the result.
       loss: Takes what `fastjax.losses.cross_entropy` takes.
       on_exit: Receives the newest weights however the run ends, since the ones it
         was given are gone; unless a failing step took the newest ones with it.
@@ -57,7 +58,8 @@ class Job:
     remat: RematPlan | None = None
     eval_loader: Loader | None = None
     base: str = ""
-    write_adapter: WriteAdapter | None = None
+    write_adapter: WriteWeights | None = None
+    write_model: WriteWeights | None = None
     loss: Callable[..., Any] = cross_entropy
     on_exit: Callable[[PyTree], None] | None = None
     sampler: Callable[[PyTree], list[tuple[str, str]]] | None = None

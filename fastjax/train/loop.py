@@ -7,7 +7,6 @@ and sent, then the metrics of the step before are read. Nothing else waits.
 import dataclasses
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -174,11 +173,12 @@ class _Loop:
             self._mark = time.perf_counter()
 
     def finish(self) -> TrainResult:
-        """Publishes the adapter, unless an earlier run did, and returns the outcome."""
-        job = self.job
-        was_finished = not self.step_seconds and publish.is_published(job.output_dir)
+        """Publishes the result, unless an earlier run did, and returns the outcome."""
+        published = None if self.step_seconds else publish.published_step(self.job)
+        was_finished = published is not None
         if was_finished:
-            self.progress.note(f"this run is finished: {job.output_dir}")
+            self.progress.note(f"this run is finished: {self.job.output_dir}")
+            self._take_weights_of(published)
         else:
             self._publish()
         return TrainResult(
@@ -197,24 +197,30 @@ class _Loop:
         job, config = self.job, self.config.report
         if self.selection.should_stop:
             self.progress.note(f"stopped early at step {self.step} of {self.total}")
-        best = self.selection.best_step
-        if config.load_best_model_at_end and best not in (None, self.step):
-            self._take_weights_of(job.output_dir / checkpoint.name_of(best))
+        best = self.selection.best_step if config.load_best_model_at_end else None
+        taken = self._take_weights_of(self.step if best is None else best)
         if job.write_adapter is not None:
             faults.hit("finish:before_adapter", self.step)
             publish.publish_adapter(
                 job.output_dir, self.state.trainable, job.write_adapter
             )
             faults.hit("finish:after_adapter", self.step)
+        if job.write_model is not None:
+            folder = job.output_dir / publish.MODEL_FOLDER
+            job.write_model(folder, self.state.trainable)
         # Those of a run that died between its last save and its deletions.
         checkpoint.rotate(job.output_dir, self.keep, self.step, self._best_kept)
         self.reporter.plot()
-        self._write_run_file(is_finished=True)
+        self._write_run_file(published_step=taken)
 
-    def _take_weights_of(self, folder: Path) -> None:
+    def _take_weights_of(self, step: int) -> int:
+        """Takes those of a checkpoint; returns the step of the weights that it has."""
+        if step == self.step:
+            return step
+        folder = self.job.output_dir / checkpoint.name_of(step)
         if not folder.is_dir():
             self.progress.note(f"{folder.name} is gone: the last weights are kept")
-            return
+            return self.step
         self.progress.note(f"the best weights are those of {folder.name}")
         saved = checkpoint.read_record(folder)
         like = jax.tree.map(jax.ShapeDtypeStruct.like, self.state)
@@ -222,6 +228,7 @@ class _Loop:
         # Else the device would hold the state twice.
         jax.tree.map(lambda leaf: leaf.delete(), self.state)
         self.state = checkpoint.read_state(folder, like, saved)
+        return step
 
     def _launch(self, batch: DeviceBatch) -> DeviceBatch | None:
         """Starts a step and returns the batch of the next one, on its way."""
@@ -237,7 +244,7 @@ class _Loop:
         return self._batch_of(self.step)
 
     def _report_compilation(self) -> None:
-        self._write_run_file(is_finished=False)
+        self._write_run_file()
         for line in self.steps.report():
             self.progress.note(line)
         self.progress.start(self.step - 1)
@@ -334,10 +341,11 @@ class _Loop:
             fix=f"to continue, run {self.job.resume_command}",
         )
 
-    def _write_run_file(self, *, is_finished: bool) -> None:
+    def _write_run_file(self, *, published_step: int | None = None) -> None:
         memory = self.steps.memory
         content = {
-            "is_finished": is_finished,
+            "is_finished": published_step is not None,
+            "published_step": published_step,
             "total_steps": self.total,
             "data": self.job.train_loader.fingerprint,
             "settings": record.settings(self.config),

@@ -12,17 +12,18 @@ from jaxtyping import PyTree
 from fastjax import files
 from fastjax.errors import ModelError
 from fastjax.train.batches import DeviceBatch
-from fastjax.train.checkpoint import WriteAdapter
+from fastjax.train.checkpoint import WriteWeights
 from fastjax.train.job import Job
 from fastjax.train.metrics import finite
 from fastjax.train.state import is_alive
 
 RUN_FILE = "run.json"
+MODEL_FOLDER = "model"
 BAD_BATCH = "nan_batch.jsonl"
 
 
 def publish_adapter(
-    output_dir: Path, trainable: PyTree, write_adapter: WriteAdapter
+    output_dir: Path, trainable: PyTree, write_adapter: WriteWeights
 ) -> None:
     """Writes the adapter into the output folder; each file appears whole.
 
@@ -81,7 +82,18 @@ def write_run_file(output_dir: Path, description: Mapping[str, Any]) -> None:
 
 def is_published(output_dir: Path) -> bool:
     """Whether `run.json` says that the result stands beside it."""
+    return _description(output_dir).get("is_finished") is True
+
+
+def published_step(job: Job) -> int | None:
+    """Returns the step of the weights that are the result; None while there is none."""
+    if job.write_model is not None and not (job.output_dir / MODEL_FOLDER).exists():
+        return None
+    return _description(job.output_dir).get("published_step")
+
+
+def _description(output_dir: Path) -> dict[str, Any]:
     try:
-        return files.read_json(output_dir / RUN_FILE).get("is_finished") is True
+        return files.read_json(output_dir / RUN_FILE)
     except ModelError:
-        return False
+        return {}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,7 +89,7 @@ def test_the_best_weights_are_the_result_and_patience_ends_the_run(
         "eval_steps": 1,
         "save_steps": 3,
         "save_total_limit": 1,
-        "learning_rate": 0.5,
+        "learning_rate": 0.2,
         "warmup_steps": 0.0,
         "early_stopping_patience": 2,
         "load_best_model_at_end": True,
@@ -101,16 +102,55 @@ def test_the_best_weights_are_the_result_and_patience_ends_the_run(
     losses = {r["step"]: r["eval_loss"] for r in lines(tmp_path) if "eval_loss" in r}
     best = min(losses, key=losses.__getitem__)
     assert min(losses) == 0
-    assert result.step == best + 2 < 8
+    assert 0 < best == result.step - 2 < 6
     assert f"stopped early at step {result.step} of 8" in said(console)
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["best"] == {"step": best, "eval_loss": losses[best]}
     assert run["steps_done"] == result.step
-    if best:
-        kept = tmp_path / f"checkpoint-{best:06d}" / "adapter_model.bytes"
-        written = (tmp_path / "adapter_model.bytes").read_bytes()
-        assert written == kept.read_bytes()
-    assert tiny.train(tmp_path, **options).was_finished
+    assert run["published_step"] == best
+    kept = tmp_path / f"checkpoint-{best:06d}" / "adapter_model.bytes"
+    written = (tmp_path / "adapter_model.bytes").read_bytes()
+    assert written == kept.read_bytes()
+    expected = [np.asarray(leaf) for leaf in jax.tree.leaves(result.trainable)]
+    again = tiny.train(tmp_path, console=console, **options)
+    assert again.was_finished
+    for actual, wanted in zip(jax.tree.leaves(again.trainable), expected, strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+
+
+def test_the_whole_model_is_written_once_and_with_the_best_weights(
+    tiny: SimpleNamespace, tmp_path: Path
+) -> None:
+    def write_model(folder: Path, trainable: Any) -> None:
+        writes.append(run_file.exists() and json.loads(run_file.read_text()))
+        folder.mkdir(exist_ok=True)
+        tiny.write_adapter(folder, trainable)
+
+    def train() -> Any:
+        return tiny.train(tmp_path, job=job, **options)
+
+    run_file, writes = tmp_path / "run.json", []
+    job = {"write_adapter": None, "write_model": write_model}
+    options = {
+        "eval_steps": 1,
+        "learning_rate": 0.2,
+        "warmup_steps": 0.0,
+        "early_stopping_patience": 2,
+        "full_finetuning": True,
+        "load_best_model_at_end": True,
+    }
+    first = train()
+    best = json.loads(run_file.read_text())["best"]["step"]
+    assert 0 < best < first.step
+    written = (tmp_path / "model" / "adapter_model.bytes").read_bytes()
+    assert train().was_finished
+    assert len(writes) == 1
+    shutil.rmtree(tmp_path / "model")
+    assert not train().was_finished
+    assert len(writes) == 2
+    assert not writes[0]["is_finished"]
+    assert (tmp_path / "model" / "adapter_model.bytes").read_bytes() == written
+    assert json.loads(run_file.read_text())["published_step"] == best
 
 
 def test_samples_are_answered_at_each_evaluation(
