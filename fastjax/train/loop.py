@@ -13,7 +13,7 @@ import jax
 from rich.console import Console
 
 from fastjax import files
-from fastjax.errors import Interrupted, StorageError
+from fastjax.errors import Interrupted, ModelError, StorageError
 from fastjax.terminal import open_console
 from fastjax.train import (
     checkpoint,
@@ -177,8 +177,11 @@ class _Loop:
         published = None if self.step_seconds else publish.published_step(self.job)
         was_finished = published is not None
         if was_finished:
-            self.progress.note(f"this run is finished: {self.job.output_dir}")
             self._take_weights_of(published)
+            self.progress.note(
+                f"this run is finished: {self.job.output_dir} holds the weights of "
+                f"step {published}"
+            )
         else:
             self._publish()
         return TrainResult(
@@ -214,20 +217,24 @@ class _Loop:
         self._write_run_file(published_step=taken)
 
     def _take_weights_of(self, step: int) -> int:
-        """Takes those of a checkpoint; returns the step of the weights that it has."""
+        """Takes those of a checkpoint that is whole; returns the step of those held."""
         if step == self.step:
             return step
         folder = self.job.output_dir / checkpoint.name_of(step)
-        if not folder.is_dir():
-            self.progress.note(f"{folder.name} is gone: the last weights are kept")
+        like = jax.tree.map(jax.ShapeDtypeStruct.like, self.state)
+        try:
+            found = resume.named(str(folder))
+            checkpoint.require_fitting(folder, like, found.record)
+        except ModelError as error:
+            self.progress.note(
+                f"the best weights, of {folder.name}, are lost: {error.what}; those of "
+                f"step {self.step}, the last, are taken instead"
+            )
             return self.step
         self.progress.note(f"the best weights are those of {folder.name}")
-        saved = checkpoint.read_record(folder)
-        like = jax.tree.map(jax.ShapeDtypeStruct.like, self.state)
-        checkpoint.require_fitting(folder, like, saved)
         # Else the device would hold the state twice.
         jax.tree.map(lambda leaf: leaf.delete(), self.state)
-        self.state = checkpoint.read_state(folder, like, saved)
+        self.state = checkpoint.read_state(folder, like, found.record)
         return step
 
     def _launch(self, batch: DeviceBatch) -> DeviceBatch | None:

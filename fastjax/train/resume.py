@@ -81,7 +81,7 @@ def named(path: str) -> Found:
     if isinstance(found, Found):
         return found
     raise ModelError(
-        f"the checkpoint cannot be resumed: {found}",
+        f"the checkpoint cannot be used: {found}",
         where=path,
         fix="give another one, or resume_from_checkpoint=auto for the newest whole",
         code="FJ-MODEL-CHECKPOINT",
@@ -155,13 +155,15 @@ def _opened(folder: Path) -> Found | str:
     """Returns the checkpoint, or why it cannot be used."""
     if not folder.is_dir():
         return "there is no such folder"
-    if problems := manifest.problems(folder):
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        return "; ".join(problems[:3]) + more
     try:
+        if problems := manifest.problems(folder):
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            return "; ".join(problems[:3]) + more
         return Found(folder=folder, record=checkpoint.read_record(folder))
     except ModelError as error:
         return error.what
+    except OSError as error:
+        return f"a file cannot be read: {error.strerror}"
 
 
 def _set_aside_after(output_dir: Path, step: int, note: Note) -> None:

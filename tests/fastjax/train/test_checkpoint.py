@@ -102,6 +102,11 @@ def data_file(folder: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_size)
 
 
+def link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
 BREAKS: dict[str, Break] = {
     "adapter cut to nothing": lambda f: os.truncate(f / "adapter_model.bytes", 0),
     "adapter cut by one": lambda f: os.truncate(
@@ -111,6 +116,7 @@ BREAKS: dict[str, Break] = {
     "state bit": lambda f: flip(data_file(f)),
     "state cut": lambda f: os.truncate(data_file(f), 10),
     "state file gone": lambda f: data_file(f).unlink(),
+    "state file unreadable": lambda f: link_to_itself(data_file(f)),
     "record garbage": lambda f: (f / "trainer_state.json").write_text("{"),
     "record empty": lambda f: (f / "trainer_state.json").write_text(""),
     "manifest gone": lambda f: (f / "manifest.json").unlink(),
@@ -137,7 +143,7 @@ def test_a_broken_newest_one_falls_back(out: Path, fault: str) -> None:
 def test_a_given_broken_path_never_falls_back(out: Path, fault: str) -> None:
     broken = out / "checkpoint-000004"
     BREAKS[fault](broken)
-    with pytest.raises(ModelError, match="cannot be resumed") as caught:
+    with pytest.raises(ModelError, match="cannot be used") as caught:
         find(out, str(broken))
     assert caught.value.exit_code == 4
     assert broken.is_dir()

@@ -69,6 +69,15 @@ def test_files_ask_to_save_and_to_stop(
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
+BEST = {
+    "eval_steps": 1,
+    "learning_rate": 0.2,
+    "warmup_steps": 0.0,
+    "early_stopping_patience": 2,
+    "load_best_model_at_end": True,
+}
+
+
 def test_the_best_weights_are_the_result_and_patience_ends_the_run(
     tiny: SimpleNamespace,
     tmp_path: Path,
@@ -85,16 +94,7 @@ def test_the_best_weights_are_the_result_and_patience_ends_the_run(
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states.pop()))
         return read(*args)
 
-    options = {
-        "eval_steps": 1,
-        "save_steps": 3,
-        "save_total_limit": 1,
-        "learning_rate": 0.2,
-        "warmup_steps": 0.0,
-        "early_stopping_patience": 2,
-        "load_best_model_at_end": True,
-        "eval_on_start": True,
-    }
+    options = BEST | {"save_steps": 3, "save_total_limit": 1, "eval_on_start": True}
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", saving)
         patch.setattr(checkpoint, "read_state", reading)
@@ -131,14 +131,7 @@ def test_the_whole_model_is_written_once_and_with_the_best_weights(
 
     run_file, writes = tmp_path / "run.json", []
     job = {"write_adapter": None, "write_model": write_model}
-    options = {
-        "eval_steps": 1,
-        "learning_rate": 0.2,
-        "warmup_steps": 0.0,
-        "early_stopping_patience": 2,
-        "full_finetuning": True,
-        "load_best_model_at_end": True,
-    }
+    options = BEST | {"full_finetuning": True}
     first = train()
     best = json.loads(run_file.read_text())["best"]["step"]
     assert 0 < best < first.step
@@ -151,6 +144,25 @@ def test_the_whole_model_is_written_once_and_with_the_best_weights(
     assert not writes[0]["is_finished"]
     assert (tmp_path / "model" / "adapter_model.bytes").read_bytes() == written
     assert json.loads(run_file.read_text())["published_step"] == best
+
+
+def test_of_a_damaged_best_checkpoint_nothing_is_taken(
+    tiny: SimpleNamespace,
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(VARIABLE, "flip@save:after_rename@1")
+    last = tiny.train(tmp_path, console=console, **BEST)
+    assert "best weights, of checkpoint-000001, are lost" in said(console)
+    assert "SHA-256" in said(console)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["best"]["step"], run["published_step"]) == (1, last.step)
+    kept = tmp_path / f"checkpoint-{last.step:06d}" / "adapter_model.bytes"
+    written = (tmp_path / "adapter_model.bytes").read_bytes()
+    assert written == kept.read_bytes()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last.trainable))
+    assert tiny.train(tmp_path, **BEST).was_finished
 
 
 def test_samples_are_answered_at_each_evaluation(
