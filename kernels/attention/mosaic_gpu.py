@@ -1,7 +1,7 @@
 """Attention forward on Hopper, in the manner of FlashAttention-3 (2407.08608).
 
 Each multiprocessor runs one thread block for the whole launch (256 features leave no
-registers for that). It takes `block_q` queries of one head at a time, 64 for each
+registers for that). It takes `BLOCK_Q` queries of one head at a time, 64 for each
 compute warpgroup; keys and values stream through shared memory, brought by one more
 warpgroup, which is ahead into the next queries when the last ones are stored. While a
 warpgroup exponentiates its scores, the other one multiplies: they take turns. The
@@ -22,11 +22,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from kernels.device import multiprocessors
+from kernels.ring import Ring
 
-from .mosaic_scores import LOG2_E, along, is_seen
+from .mosaic_scores import LOG2_E, along, is_seen, zeros
 from .mosaic_tiles import (
+    GROUPS,
+    STAGES,
     WARPGROUP_ROWS,
-    Ring,
     Share,
     TileConfig,
     Visit,
@@ -59,11 +61,11 @@ def attention_forward(
     dealt = visits.forward.shape[0] * heads
     if tiles.is_persistent:
         dealt = min(multiprocessors(), dealt)
-    groups, q_tiles = tiles.groups, tiles.groups * tiles.q_buffers
+    q_tiles = GROUPS * tiles.buffers
     tile = functools.partial(operand, dtype=q.dtype, step=tiles.forward_k)
-    kv_stages = tile((tiles.stages, tiles.forward_k, head_size))
-    stage_loaded = plgpu.Barrier(num_barriers=tiles.stages)
-    stage_free = plgpu.Barrier(num_arrivals=groups, num_barriers=tiles.stages)
+    kv_stages = tile((STAGES, tiles.forward_k, head_size))
+    stage_loaded = plgpu.Barrier(num_barriers=STAGES)
+    stage_free = plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES)
     body = functools.partial(
         _body, dealt=dealt, scale=scale, softcap=softcap, tiles=tiles
     )
@@ -78,18 +80,18 @@ def attention_forward(
             "spans_smem": plgpu.SMEM((q_tiles, 2, WARPGROUP_ROWS), jnp.int32),
             "k_smem": kv_stages,
             "v_smem": kv_stages,
-            "lse_smem": plgpu.SMEM((groups, WARPGROUP_ROWS), jnp.float32),
+            "lse_smem": plgpu.SMEM((GROUPS, WARPGROUP_ROWS), jnp.float32),
             "q_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=q_tiles),
             "q_free": plgpu.Barrier(num_barriers=q_tiles),
             "k_loaded": stage_loaded,
             "v_loaded": stage_loaded,
             "k_free": stage_free,
             "v_free": stage_free,
-            "turn": plgpu.Barrier(num_barriers=groups),
+            "turn": plgpu.Barrier(num_barriers=GROUPS),
         },
         grid=(dealt,),
         grid_names=("block",),
-        num_threads=groups + 1,
+        num_threads=GROUPS + 1,
         thread_name="group",
         kernel_name=KERNEL_NAME,
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -131,7 +133,7 @@ def _body(
     def rows(tile):
         return pl.ds(tile * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
-    @pl.when(group == tiles.groups)
+    @pl.when(group == GROUPS)
     def _load():
         plgpu.set_max_registers(24, action="decrease")
 
@@ -143,8 +145,8 @@ def _body(
         def load(number, begun):
             head, (row, block, *ranges) = share.take(number)
             visit = Visit.of(*ranges)
-            for i in range(tiles.groups):
-                step, tile = (x * tiles.groups + i for x in (number, block))
+            for i in range(GROUPS):
+                step, tile = (x * GROUPS + i for x in (number, block))
                 source = q_gmem.at[row, rows(tile), head]
                 queries_ring.fill(step, source, spans_gmem.at[row, :, rows(tile)])
             keys = (row, lax.div(head, heads_per_key))
@@ -153,14 +155,14 @@ def _body(
         steps = lax.fori_loop(0, share.total, load, jnp.int32(0))
         keys_ring.drain(steps)
         values_ring.drain(steps)
-        queries_ring.drain(share.total * tiles.groups)
+        queries_ring.drain(share.total * GROUPS)
 
     def compute(number, begun):
         """Mixes one block, after so many steps of earlier ones; returns their sum."""
         head, (row, block, *ranges) = share.take(number)
         visit = Visit.of(*ranges)
-        mine = rows(block * tiles.groups + group)
-        q_at = lax.rem(number * tiles.groups + group, jnp.int32(q_smem.shape[0]))
+        mine = rows(block * GROUPS + group)
+        q_at = lax.rem(number * GROUPS + group, jnp.int32(q_smem.shape[0]))
         q_tile = q_smem.at[q_at]
         plgpu.barrier_wait(q_loaded.at[q_at])
         first, end = (
@@ -168,7 +170,7 @@ def _body(
         )
 
         def slot(step):
-            return lax.rem(begun + step, jnp.int32(tiles.stages))
+            return lax.rem(begun + step, jnp.int32(STAGES))
 
         def step(number, carry, *, is_first=False, is_full=False):
             acc, top, total, weights = carry
@@ -182,7 +184,7 @@ def _body(
                     acc_ref[...] = acc
                     plgpu.barrier_wait(v_loaded.at[before])
                     plgpu.wgmma(acc_ref, weights, v_smem.at[before])
-                plgpu.barrier_arrive(turn.at[(group + 1) % tiles.groups])
+                plgpu.barrier_arrive(turn.at[(group + 1) % GROUPS])
                 scores = plgpu.wgmma_accumulator_load(
                     scores_ref, wait_n=0 if is_first else 1
                 )
@@ -190,9 +192,7 @@ def _body(
                 if softcap is not None:
                     scores = jnp.tanh(scores * (scale / softcap))
                 start = visit.block(number) * block_k
-                masked = functools.partial(
-                    _masked, first=first - start, end=end - start
-                )
+                masked = functools.partial(_masked, start=start, first=first, end=end)
                 if is_first:
                     scores = lax.cond(
                         visit.full_steps > 0, lambda all_seen: all_seen, masked, scores
@@ -237,29 +237,28 @@ def _body(
         plgpu.barrier_arrive(q_free.at[q_at])
         return begun + visit.steps
 
-    @pl.when(group < tiles.groups)
+    @pl.when(group < GROUPS)
     def _compute():
         plgpu.set_max_registers(240, action="increase")
-        pl.when(group == tiles.groups - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+        pl.when(group == GROUPS - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
         lax.fori_loop(0, share.total, compute, jnp.int32(0))
         pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
 
 def _nothing(head_size: int):
     """Returns what no step has left: (output, maximum, sum, no weights yet)."""
-    zeros = jnp.zeros((WARPGROUP_ROWS, head_size), jnp.float32)
     rows = jnp.zeros((WARPGROUP_ROWS,), jnp.float32)
     return (
-        plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),
+        zeros(head_size),
         plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf), _ROWS),
         plgpu.layout_cast(rows, _ROWS),
         None,
     )
 
 
-def _masked(scores, first, end):
+def _masked(scores, start, first, end):
     """Returns the scores of a block; minus infinity for keys that a query sees not."""
-    return jnp.where(is_seen(scores.shape, first, end, axis=0), scores, -jnp.inf)
+    return jnp.where(is_seen(scores.shape, start, first, end, axis=0), scores, -jnp.inf)
 
 
 def _online_softmax(scores, top, total, factor: float):

@@ -28,10 +28,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from kernels.device import multiprocessors
+from kernels.ring import Ring
 
 from .mosaic_tiles import (
     WARPGROUP_ROWS,
-    Ring,
     Share,
     TileConfig,
     accumulator,
@@ -39,7 +39,7 @@ from .mosaic_tiles import (
 )
 from .spans import Spans, in_parts, visited_keys
 
-DQ_KERNEL_NAME = "attention_dq_product"
+KERNEL_NAME = "attention_dq_product"
 
 MAX_BYTES = 5 * 2**28
 """What gradients of scores may take; 32 heads of 2 rows of 4,096 tokens: 1.1 GB."""
@@ -232,7 +232,7 @@ def dq_of_dscores(
         grid_names=("block",),
         num_threads=_HALVES + 1,
         thread_name="half",
-        kernel_name=DQ_KERNEL_NAME,
+        kernel_name=KERNEL_NAME,
     )(dscores, k, tasks)
 
 

@@ -31,25 +31,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from kernels.device import multiprocessors
+from kernels.ring import Ring
 
+from .mosaic_gpu_dq import dq_of_scores
 from .mosaic_gpu_dscores import Outbox, dq_of_dscores, dscores_shape
-from .mosaic_scores import LOG2_E, along, is_seen
+from .mosaic_scores import LOG2_E, along, is_seen, weights_of, zeros
 from .mosaic_tiles import (
+    GROUPS,
     WARPGROUP_ROWS,
-    Ring,
     Share,
     TileConfig,
-    Visit,
     accumulator,
     operand,
-    stream_keys,
 )
 from .visits import Visits
 
-DQ_KERNEL_NAME = "attention_dq"
-DKV_KERNEL_NAME = "attention_dkv"
+KERNEL_NAME = "attention_dkv"
 
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -72,164 +70,13 @@ def attention_backward(
     options = {"scale": scale, "softcap": softcap, "tiles": tiles}
     q, k, _, _ = arrays
     if not keeps_dscores:
-        dq = _dq(*arrays, statistics, visits, **options)
+        dq = dq_of_scores(*arrays, statistics, visits, **options)
         dk, dv = _dkv(*arrays, statistics, visits, **options)
         return dq, dk, dv
     assert visits.dscores is not None
     dk, dv, dscores = _dkv(*arrays, statistics, visits, **options, keeps_dscores=True)
     dq = dq_of_dscores(dscores, k, visits.dscores, heads=q.shape[2], scale=scale)
     return dq, dk, dv
-
-
-def _dq(
-    q: Array,
-    k: Array,
-    v: Array,
-    dout: Array,
-    statistics: tuple[Float32[Array, "B N T"], Float32[Array, "B N T"]],
-    visits: Visits,
-    *,
-    scale: float,
-    softcap: float | None,
-    tiles: TileConfig,
-) -> Float[Array, "B T N H"]:
-    batch, q_tokens, heads, head_size = q.shape
-    tile = functools.partial(operand, dtype=q.dtype, step=tiles.dq_k)
-    rows = tile((tiles.groups, WARPGROUP_ROWS, head_size))
-    kv_stages = tile((tiles.dq_stages, tiles.dq_k, head_size))
-    stage_loaded = plgpu.Barrier(num_barriers=tiles.dq_stages)
-    stage_free = plgpu.Barrier(num_arrivals=tiles.groups, num_barriers=tiles.dq_stages)
-    body = functools.partial(_dq_body, scale=scale, softcap=softcap, tiles=tiles)
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types={
-            "q_smem": rows,
-            "dout_smem": rows,
-            "k_smem": kv_stages,
-            "v_smem": kv_stages,
-            "q_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.groups),
-            "k_loaded": stage_loaded,
-            "v_loaded": stage_loaded,
-            "k_free": stage_free,
-            "v_free": stage_free,
-        },
-        grid=(q_tokens // tiles.block_q, batch, heads),
-        grid_names=("block", "batch", "head"),
-        num_threads=tiles.groups + 1,
-        thread_name="group",
-        kernel_name=DQ_KERNEL_NAME,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, dout, *statistics, visits.spans, visits.dq)
-
-
-def _dq_body(
-    q_gmem,
-    k_gmem,
-    v_gmem,
-    dout_gmem,
-    lse_gmem,
-    delta_gmem,
-    spans_gmem,
-    ranges_gmem,
-    dq_gmem,
-    *,
-    scale: float,
-    softcap: float | None,
-    tiles: TileConfig,
-    q_smem,
-    dout_smem,
-    k_smem,
-    v_smem,
-    q_loaded,
-    k_loaded,
-    v_loaded,
-    k_free,
-    v_free,
-) -> None:
-    block = q_gmem.shape[1] // tiles.block_q - 1 - lax.axis_index("block")
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
-    group = lax.axis_index("group")
-    kv_head = lax.div(head, jnp.int32(q_gmem.shape[2] // k_gmem.shape[2]))
-    visit = Visit.of(*(ranges_gmem[batch, block, i] for i in range(4)))
-    block_k, head_size = tiles.dq_k, q_gmem.shape[3]
-
-    def queries(group):
-        return pl.ds(block * tiles.block_q + group * WARPGROUP_ROWS, WARPGROUP_ROWS)
-
-    def slot(step):
-        return lax.rem(step, jnp.int32(tiles.dq_stages))
-
-    @pl.when(group == tiles.groups)
-    def _load():
-        plgpu.set_max_registers(24, action="decrease")
-        for i in range(tiles.groups):
-            for gmem, smem in ((q_gmem, q_smem), (dout_gmem, dout_smem)):
-                source = gmem.at[batch, queries(i), head]
-                plgpu.copy_gmem_to_smem(source, smem.at[i], q_loaded.at[i])
-
-        keys_ring = Ring((k_smem,), k_loaded, k_free)
-        values_ring = Ring((v_smem,), v_loaded, v_free)
-        streams = ((k_gmem, keys_ring), (v_gmem, values_ring))
-        stream_keys(visit, (batch, kv_head), block_k, streams)
-        keys_ring.drain(visit.steps)
-        values_ring.drain(visit.steps)
-
-    @pl.when(group < tiles.groups)
-    def _compute():
-        plgpu.set_max_registers(240, action="increase")
-
-        def load(ref):
-            return plgpu.load(ref, layout=_ROWS, optimized=False)
-
-        first, end = (load(spans_gmem.at[batch, i, queries(group)]) for i in range(2))
-        lse, delta = (
-            load(x.at[batch, head, queries(group)]) for x in (lse_gmem, delta_gmem)
-        )
-        plgpu.barrier_wait(q_loaded.at[group])
-
-        def step(turn, dq, *, is_masked=False):
-            at = slot(turn)
-
-            def products(dq_ref, scores_ref):
-                dq_ref[...] = dq
-                plgpu.barrier_wait(k_loaded.at[at])
-                plgpu.wgmma(scores_ref, q_smem.at[group], k_smem.at[at].T)
-                # Its registers are cleared while the first product runs.
-                later = functools.partial(later_products, dq_ref, scores_ref)
-                pl.run_scoped(later, accumulator(block_k))
-                dq_new = dq_ref[...]
-                plgpu.barrier_arrive(k_free.at[at])
-                return dq_new
-
-            def later_products(dq_ref, scores_ref, dweights_ref):
-                plgpu.barrier_wait(v_loaded.at[at])
-                plgpu.wgmma(dweights_ref, dout_smem.at[group], v_smem.at[at].T)
-                scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                weights, slope = _weights(scores, lse, 0, scale, softcap)
-                if is_masked:
-                    start = visit.block(turn) * block_k
-                    mask = is_seen(scores.shape, first - start, end - start, axis=0)
-                    weights = jnp.where(mask, weights, 0.0)
-                dweights = dweights_ref[...]
-                plgpu.barrier_arrive(v_free.at[at])
-                dscores = weights * (dweights - along(delta, dweights.shape, 0))
-                if slope is not None:
-                    dscores *= slope
-                plgpu.wgmma(dq_ref, dscores.astype(k_smem.dtype), k_smem.at[at])
-
-            return pl.run_scoped(products, accumulator(head_size), accumulator(block_k))
-
-        dq = _zeros(head_size)
-        masked = functools.partial(step, is_masked=True)
-        dq = lax.fori_loop(0, visit.full_steps, step, dq)
-        dq = lax.fori_loop(visit.full_steps, visit.steps, masked, dq)
-        q_smem.at[group][...] = (dq * scale).astype(q_smem.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            q_smem.at[group], dq_gmem.at[batch, queries(group), head]
-        )
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _dkv(
@@ -249,7 +96,7 @@ def _dkv(
     _, _, kv_heads, head_size = k.shape
     tile = functools.partial(operand, dtype=q.dtype, step=tiles.dkv_q)
     row_groups = tiles.dkv_k // WARPGROUP_ROWS
-    rows = tile((tiles.dkv_buffers * row_groups, WARPGROUP_ROWS, head_size))
+    rows = tile((tiles.buffers * row_groups, WARPGROUP_ROWS, head_size))
     stages = tile((tiles.dkv_stages, tiles.dkv_q, head_size))
     dealt = visits.dkv.shape[0] * kv_heads
     if tiles.is_persistent:
@@ -276,19 +123,19 @@ def _dkv(
             ),
             "spans_smem": plgpu.SMEM((tiles.dkv_stages, 2, tiles.dkv_q), jnp.int32),
             "kv_loaded": plgpu.Barrier(
-                num_arrivals=2 * row_groups, num_barriers=tiles.dkv_buffers
+                num_arrivals=2 * row_groups, num_barriers=tiles.buffers
             ),
-            "kv_free": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.dkv_buffers),
+            "kv_free": plgpu.Barrier(num_arrivals=GROUPS, num_barriers=tiles.buffers),
             "loaded": plgpu.Barrier(num_arrivals=5, num_barriers=tiles.dkv_stages),
-            "free": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.dkv_stages),
-            "done": plgpu.Barrier(num_arrivals=2),
+            "free": plgpu.Barrier(num_arrivals=GROUPS, num_barriers=tiles.dkv_stages),
+            "done": plgpu.Barrier(num_arrivals=GROUPS),
             **outbox_memory,
         },
         grid=(dealt,),
         grid_names=("block",),
-        num_threads=3,
+        num_threads=GROUPS + 1,
         thread_name="group",
-        kernel_name=DKV_KERNEL_NAME,
+        kernel_name=KERNEL_NAME,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(
         q,
@@ -342,7 +189,7 @@ def _dkv_body(
     outbox = Outbox(dscores_gmem, tokens, **outbox_memory) if outbox_memory else None
     lse_smem, delta_smem = (statistics_smem.at[:, i] for i in range(2))
 
-    @pl.when(group == 2)
+    @pl.when(group == GROUPS)
     def _load():
         plgpu.set_max_registers(24, action="decrease")
         kv_ring = Ring((k_smem, v_smem), kv_loaded, kv_free)
@@ -361,7 +208,7 @@ def _dkv_body(
             for i in range(4)
         )
         steps = end - begin
-        kv_at = lax.rem(task, jnp.int32(tiles.dkv_buffers))
+        kv_at = lax.rem(task, jnp.int32(tiles.buffers))
         tile = kv_at * row_groups + row_group
         k_tile, v_tile = k_smem.at[tile], v_smem.at[tile]
         plgpu.barrier_wait(kv_loaded.at[kv_at])
@@ -402,7 +249,7 @@ def _dkv_body(
                 plgpu.wgmma(dweights_ref, v_tile, dout_smem.at[at].T)
                 lse = plgpu.load(statistics_smem.at[at, 0], layout=_COLUMNS)
                 scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                weights, slope = _weights(scores, lse, 1, scale, softcap)
+                weights, slope = weights_of(scores, lse, 1, scale, softcap)
                 # Mask and ds take the rounded weights: half of the registers. Without
                 # the barrier LLVM rounds them one by one, as slow as the powers.
                 weights = lax.optimization_barrier(weights.astype(q_smem.dtype))
@@ -431,7 +278,7 @@ def _dkv_body(
             return pl.run_scoped(products, gradient, gradient, accumulator(tiles.dkv_q))
 
         done_by = begun + heads * steps
-        carry = (jnp.int32(0), _zeros(columns), _zeros(columns))
+        carry = (jnp.int32(0), zeros(columns), zeros(columns))
         _, dk, dv = lax.fori_loop(begun, done_by, step, carry)
         # Read again: no registers are left to keep them.
         kv_head, (row, *_) = share.take(lax.optimization_barrier(task))
@@ -444,7 +291,7 @@ def _dkv_body(
         plgpu.barrier_arrive(kv_free.at[kv_at])
         return done_by
 
-    @pl.when(group < 2)
+    @pl.when(group < GROUPS)
     def _compute():
         plgpu.set_max_registers(240, action="increase")
         lax.fori_loop(0, share.total, compute, jnp.int32(0))
@@ -518,10 +365,8 @@ def _stream_queries(
 
 def _without_hidden(spans, first_key, weights):
     """Returns the weights, 0 where a query does not see a key."""
-    first, end = (
-        plgpu.load(spans.at[i], layout=_COLUMNS) - first_key for i in range(2)
-    )
-    mask = is_seen(weights.shape, first, end, axis=1)
+    first, end = (plgpu.load(spans.at[i], layout=_COLUMNS) for i in range(2))
+    mask = is_seen(weights.shape, first_key, first, end, axis=1)
     return jnp.where(mask, weights, jnp.zeros_like(weights))
 
 
@@ -548,25 +393,3 @@ def _store(results, group, done) -> None:
         else:
             pl.when(group == i)(copy)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _zeros(columns: int):
-    zeros = jnp.zeros((WARPGROUP_ROWS, columns), jnp.float32)
-    return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-
-
-def _weights(scores, lse, axis: int, scale: float, softcap: float | None):
-    """Returns the weights, and the slope of the soft cap if there is one.
-
-    Args:
-      scores: Products of queries and keys.
-      lse: Log-sum-exp of each query, in powers of two.
-      axis: Of `scores` that the queries lie along.
-      scale: Of the scores.
-      softcap: Bound of the scores, or None.
-    """
-    factor, slope = scale * LOG2_E, None
-    if softcap is not None:
-        scores = jnp.tanh(scores * (scale / softcap))
-        factor, slope = softcap * LOG2_E, 1 - scores * scores
-    return jnp.exp2(scores * factor - along(lse, scores.shape, axis)), slope

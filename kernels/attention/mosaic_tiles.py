@@ -11,9 +11,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import wgmma
 from kernels.dispatch import UnsupportedOp
+from kernels.ring import Ring
 
 WARPGROUP_ROWS = 64
 """Rows of one `wgmma`, and so of what a warpgroup holds of a block."""
+
+GROUPS = 2
+"""Warpgroups of a thread block that compute; one more loads."""
+
+BLOCK_Q = GROUPS * WARPGROUP_ROWS
+"""Queries of a block of the forward and dq kernels."""
+
+STAGES = 2
+"""Buffers of keys and of values in these."""
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 
@@ -23,49 +33,39 @@ class TileConfig:
     """Blocks of the forward, dq and dk/dv kernels.
 
     A block of queries (forward, dq) or keys (dkv) belongs to one thread block; the
-    blocks of the other kind stream past it through `stages` buffers.
+    blocks of the other kind stream past it.
 
     Attributes:
-      groups: Compute warpgroups of the forward and dq kernels, 64 queries each.
       is_persistent: A multiprocessor runs one thread block of the forward kernel, and
         one of the dkv kernel, which takes several blocks.
-      q_buffers: Blocks of queries in shared memory, in the forward kernel.
       forward_k: Keys a step of the forward kernel.
       dq_k: Keys a step of the dq kernel.
       dkv_q: Queries a step of the dkv kernel.
       dkv_k: Keys of a block of the dkv kernel: 64 a warpgroup; or 64, and the two
         warpgroups take half of the features each.
-      stages: Buffers of keys and of values of the forward kernel.
-      dq_stages: Those of the dq kernel.
-      dkv_buffers: Blocks of keys and values in shared memory, in the dkv kernel.
       dkv_stages: Buffers of queries and of the output's gradient of the dkv kernel.
       keeps_dscores: Gradients of scores may go from dkv to dq by way of memory: blocks
         of 64 queries and 128 keys, and measured to be faster, of heads of 64 for packed
         rows alone.
     """
 
-    groups: int = 2
     is_persistent: bool = True
-    q_buffers: int = 2
     forward_k: int = 128
     dq_k: int = 64
     dkv_q: int = 64
     dkv_k: int = 128
-    stages: int = 2
-    dq_stages: int = 2
-    dkv_buffers: int = 2
     dkv_stages: int = 2
     keeps_dscores: bool = False
 
     @property
-    def block_q(self) -> int:
-        """Queries of a block."""
-        return self.groups * WARPGROUP_ROWS
+    def buffers(self) -> int:
+        """Blocks of a thread block's own that shared memory holds."""
+        return 2 if self.is_persistent else 1
 
     @property
     def tokens(self) -> int:
         """Rows must be a multiple of this."""
-        return math.lcm(self.block_q, self.forward_k, self.dq_k, self.dkv_q, self.dkv_k)
+        return math.lcm(BLOCK_Q, self.forward_k, self.dq_k, self.dkv_q, self.dkv_k)
 
 
 def tile_config(head_size: int, *, has_softcap: bool) -> TileConfig:
@@ -80,12 +80,10 @@ def tile_config(head_size: int, *, has_softcap: bool) -> TileConfig:
     if head_size == 256:
         return TileConfig(
             is_persistent=False,
-            q_buffers=1,
             forward_k=64,
             dq_k=32,
             dkv_q=32,
             dkv_k=64,
-            dkv_buffers=1,
             dkv_stages=4,
         )
     if has_softcap and head_size > 96:
@@ -112,47 +110,6 @@ def operand(shape: tuple[int, ...], dtype: jnp.dtype, *, step: int = 64) -> Any:
 def accumulator(columns: int) -> Any:
     """Returns the registers of a warpgroup for 64 rows of a float32 product."""
     return wgmma.accumulator(WARPGROUP_ROWS, columns)
-
-
-class Ring(NamedTuple):
-    """Buffers in shared memory that blocks stream through.
-
-    Attributes:
-      buffers: Arrays; the first axis is the stage.
-      loaded: Barriers, one a stage, that each copy arrives at.
-      free: Barriers, one a stage, that its readers arrive at.
-    """
-
-    buffers: tuple[Any, ...]
-    loaded: Any
-    free: Any
-
-    def fill(self, step: Any, *sources: Any) -> None:
-        """Starts copies, one for each buffer, once the stage's last use is over.
-
-        Steps are counted from 0, over all blocks that the thread block works on.
-        """
-        at = self.claim(step)
-        for source, buffer in zip(sources, self.buffers, strict=True):
-            plgpu.copy_gmem_to_smem(source, buffer.at[at], self.loaded.at[at])
-
-    def claim(self, step: Any) -> Any:
-        """Returns the stage of a step, once its last use is over."""
-        at = self._stage(step)
-        is_reused = step >= self.free.shape[0]
-        pl.when(is_reused)(lambda: plgpu.barrier_wait(self.free.at[at]))
-        return at
-
-    def drain(self, steps: Any) -> None:
-        """Waits until what so many steps brought was read."""
-
-        def wait(step, _):
-            plgpu.barrier_wait(self.free.at[self._stage(step)])
-
-        lax.fori_loop(jnp.maximum(steps - self.free.shape[0], 0), steps, wait, None)
-
-    def _stage(self, step: Any) -> Any:
-        return lax.rem(step, jnp.int32(self.free.shape[0]))
 
 
 class Share(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kernels.program import Program, nbytes
 
-from . import mosaic_gpu, mosaic_gpu_dscores, mosaic_gpu_vjp
+from . import mosaic_gpu, mosaic_gpu_dq, mosaic_gpu_dscores, mosaic_gpu_vjp
 from .api import attention, attention_visits, choice_case
 from .cases import LARGE_CASES, AttentionCase
 from .flash import dscores_bytes
@@ -50,8 +50,8 @@ def _program(case: AttentionCase, what: str) -> Program:
         has_softcap=case.softcap is not None,
         keeps_dscores=keeps_dscores,
     )
-    dq = mosaic_gpu_dscores if keeps_dscores else mosaic_gpu_vjp
-    backward = (dq.DQ_KERNEL_NAME, mosaic_gpu_vjp.DKV_KERNEL_NAME)
+    dq = mosaic_gpu_dscores if keeps_dscores else mosaic_gpu_dq
+    backward = (dq.KERNEL_NAME, mosaic_gpu_vjp.KERNEL_NAME)
     # Scores' worth of pairs.
     products = 7 if has_dout else 2
     return Program(

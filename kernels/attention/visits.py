@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from .mosaic_gpu_dscores import key_ranges
-from .mosaic_tiles import WARPGROUP_ROWS, TileConfig
+from .mosaic_tiles import BLOCK_Q, WARPGROUP_ROWS, TileConfig
 from .spans import Spans, in_parts, key_blocks, query_blocks
 
 
@@ -44,8 +44,8 @@ def visits_of(spans: Spans, k_tokens: int, tiles: TileConfig) -> Visits:
     seen = query_blocks(spans, k_tokens, tiles.dkv_q, WARPGROUP_ROWS)
     return Visits(
         jnp.stack(spans, axis=1),
-        tasks(key_blocks(spans, tiles.block_q, tiles.forward_k)),
-        key_blocks(spans, tiles.block_q, tiles.dq_k),
+        tasks(key_blocks(spans, BLOCK_Q, tiles.forward_k)),
+        key_blocks(spans, BLOCK_Q, tiles.dq_k),
         tasks(in_parts(seen, tiles.dkv_k // WARPGROUP_ROWS)),
         tasks(key_ranges(spans)) if tiles.keeps_dscores else None,
     )

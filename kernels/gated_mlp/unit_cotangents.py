@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from kernels.dispatch import UnsupportedOp
+from kernels.ring import Ring
 from kernels.wgmma import accumulator, swizzled
 
 from .gates import gates
@@ -263,47 +264,27 @@ class _Block:
         slab = pl.ds(lax.axis_index("slab") * self.plan.slab, self.plan.slab)
         plgpu.copy_gmem_to_smem(ups.at[:, slab], self.ups_smem, self.ups_full)
 
+        narrow_ring = Ring((self.narrow_smem,), self.narrow_full, self.narrow_empty)
+        ring = Ring((self.ring,), self.full, self.empty)
+
         def load_row(row, _):
             rows = self._rows(row)
-            slot = lax.rem(row, _NARROW_STAGES)
-
-            @pl.when(row >= _NARROW_STAGES)
-            def _():
-                plgpu.barrier_wait(self.narrow_empty.at[slot])
-
-            plgpu.copy_gmem_to_smem(
-                narrow.at[:, rows], self.narrow_smem.at[slot], self.narrow_full.at[slot]
-            )
+            narrow_ring.fill(row, narrow.at[:, rows])
 
             def load_tile(tile, _):
-                step = row * self.plan.tiles + tile
-                slot = lax.rem(step, _STAGES)
-
-                @pl.when(step >= _STAGES)
-                def _():
-                    plgpu.barrier_wait(self.empty.at[slot])
-
+                at = ring.claim(row * self.plan.tiles + tile)
                 for matrix, source in enumerate((gate, up, dout)):
                     plgpu.copy_gmem_to_smem(
                         source.at[rows, self._columns(tile)],
-                        self.ring.at[slot, matrix],
-                        self.full.at[slot],
+                        self.ring.at[at, matrix],
+                        self.full.at[at],
                     )
 
             lax.fori_loop(0, self.plan.tiles, load_tile, None)
 
         lax.fori_loop(0, self._count, load_row, None)
-        self._wait_for_all(self.narrow_empty, _NARROW_STAGES, self._count)
-        steps = self._count * self.plan.tiles
-        self._wait_for_all(self.empty, _STAGES, steps)
-
-    def _wait_for_all(self, empty: Any, places: int, used: Any) -> None:
-        """Waits for the places that were used to be free."""
-        for place in range(places):
-
-            @pl.when(place < used)
-            def _(place=place):
-                plgpu.barrier_wait(empty.at[place])
+        narrow_ring.drain(self._count)
+        ring.drain(self._count * self.plan.tiles)
 
     def work(self, dgate: Any, dup: Any, dxa: Any, sums: Any) -> None:
         """Computes every other tile and stores all results."""

@@ -29,6 +29,7 @@ from kernels.dispatch import UnsupportedOp
 from kernels.nf4 import NF4Array, ptx
 from kernels.nf4.codebooks import DYNAMIC_MAP
 from kernels.packed import PackedArray
+from kernels.ring import Ring
 from kernels.wgmma import accumulator, swizzled
 
 from .few_rows_registers import (
@@ -166,20 +167,14 @@ def _body(
             blocks_of_row,
         )
 
+    ring = Ring((codes_smem, x_smem), full, empty)
+
     def load(step, _):
-        slot = lax.rem(step, stages)
-
-        @pl.when(step >= stages)
-        def _():
-            plgpu.barrier_wait(empty.at[slot])
-
         unit = part * steps + step
         codes = codes_gmem.at[
             pl.ds(tile * _TILE, _TILE), pl.ds(unit * _OCTETS, _OCTETS)
         ]
-        x = x_gmem.at[:, pl.ds(unit * UNIT, UNIT)]
-        plgpu.copy_gmem_to_smem(codes, codes_smem.at[slot], full.at[slot])
-        plgpu.copy_gmem_to_smem(x, x_smem.at[slot], full.at[slot])
+        ring.fill(step, codes, x_gmem.at[:, pl.ds(unit * UNIT, UNIT)])
 
     def fill():
         words = plgpu.load(values_gmem.at[own], layout=ROW_LAYOUT, optimized=False)
@@ -214,8 +209,7 @@ def _body(
     def _():
         plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
         lax.fori_loop(0, steps, load, None)
-        for slot in range(stages):
-            plgpu.barrier_wait(empty.at[slot])
+        ring.drain(steps)
 
     @pl.when(warpgroup < _MULTIPLIERS)
     def _():
