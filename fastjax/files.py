@@ -8,7 +8,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,8 @@ from fastjax.errors import ModelError, StorageError, printable
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SPARE_BYTES = 64 * 2**20
+_MODEL_CONFIGS = ("config.json", "adapter_config.json")
+_RUN_FILES = ("run.json", "metrics.jsonl", "manifest.json")
 _ABANDONED_SECONDS = 3600.0
 
 
@@ -127,14 +129,43 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def require_free_name(path: Path, *, overwrite: bool) -> None:
-    """Raises `StorageError` if the name is taken and may not be replaced."""
-    if os.path.lexists(path) and not overwrite:
+def require_free_name(
+    path: Path, *, overwrite: bool, sources: Iterable[Path] = ()
+) -> None:
+    """Raises `StorageError` if the name is taken and may not be replaced.
+
+    Args:
+      path: A file or folder that is to be written.
+      overwrite: What has the name may go, if it is a file, an empty folder or that of a
+        model; never a run's, nor one that holds a source or the current folder.
+      sources: What is read for it.
+    """
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
         raise StorageError(
             f"{path} exists already",
             fix="choose another name, or replace it: --overwrite, in Python "
             "overwrite=True",
         )
+    real = path.resolve()
+    for held in (*sources, Path.cwd()):
+        if real == held.resolve() or real in held.resolve().parents:
+            raise StorageError(
+                f"{path} cannot be replaced: it is, or holds, {held}, which is in use",
+                fix="choose another folder",
+            )
+    if real.is_dir() and any(real.iterdir()) and not _is_of_a_model(real):
+        raise StorageError(
+            f"{path} is not replaced: it is no model's folder, or a run's",
+            fix="choose another folder, or delete this one yourself",
+        )
+
+
+def _is_of_a_model(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    has_model = not names.isdisjoint(_MODEL_CONFIGS) or any(folder.glob("*.gguf"))
+    return has_model and names.isdisjoint(_RUN_FILES)
 
 
 @contextlib.contextmanager

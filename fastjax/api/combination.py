@@ -48,7 +48,7 @@ def combine_adapters(
         raise ConfigError(
             f"rank={rank} with method={method}: a rank is for method=svd, at least 1"
         )
-    require_free_name(output, overwrite=overwrite)
+    require_free_name(output, overwrite=overwrite, sources=map(Path, folders))
     parts, (base, revision), stretch = _read(folders, factors)
     lora, arrays = combined(parts, method=method, rank=rank)
     with new_folder(output, overwrite=overwrite) as new:

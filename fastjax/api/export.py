@@ -64,8 +64,10 @@ def run_export(
     files.require_free_name(folder, overwrite=overwrite)
     runtime.configure()
     found = find_model(name)
+    merge = _merge(found, base_precision, quant)
+    files.require_free_name(folder, overwrite=overwrite, sources=merge.sources)
     export = _Export(
-        merge=_merge(found, base_precision, quant),
+        merge=merge,
         folder=folder,
         base_precision=base_precision,
         dtype=dtype,

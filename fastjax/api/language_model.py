@@ -27,6 +27,7 @@ from fastjax.api.rows import (
 )
 from fastjax.config import BasePrecision, DType, GGUFKind, LoRAConfig
 from fastjax.errors import ConfigError, ModelError
+from fastjax.files import require_free_name
 from fastjax.inference.generate import generate, require_known_tokens
 from fastjax.inference.sampling import sampling_of
 from fastjax.models.build import DecoderSpec
@@ -306,8 +307,9 @@ class LanguageModel:
         """
         if save_method == "lora":
             return self.save_pretrained(folder)
-        target = Path(folder)
-        self._merge().write_folder(
+        target, merge = Path(folder), self._merge()
+        require_free_name(target, overwrite=overwrite, sources=merge.sources)
+        merge.write_folder(
             target,
             base_precision=base_precision,
             dtype=dtype or self.spec.compute_dtype,
@@ -339,15 +341,16 @@ class LanguageModel:
           overwrite: Replace an existing folder.
         """
         del tokenizer
-        merge = self._merge()
+        target, merge = Path(folder), self._merge()
+        require_free_name(target, overwrite=overwrite, sources=merge.sources)
         write_gguf_folder(
-            Path(folder),
+            target,
             merge,
             merge.weights(base_precision, self.spec.compute_dtype),
             kind=quantization_method,
             overwrite=overwrite,
         )
-        return Path(folder)
+        return target
 
     def _merge(self) -> Merge:
         return Merge(

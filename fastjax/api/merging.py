@@ -82,6 +82,12 @@ class Merge:
             tokenizer_folder=_longer_tokenizer(found),
         )
 
+    @property
+    def sources(self) -> list[Path]:
+        """Folders that are read while the merge is written."""
+        folders = (self.folder, self.adapter_folder, self.tokenizer_folder)
+        return [folder for folder in folders if folder is not None]
+
     def quant_of_training(self) -> QuantConfig:
         """Returns how training held the base.
 

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from fastjax.errors import StorageError
-from fastjax.files import added_files, new_file, new_folder, require_space
+from fastjax.files import (
+    added_files,
+    new_file,
+    new_folder,
+    require_free_name,
+    require_space,
+)
 
 
 def test_folder_appears_at_the_end(tmp_path: Path):
@@ -20,13 +26,40 @@ def test_folder_appears_at_the_end(tmp_path: Path):
 def test_taken_name_is_refused_unless_overwriting(tmp_path: Path):
     path = tmp_path / "folder"
     path.mkdir()
-    (path / "old").write_text("old")
+    (path / "config.json").write_text("old")
     with pytest.raises(StorageError, match="exists already"), new_folder(path):
         pass
     with new_folder(path, overwrite=True) as new:
         (new / "x").write_text("1")
     assert [p.name for p in path.iterdir()] == ["x"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_is_no_model_or_in_use_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, run, texts = (tmp_path / name for name in ("model", "run", "texts"))
+    for folder, file in (
+        (model, "config.json"),
+        (run, "adapter_config.json"),
+        (run, "run.json"),
+        (texts, "thesis.txt"),
+    ):
+        folder.mkdir(exist_ok=True)
+        (folder / file).write_text("{}")
+    require_free_name(model, overwrite=True, sources=[run])
+    for path, sources, reason in (
+        (model, [model], "in use"),
+        (tmp_path, [model], "in use"),
+        (run, [], "a run's"),
+        (texts, [], "no model's folder"),
+    ):
+        with pytest.raises(StorageError, match=reason):
+            require_free_name(path, overwrite=True, sources=sources)
+    monkeypatch.chdir(model)
+    for name in (".", ".."):
+        with pytest.raises(StorageError, match="in use"):
+            require_free_name(Path(name), overwrite=True)
 
 
 def test_an_error_leaves_the_old_folder(tmp_path: Path):

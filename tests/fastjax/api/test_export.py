@@ -42,6 +42,21 @@ def test_a_merge_is_the_adapter_and_says_so(adapter: Path, tmp_path: Path) -> No
     )
 
 
+def test_an_export_does_not_replace_what_it_reads(
+    adapter: Path, small_model: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "runs" / "lora"
+    shutil.copytree(adapter, own)
+    before = sorted(path.name for path in own.iterdir())
+    model = load_model(str(own), dtype="float32", quant=DENSE)
+    for taken in (own, own.parent, small_model):
+        with pytest.raises(StorageError, match="in use"):
+            list(run_export(str(own), taken, overwrite=True))
+    with pytest.raises(StorageError, match="in use"):
+        model.save_pretrained_merged(small_model, overwrite=True)
+    assert sorted(path.name for path in own.iterdir()) == before
+
+
 def test_the_base_that_training_saw_is_the_one_on_record(
     adapter: Path, tmp_path: Path
 ) -> None:
