@@ -15,7 +15,7 @@ from fastjax.models.build import (
     abstract_decoder,
     weight_places,
 )
-from fastjax.nn.embedding import with_product, with_rows
+from fastjax.nn.embedding import with_rows
 from fastjax.nn.linear import AdapterSpec
 from kernels.packed import PackedArray, dense
 
@@ -70,10 +70,9 @@ def _merged(
 ) -> Float[Array, "I O"]:
     """Returns the float32 weight that does what the base and its adapter do."""
     a, b = adapters[f"{module}.lora_a"], adapters[f"{module}.lora_b"]
-    if module in TABLES:
-        is_head = module == "lm_head"
-        return with_product(weight, a, b, scaling=adapter.scaling, is_head=is_head)
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    if module == "lm_head":
+        product = product.T  # Of hidden states, to rows of tokens.
     merged = weight.astype(jnp.float32) + adapter.scaling * product
     if adapter.is_dora:
         factor = adapters[f"{module}.lora_magnitude"] / column_norm(merged)

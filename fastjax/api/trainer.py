@@ -296,15 +296,17 @@ def _label_scores(
     graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, jax.Array]
 ) -> jax.Array:
     decoder = nnx.merge(graphdef, state)
-    hidden = decoder(
+    hidden_btd = decoder(
         batch["input_ids"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
     )
+    hidden = hidden_btd.reshape(-1, hidden_btd.shape[-1])
     scores = token_log_probs(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden,
         decoder.head_weight().astype(hidden.dtype),
         batch["targets"].reshape(-1),
+        adapter=decoder.head_adapter(hidden),
         softcap=decoder.logit_softcap,
     )
     return scores.reshape(batch["targets"].shape)

@@ -37,7 +37,8 @@ def cross_entropy(
       max_segments: Upper bound of the documents in a row; 1 needs no `segment_ids`, as
         padding at the end reaches no token before it and carries no loss.
       remat: What the backward pass recomputes.
-      head_is_trainable: The output table gets a gradient; without, none is computed.
+      head_is_trainable: The output table gets a gradient; without, none is computed
+        but that of its adapter.
       neftune_noise_alpha: Size of the noise on embeddings.
       implementation: Of the cross-entropy op.
     """
@@ -62,10 +63,12 @@ def cross_entropy(
         embedding_noise=noise,
         remat=remat,
     )
+    hidden = hidden_btd.reshape(-1, hidden_btd.shape[-1])
     return linear_cross_entropy(
-        hidden_btd.reshape(-1, hidden_btd.shape[-1]),
+        hidden,
         decoder.head_weight(),
         batch["targets"].reshape(-1),
+        adapter=decoder.head_adapter(hidden, dropout_key=dropout_key),
         softcap=decoder.logit_softcap,
         head_is_trainable=head_is_trainable,
         implementation=implementation,

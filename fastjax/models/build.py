@@ -88,13 +88,15 @@ class DecoderSpec:
         return any(packed.is_4bit for packed in self.packed.values())
 
     @property
+    def head(self) -> Table:
+        """The table that gives the logits."""
+        return "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+
+    @property
     def trains_head(self) -> bool:
-        """Whether the table that gives the logits trains."""
-        is_tied = self.config.tie_word_embeddings
-        head: Table = "embed_tokens" if is_tied else "lm_head"
-        has_rows = is_tied and bool(self.trained_tokens)
-        is_beside = head in self.trained_tables or head in self.adapters
-        return self.trains_weights or has_rows or is_beside
+        """Whether the table that gives the logits trains, not an adapter beside it."""
+        has_rows = self.head == "embed_tokens" and bool(self.trained_tokens)
+        return self.trains_weights or has_rows or self.head in self.trained_tables
 
     def segments(self) -> list[range]:
         """Returns the runs of consecutive layers that share one structure."""

@@ -25,6 +25,7 @@ from fastjax.nn.norm import RMSNorm
 from fastjax.nn.rope import RotaryEmbedding
 from fastjax.nn.variables import Frozen, LoRAParam
 from fastjax.remat import KEEPING, Remat, RematPlan, remat_plan, rematerialised
+from kernels.cross_entropy import HeadAdapter
 from kernels.line import NUMBERS_A_LINE
 
 
@@ -252,8 +253,21 @@ class Decoder(nnx.Module):
         )
 
     def head_weight(self) -> Float[Array, "V D"]:
-        """Returns the table that turns hidden states into logits."""
+        """Returns the table that gives logits, without what its adapter adds."""
         return self._head().table()
+
+    def head_adapter(
+        self, hidden: Float[Array, "M D"], *, dropout_key: PRNGKeyArray | None = None
+    ) -> HeadAdapter | None:
+        """Returns what the head's adapter adds to the logits; None without one.
+
+        Args:
+          hidden: As `__call__` returns them.
+          dropout_key: As given there.
+        """
+        if dropout_key is not None:
+            dropout_key = jax.random.fold_in(dropout_key, len(self.segments))
+        return self._head().head_adapter(hidden, dropout_key=dropout_key)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns the float32 score of every token of the vocabulary."""

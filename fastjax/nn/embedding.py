@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from fastjax.nn.linear import AdapterSpec
 from fastjax.nn.variables import Frozen, LoRAParam, abstract, variable
+from kernels.cross_entropy import HeadAdapter
+from kernels.lora_matmul import scaled_down_product
 
 
 def with_rows(
@@ -14,28 +16,6 @@ def with_rows(
 ) -> Float[Array, "V D"]:
     """Returns the table with other rows for some tokens."""
     return table.at[jnp.asarray(tokens)].set(rows.astype(table.dtype))
-
-
-def with_product(
-    table: Float[Array, "V D"],
-    a: Float[Array, "_ R"],
-    b: Float[Array, "R _"],
-    *,
-    scaling: Float[Array, ""] | float,
-    is_head: bool,
-) -> Float[Array, "V D"]:
-    """Returns the float32 table plus what its adapter adds.
-
-    Args:
-      table: Rows of tokens.
-      a: Down projection: of tokens (V, R), or of a head's hidden states (D, R).
-      b: Up projection, from there to the other side.
-      scaling: Factor of the product.
-      is_head: The table is an output head of its own.
-    """
-    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    added = scaling * (product.T if is_head else product)
-    return table.astype(jnp.float32) + added
 
 
 class Embedding(nnx.Module):
@@ -48,6 +28,7 @@ class Embedding(nnx.Module):
       lora_a: Down projection of an adapter: (V, R), of a head alone (D, R).
       lora_b: Its up projection: (R, D), of a head alone (R, V).
       lora_scaling: Factor of their product.
+      lora_dropout: Share of a head's hidden states that their product drops.
     """
 
     def __init__(
@@ -73,6 +54,7 @@ class Embedding(nnx.Module):
         self.lora_a = LoRAParam(abstract((down, rank), f32)) if adapter else None
         self.lora_b = LoRAParam(abstract((rank, up), f32)) if adapter else None
         self.lora_scaling = Frozen(jnp.float32(adapter.scaling)) if adapter else None
+        self.lora_dropout = adapter.dropout if adapter else 0.0
 
     def __call__(
         self, input_ids: Int[Array, "B T"], *, dtype: jnp.dtype
@@ -93,28 +75,56 @@ class Embedding(nnx.Module):
         return jnp.where(jnp.any(is_token, axis=-1, keepdims=True), own, x)
 
     def table(self) -> Float[Array, "V D"]:
-        """Returns the rows of all tokens."""
+        """Returns the rows of all tokens, without what the adapter adds."""
         weight = self.weight.get_value()
-        if self.lora_a is not None and self.lora_b is not None:
-            a, b = self.lora_a.get_value(), self.lora_b.get_value()
-            whole = with_product(
-                weight, a, b, scaling=self._scaling(), is_head=self.is_head
-            )
-            weight = whole.astype(weight.dtype)
         if self.rows is None:
             return weight
         return with_rows(weight, self.tokens, self.rows.get_value())
 
+    def head_adapter(
+        self, hidden: Float[Array, "M D"], *, dropout_key: PRNGKeyArray | None = None
+    ) -> HeadAdapter | None:
+        """Returns what the adapter adds to the logits of hidden states, as a product.
+
+        The table is not touched: in its 16 bits a small change would round to none.
+
+        Args:
+          hidden: What the logits are of.
+          dropout_key: Without one nothing is dropped.
+        """
+        if self.lora_a is None or self.lora_b is None:
+            return None
+        down, up = self.lora_a.get_value(), self.lora_b.get_value().T
+        if not self.is_head:
+            down, up = up, down
+        scaled = scaled_down_product(
+            hidden,
+            down,
+            scaling=self._scaling(),
+            dropout_rate=self.lora_dropout,
+            dropout_key=dropout_key,
+        )
+        return HeadAdapter(scaled, up)
+
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns the float32 products with every row."""
-        precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-        return jnp.einsum(
-            "...D,VD->...V",
-            hidden,
-            self.table().astype(hidden.dtype),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        logits = _scores(rows, self.table())
+        adapter = self.head_adapter(rows)
+        if adapter is not None:
+            logits = logits + _scores(adapter.down, adapter.up)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
     def _scaling(self) -> Float[Array, ""] | float:
         return 1.0 if self.lora_scaling is None else self.lora_scaling.get_value()
+
+
+def _scores(x: Float[Array, "M D"], table: Float[Array, "V D"]) -> Float[Array, "M V"]:
+    """Returns the float32 products, with the table in the dtype of `x`."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.dot(
+        x,
+        table.astype(x.dtype).T,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )

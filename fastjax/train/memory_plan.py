@@ -22,7 +22,7 @@ from fastjax.train.host_states import PIECE_BYTES, bytes_by_place
 from fastjax.train.optimizer import make_optimizer
 from kernels import dispatch
 from kernels.attention import most_dscores_bytes
-from kernels.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
+from kernels.cross_entropy import CHUNK_TOKENS, HeadAdapter, linear_cross_entropy
 from kernels.device import Capability, compute_capability
 
 _FLOAT32 = 4
@@ -181,17 +181,6 @@ def _workspace(
     tokens = shape.micro_batch_tokens
     # Those of the micro-batch, and their sum over micro-batches.
     gradients = model.gradients * (2 if shape.accumulation > 1 else 1)
-    chunk = min(CHUNK_TOKENS, tokens) * config.vocab_size
-    logits = chunk * _logit_bytes(
-        spec.compute_dtype,
-        chunk_shape=(min(CHUNK_TOKENS, tokens), wide),
-        vocabulary=config.vocab_size,
-        softcap=config.logit_softcap,
-        head_is_trainable=spec.trains_head,
-        implementation=spec.implementations.cross_entropy,
-        capability=compute_capability(),
-    )
-    loss = logits + 2 * width * tokens * wide
     # Gate, up, their product and the cotangents of all; the first two may be saved, or
     # all are made for a chunk of tokens at a time.
     keeping = set(KEEPING)
@@ -200,7 +189,31 @@ def _workspace(
     rows = max(recomputed, kept) * inner + _RESIDUAL_ROWS * tokens * wide
     dense = 2 * width * inner * wide if spec.packed or spec.trains_weights else 0
     layer = max(width * rows, _attention_bytes(spec, remat, shape))
+    loss = _loss_bytes(spec, tokens)
     return max(loss, layer + dense + gradients, gradients + model.visiting)
+
+
+def _loss_bytes(spec: DecoderSpec, tokens: int) -> int:
+    """Returns what the loss holds of a micro-batch."""
+    config, width = spec.config, jnp.dtype(spec.compute_dtype).itemsize
+    adapter, chunk = spec.adapters.get(spec.head), min(CHUNK_TOKENS, tokens)
+    rank = 0 if adapter is None else adapter.rank
+    logit = _logit_bytes(
+        spec.compute_dtype,
+        chunk_shape=(chunk, config.hidden_size),
+        vocabulary=config.vocab_size,
+        softcap=config.logit_softcap,
+        head_is_trainable=spec.trains_head,
+        adapter_rank=rank,
+        implementation=spec.implementations.cross_entropy,
+        capability=compute_capability(),
+    )
+    # Of a table or projection that trains: the gradient, and a copy that is multiplied.
+    columns = rank + config.hidden_size * spec.trains_head
+    tables = (_FLOAT32 + width) * config.vocab_size * columns
+    # What is multiplied with tables, and its cotangent.
+    rows = 2 * width * tokens * (config.hidden_size + rank)
+    return logit * chunk * config.vocab_size + tables + rows
 
 
 def _attention_bytes(spec: DecoderSpec, remat: RematPlan, shape: BatchShape) -> int:
@@ -230,6 +243,7 @@ def _logit_bytes(
     vocabulary: int,
     softcap: float | None,
     head_is_trainable: bool,
+    adapter_rank: int,
     implementation: str | None,
     capability: Capability | None,
 ) -> int:
@@ -237,20 +251,27 @@ def _logit_bytes(
 
     `capability` is the device's, which dispatch asks for itself; it tells the cache.
     """
-    tokens, features = chunk_shape
-    loss = functools.partial(
-        linear_cross_entropy,
-        softcap=softcap,
-        head_is_trainable=head_is_trainable,
-        implementation=implementation,
-    )
-    with dispatch.record() as chosen:
-        jax.eval_shape(
-            loss,
-            abstract(chunk_shape, jnp.dtype(dtype)),
-            abstract((vocabulary, features), jnp.dtype(dtype)),
-            abstract((tokens,), jnp.dtype("int32")),
+    (tokens, features), rank = chunk_shape, adapter_rank
+
+    def loss(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden, head, targets, *adapter = arrays
+        return linear_cross_entropy(
+            hidden,
+            head,
+            targets,
+            adapter=HeadAdapter(*adapter) if adapter else None,
+            softcap=softcap,
+            head_is_trainable=head_is_trainable,
+            implementation=implementation,
         )
+
+    sizes = [(tokens, features), (vocabulary, features), (tokens,)]
+    dtypes = [jnp.dtype(dtype), jnp.dtype(dtype), jnp.dtype("int32")]
+    if rank:
+        sizes += [(tokens, rank), (vocabulary, rank)]
+        dtypes += dtypes[:2]
+    with dispatch.record() as chosen:
+        jax.eval_shape(loss, *map(abstract, sizes, dtypes))
     return _ODDS_BYTES if chosen["cross_entropy"] == {"mosaic_gpu"} else _LOGIT_BYTES
 
 

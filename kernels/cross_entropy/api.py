@@ -7,6 +7,7 @@ from kernels import dispatch
 from kernels.choice import Case, fastest_first
 
 from . import odds, reference, vjp
+from .adapter import HeadAdapter
 from .options import CHUNK_TOKENS, Options
 
 _LOSS = {
@@ -22,6 +23,7 @@ def linear_cross_entropy(
     head: Float[Array, "V D"],
     targets: Int[Array, " M"],
     *,
+    adapter: HeadAdapter | None = None,
     softcap: float | None = None,
     ignore_index: int = -100,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -32,13 +34,14 @@ def linear_cross_entropy(
 
     Logits, log-sum-exp and loss are float32; products take the dtype of `hidden` as
     input. When differentiated, the gradient of `hidden` is computed in the same pass.
-    "mosaic_gpu" wants bfloat16, a frozen head, no softcap and a vocabulary that is a
-    multiple of 128.
+    "mosaic_gpu" wants bfloat16, a frozen head without an adapter, no softcap and a
+    vocabulary that is a multiple of 128.
 
     Args:
       hidden: After the final norm.
       head: Output table; embedding tables can be passed as they are.
       targets: Indices into the vocabulary, already shifted.
+      adapter: Adds to the logits, before the softcap; trains whether the head does.
       softcap: Logits become `softcap * tanh(logits / softcap)` (Gemma 2).
       ignore_index: Target of rows that carry no loss.
       chunk_tokens: Rows whose logits exist at a time, 4 V bytes each; by "mosaic_gpu"
@@ -58,7 +61,7 @@ def linear_cross_entropy(
         chunk_tokens=chunk_tokens,
         head_is_trainable=head_is_trainable,
     )
-    _check(hidden.shape, head.shape, targets.shape)
+    _check(hidden.shape, head.shape, targets.shape, adapter)
     return dispatch.run(
         "cross_entropy",
         fastest_first("cross_entropy", choice_case(hidden, head), _LOSS),
@@ -67,6 +70,7 @@ def linear_cross_entropy(
         hidden,
         head,
         targets,
+        adapter,
     )
 
 
@@ -83,6 +87,7 @@ def token_log_probs(
     head: Float[Array, "V D"],
     targets: Int[Array, " M"],
     *,
+    adapter: HeadAdapter | None = None,
     softcap: float | None = None,
     ignore_index: int = -100,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -100,16 +105,31 @@ def token_log_probs(
         chunk_tokens=chunk_tokens,
         head_is_trainable=head_is_trainable,
     )
-    _check(hidden.shape, head.shape, targets.shape)
+    _check(hidden.shape, head.shape, targets.shape, adapter)
     return dispatch.run(
-        "cross_entropy", _LOG_PROBS, implementation, options, hidden, head, targets
+        "cross_entropy",
+        _LOG_PROBS,
+        implementation,
+        options,
+        hidden,
+        head,
+        targets,
+        adapter,
     )
 
 
 def _check(
-    hidden: tuple[int, ...], head: tuple[int, ...], targets: tuple[int, ...]
+    hidden: tuple[int, ...],
+    head: tuple[int, ...],
+    targets: tuple[int, ...],
+    adapter: HeadAdapter | None,
 ) -> None:
     if hidden[1] != head[1]:
         raise ValueError(f"hidden has {hidden[1]} features, the head {head[1]}")
     if hidden[0] != targets[0]:
         raise ValueError(f"hidden has {hidden[0]} rows, targets {targets[0]}")
+    if adapter is None:
+        return
+    down, up = adapter.down.shape, adapter.up.shape
+    if (down[0], up[0]) != (hidden[0], head[0]) or down[1] != up[1]:
+        raise ValueError(f"{hidden=} and {head=} have an adapter of {down=} and {up=}")

@@ -24,6 +24,7 @@ from kernels.dispatch import UnsupportedOp
 from kernels.persistent_product import TileConfig, tiles_for
 
 from . import vjp
+from .adapter import HeadAdapter
 from .mosaic_gpu import odds
 from .options import Options
 from .xla import Chunks, in_chunks, target_count
@@ -41,13 +42,14 @@ def linear_cross_entropy(
     hidden: Float[Array, "M D"],
     head: Float[Array, "V D"],
     targets: Int[Array, " M"],
+    adapter: HeadAdapter | None,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Returns the sum of -log p(target) and the number of targets.
 
     Raises:
       UnsupportedOp: Another device, or what the kernel lacks.
     """
-    tiles = _tiles(options, hidden, head)
+    tiles = _tiles(options, hidden, head, adapter)
 
     def body(_: None, chunk: Chunks) -> tuple[None, tuple[jax.Array, jax.Array]]:
         exponentials = _exponentials(options, chunk, head, tiles)
@@ -57,18 +59,21 @@ def linear_cross_entropy(
     _, (losses, is_too_large) = jax.lax.scan(body, None, chunks)
 
     def again() -> jax.Array:
-        return -jnp.sum(
-            vjp.token_log_probs(_in_small_chunks(options), hidden, head, targets)
-        )
+        small = _in_small_chunks(options)
+        return -jnp.sum(vjp.token_log_probs(small, hidden, head, targets, None))
 
     loss = jax.lax.cond(jnp.any(is_too_large), again, lambda: jnp.sum(losses))
     return loss, target_count(options, targets)
 
 
 def _forward(
-    options: Options, hidden: jax.Array, head: jax.Array, targets: jax.Array
+    options: Options,
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    adapter: HeadAdapter | None,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    tiles = _tiles(options, hidden, head)
+    tiles = _tiles(options, hidden, head, adapter)
 
     def body(_: None, chunk: Chunks) -> tuple[None, tuple[jax.Array, ...]]:
         found = _exponentials(options, chunk, head, tiles)
@@ -81,8 +86,8 @@ def _forward(
 
     def again() -> tuple[jax.Array, jax.Array]:
         small = _in_small_chunks(options)
-        loss, dhidden, _ = vjp.loss_and_gradient(small, hidden, head, targets)
-        return loss, dhidden
+        loss, gradients = vjp.loss_and_gradients(small, hidden, head, targets, None)
+        return loss, gradients[0]
 
     loss, dhidden = jax.lax.cond(
         jnp.any(is_too_large), again, lambda: (jnp.sum(losses), dhidden)
@@ -92,9 +97,10 @@ def _forward(
 
 def _backward(
     options: Options, dhidden: jax.Array, douts: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, None, None]:
+) -> tuple[jax.Array, None, None, None]:
     del options
-    return (douts[0] * dhidden.astype(jnp.float32)).astype(dhidden.dtype), None, None
+    dhidden = (douts[0] * dhidden.astype(jnp.float32)).astype(dhidden.dtype)
+    return dhidden, None, None, None
 
 
 linear_cross_entropy.defvjp(_forward, _backward)
@@ -158,7 +164,12 @@ def _in_small_chunks(options: Options) -> Options:
     return dataclasses.replace(options, chunk_tokens=_RECOMPUTED_ROWS)
 
 
-def _tiles(options: Options, hidden: jax.Array, head: jax.Array) -> TileConfig:
+def _tiles(
+    options: Options,
+    hidden: jax.Array,
+    head: jax.Array,
+    adapter: HeadAdapter | None,
+) -> TileConfig:
     """Returns how to cut, or raises `UnsupportedOp`."""
     require_hopper()
     if hidden.dtype.name not in _DTYPES or head.dtype != hidden.dtype:
@@ -167,6 +178,8 @@ def _tiles(options: Options, hidden: jax.Array, head: jax.Array) -> TileConfig:
         raise UnsupportedOp("the kernel has no softcap")
     if options.head_is_trainable:
         raise UnsupportedOp("the kernel has no gradient of the head")
+    if adapter is not None:
+        raise UnsupportedOp("the kernel has no adapter of the head")
     vocabulary, features = head.shape
     tiles = tiles_for(TileConfig().tile_m, [vocabulary])
     if features % tiles.tile_k:

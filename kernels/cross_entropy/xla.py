@@ -10,18 +10,51 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from .adapter import HeadAdapter
 from .options import Options
 
 
 class Chunks(NamedTuple):
-    """Rows in chunks of equal size; inside a scan, one of them."""
+    """Rows in chunks of equal size; inside a scan, one of them.
+
+    Attributes:
+      hidden: Hidden states.
+      targets: Of each row.
+      down: Of the head's adapter, where it has one.
+    """
 
     hidden: Float[Array, "*N M D"]
     targets: Int[Array, "*N M"]
+    down: Float[Array, "*N M R"] | None
+
+
+class Tables(NamedTuple):
+    """What each chunk is multiplied with, or the float32 gradients of it.
+
+    Attributes:
+      head: Output table; no gradient unless it trains.
+      up: Of its adapter, where it has one.
+    """
+
+    head: Float[Array, "V D"] | None
+    up: Float[Array, "V R"] | None
+
+
+def tables(
+    dtype: jax.typing.DTypeLike, head: jax.Array, adapter: HeadAdapter | None
+) -> Tables:
+    """Returns the tables in a dtype."""
+    up = None if adapter is None else adapter.up.astype(dtype)
+    return Tables(head.astype(dtype), up)
 
 
 def in_chunks(
-    options: Options, hidden: jax.Array, targets: jax.Array, *, multiple: int = 1
+    options: Options,
+    hidden: jax.Array,
+    targets: jax.Array,
+    adapter: HeadAdapter | None = None,
+    *,
+    multiple: int = 1,
 ) -> Chunks:
     """Cuts rows into the fewest chunks of at most `chunk_tokens`, about equal.
 
@@ -30,11 +63,14 @@ def in_chunks(
     rows = hidden.shape[0]
     count = max(1, -(-rows // options.chunk_tokens))
     padding = -rows % (count * multiple)
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
+
+    def cut(array: jax.Array) -> jax.Array:
+        padded = jnp.pad(array, ((0, padding), (0, 0)))
+        return padded.reshape(count, -1, array.shape[-1])
+
     targets = jnp.pad(targets, (0, padding), constant_values=options.ignore_index)
-    return Chunks(
-        hidden.reshape(count, -1, hidden.shape[-1]), targets.reshape(count, -1)
-    )
+    down = None if adapter is None else cut(adapter.down)
+    return Chunks(cut(hidden), targets.reshape(count, -1), down)
 
 
 def target_count(options: Options, targets: Int[Array, " M"]) -> Float32[Array, ""]:
@@ -43,10 +79,12 @@ def target_count(options: Options, targets: Int[Array, " M"]) -> Float32[Array, 
 
 
 def logits_and_lse(
-    options: Options, hidden: Float[Array, "M D"], head: Float[Array, "V D"]
+    options: Options, chunk: Chunks, tables: Tables
 ) -> tuple[Float32[Array, "M V"], Float32[Array, " M"]]:
     """Returns the logits of a chunk and their log-sum-exp."""
-    logits = _product(hidden, head.T)
+    logits = _product(chunk.hidden, _present(tables.head).T)
+    if chunk.down is not None:
+        logits = logits + _product(chunk.down, _present(tables.up).T)
     if options.softcap is not None:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
     return logits, jax.nn.logsumexp(logits, axis=1)
@@ -65,12 +103,12 @@ def target_log_probs(
 def chunk_gradients(
     options: Options,
     chunk: Chunks,
-    head: Float[Array, "V D"],
+    tables: Tables,
     logits: Float32[Array, "M V"],
     lse: Float32[Array, " M"],
     dlog_probs: Float32[Array, " M"],
-) -> tuple[Float[Array, "M D"], Float32[Array, "V D"] | None]:
-    """Returns the cotangents of a chunk's hidden states and of the head.
+) -> tuple[tuple[Float[Array, "M D"], Float[Array, "M R"] | None], Tables]:
+    """Returns the cotangents of a chunk, its hidden states and `down`, and of tables.
 
     The logits' cotangent takes the dtype of the hidden states before it is multiplied:
     left in float32 it would run on TF32 units, or slower ones.
@@ -82,9 +120,17 @@ def chunk_gradients(
     if options.softcap is not None:
         dlogits = dlogits * (1 - jnp.square(logits / options.softcap))
     dlogits = dlogits.astype(chunk.hidden.dtype)
-    dhidden = _product(dlogits, head).astype(chunk.hidden.dtype)
+    dhidden = _product(dlogits, _present(tables.head)).astype(dlogits.dtype)
     dhead = _product(dlogits.T, chunk.hidden) if options.head_is_trainable else None
-    return dhidden, dhead
+    if chunk.down is None:
+        return (dhidden, None), Tables(dhead, None)
+    ddown = _product(dlogits, _present(tables.up)).astype(dlogits.dtype)
+    return (dhidden, ddown), Tables(dhead, _product(dlogits.T, chunk.down))
+
+
+def _present(table: jax.Array | None) -> jax.Array:
+    assert table is not None
+    return table
 
 
 def _product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:

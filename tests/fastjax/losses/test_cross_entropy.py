@@ -41,6 +41,9 @@ class TwoTables(nnx.Module):
     def head_weight(self) -> jax.Array:
         return self.head.get_value()
 
+    def head_adapter(self, hidden: jax.Array, *, dropout_key: object) -> None:
+        return None
+
 
 def make_batch() -> dict[str, jax.Array]:
     random = np.random.default_rng(0)

@@ -70,6 +70,9 @@ class TinyModel(nnx.Module):
         """Returns the (V, D) output table."""
         return self.table.get_value()
 
+    def head_adapter(self, hidden: jax.Array, *, dropout_key: object) -> None:
+        """Returns None: the head has no adapter."""
+
 
 def split(seed: int = 0, dtype: jnp.dtype = jnp.float32) -> tuple:
     """Returns (graphdef, trainable, frozen) of a new model."""

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.cross_entropy import linear_cross_entropy, token_log_probs
+from kernels.cross_entropy import (
+    HeadAdapter,
+    linear_cross_entropy,
+    token_log_probs,
+)
 from kernels.cross_entropy.cases import INTERPRETED, LARGE, SMALL, TIMED, Case
 from kernels.device import HOPPER, assume_compute_capability, compute_capability
 from kernels.dispatch import UnsupportedOp
@@ -190,6 +194,58 @@ def test_token_log_probs(name: str, dtype: str, head_is_trainable: bool) -> None
     expected = run("reference")(*_float32(hidden, head))
     _compare(actual, expected, dtype)
     assert not actual[1][np.asarray(targets) == -100].any()
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, token_log_probs])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_of_the_head_stays_apart(function: Callable, dtype: str) -> None:
+    """Its gradients too: no product makes one of the whole table."""
+    case = CASES["softcap"]
+    hidden, head, targets = _inputs(case, dtype)
+    keys = jax.random.split(jax.random.key(8), 3)
+    adapter = HeadAdapter(
+        jax.random.normal(keys[0], (case.rows, 3)).astype(dtype),
+        jax.random.normal(keys[1], (case.vocabulary, 3)),
+    )
+    weights = jax.random.normal(keys[2], (case.rows,))
+
+    def score(implementation: str, hidden: jax.Array, adapter: Any) -> jax.Array:
+        result = function(
+            hidden,
+            head,
+            targets,
+            adapter=adapter,
+            implementation=implementation,
+            **_options(case),
+        )
+        is_loss = function is linear_cross_entropy
+        return 0.3 * result[0] if is_loss else jnp.sum(weights * result)
+
+    run = jax.value_and_grad(functools.partial(score, "xla"), (0, 1))
+    actual = run(hidden, adapter)
+    exact = jax.value_and_grad(functools.partial(score, "reference"), (0, 1))
+    wide = HeadAdapter(adapter.down.astype(jnp.float32), adapter.up)
+    _compare(actual, exact(hidden.astype(jnp.float32), wide), dtype)
+    assert actual[1][1].up.dtype == jnp.float32
+    whole = (case.vocabulary, case.features)
+    for equation in _equations(jax.make_jaxpr(run)(hidden, adapter).jaxpr):
+        is_product = equation.primitive.name == "dot_general"
+        assert not is_product or equation.outvars[0].aval.shape != whole
+
+
+def test_an_adapter_of_other_sizes_is_refused() -> None:
+    hidden, head, targets = _inputs(CASES["one_chunk"], "float32")
+    adapter = HeadAdapter(hidden[:, :3], head[:, :2])
+    with pytest.raises(ValueError, match=r"adapter of down=\(24, 3\)"):
+        linear_cross_entropy(hidden, head, targets, adapter=adapter)
+
+
+def test_the_kernel_has_no_adapter() -> None:
+    hidden, head = jnp.ones((8, 64), jnp.bfloat16), jnp.ones((256, 64), jnp.bfloat16)
+    adapter, targets = HeadAdapter(hidden[:, :4], head[:, :4]), jnp.zeros(8, jnp.int32)
+    options = {"adapter": adapter, "implementation": "mosaic_gpu"}
+    with assume_compute_capability(HOPPER), pytest.raises(UnsupportedOp, match="adapt"):
+        linear_cross_entropy(hidden, head, targets, **options)
 
 
 def test_the_loss_in_numpy() -> None:
