@@ -5,6 +5,7 @@ The reference runs in float32 on the same device. Forward and gradients count.
 
 import contextvars
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -210,11 +211,16 @@ def _attention_operands(s: _Sizes) -> tuple[jax.Array, ...]:
     return q, k, _normal(2, s.rows, s.tokens, s.kv_heads, s.head_size)
 
 
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-    """Two packed documents, which must not see each other."""
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, **options: Any
+) -> list[jax.Array]:
+    """Two packed documents, which must not see each other; by either backward pass."""
     first = jnp.arange(q.shape[1]) < 100
     ids = jnp.broadcast_to(jnp.where(first, 1, 2), q.shape[:2])
-    return attention(q, k, v, segment_ids=ids, max_segments=2, **options)
+    options |= {"segment_ids": ids, "max_segments": 2}
+    return [
+        attention(q, k, v, keeps_dscores=keeps, **options) for keeps in (True, False)
+    ]
 
 
 def _heads(s: _Sizes) -> tuple[tuple[int, int], ...]:
@@ -242,18 +248,32 @@ def _lora_operands(s: _Sizes) -> tuple[Any, ...]:
     )
 
 
+def _lora(x: jax.Array, *projection: Any, **options: Any) -> list[jax.Array]:
+    """Many rows, and as few as decoding has."""
+    options |= {"scaling": 1.0}
+    return [lora_matmul(rows, *projection, **options) for rows in (x, x[:8])]
+
+
 def _network_operands(s: _Sizes) -> tuple[Any, ...]:
+    operands = [_normal(0, s.rows, s.tokens, s.features)]
     widths = (s.features, s.inner), (s.features, s.inner), (s.inner, s.features)
-    weights = [
-        quantize(_normal(i, *width, scale=width[0] ** -0.5))
-        for i, width in enumerate(widths)
-    ]
-    return _normal(3, s.rows, s.tokens, s.features), *weights
+    for i, (inputs, outputs) in enumerate(widths):
+        weight, a, b = (
+            _normal(10 * i + j, *shape, scale=shape[0] ** -0.5)
+            for j, shape in enumerate(
+                [(inputs, outputs), (inputs, s.rank), (s.rank, outputs)], start=1
+            )
+        )
+        operands += [quantize(weight), a, b]
+    return tuple(operands)
 
 
-def _network(x: jax.Array, gate: Any, up: Any, down: Any, **options: Any) -> jax.Array:
-    gate_up = Projection(gate), Projection(up)
-    return gated_mlp(x, gate_up, Projection(down), activation="silu", **options)
+def _network(x: jax.Array, *parts: Any, **options: Any) -> jax.Array:
+    *gate_up, down = (
+        Projection(weight, lora_a=a, lora_b=b, scaling=1.0)
+        for weight, a, b in itertools.batched(parts, 3)
+    )
+    return gated_mlp(x, tuple(gate_up), down, activation="silu", **options)
 
 
 def _loss_operands(s: _Sizes) -> tuple[jax.Array, ...]:
@@ -281,13 +301,15 @@ def _norm_operands(s: _Sizes, inputs: int) -> tuple[jax.Array, ...]:
     return *arrays, 1 + _normal(9, s.features, scale=0.1)
 
 
+def _norm(x: jax.Array, weight: jax.Array, **options: Any) -> list[jax.Array]:
+    """With a weight that trains, and a frozen one."""
+    weights = weight, jax.lax.stop_gradient(weight)
+    return [rms_norm(x, each, eps=1e-5, **options) for each in weights]
+
+
 _OPS = (
     _Op(name="attention", call=_attention, operands=_attention_operands),
-    _Op(
-        name="lora_matmul",
-        call=functools.partial(lora_matmul, scaling=1.0),
-        operands=_lora_operands,
-    ),
+    _Op(name="lora_matmul", call=_lora, operands=_lora_operands),
     _Op(
         name="nf4",
         call=dequantize,
@@ -296,7 +318,7 @@ _OPS = (
     ),
     _Op(
         name="rms_norm",
-        call=functools.partial(rms_norm, eps=1e-5),
+        call=_norm,
         operands=functools.partial(_norm_operands, inputs=1),
     ),
     _Op(
@@ -305,11 +327,7 @@ _OPS = (
         operands=functools.partial(_norm_operands, inputs=2),
     ),
     _Op(name="rope", call=_rope, operands=_rope_operands),
-    _Op(
-        name="gated_mlp",
-        call=_network,
-        operands=_network_operands,
-    ),
+    _Op(name="gated_mlp", call=_network, operands=_network_operands),
     _Op(name="cross_entropy", call=_loss, operands=_loss_operands),
     _Op(
         name="adam8bit",

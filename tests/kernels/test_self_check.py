@@ -1,13 +1,18 @@
 """The check of every op on the device at hand."""
 
+import contextlib
 import dataclasses
+import functools
+import re
 
 import jax
 import pytest
 
 from fastjax.config import Implementations
 from kernels import self_check
-from kernels.dispatch import UnsupportedOp
+from kernels.device import HOPPER, assume_compute_capability
+from kernels.dispatch import UnknownImplementation, UnsupportedOp
+from kernels.programs import all_programs
 
 NF4, RMS_NORM = (op for op in self_check._OPS if op.name in ("nf4", "rms_norm"))
 
@@ -23,6 +28,23 @@ def test_every_op_that_can_be_named_is_checked() -> None:
     chosen = self_check.chosen_for_llama3_8b()
     assert named <= chosen.keys()
     assert set(chosen.values()) == {"xla"}
+
+
+def test_every_kernel_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    launched = set()
+    for op in self_check._OPS:
+        run = functools.partial(self_check._results, op, name="mosaic_gpu")
+        operands = jax.eval_shape(functools.partial(op.operands, self_check._TILE))
+        with (
+            assume_compute_capability(HOPPER),
+            contextlib.suppress(UnknownImplementation),
+        ):
+            lowered = jax.jit(run).trace(operands).lower(lowering_platforms=("cuda",))
+            launched |= set(
+                re.findall(r"dump_basename\\00(\w+?)_\d+\\00", lowered.as_text())
+            )
+    assert launched >= {name for p in all_programs() for name in p.kernels}
 
 
 def test_bits_must_be_equal_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
