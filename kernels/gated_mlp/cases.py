@@ -89,8 +89,21 @@ INTERPRETED_NETWORKS = (
         is_quantized=False,
         activation="gelu_pytorch_tanh",
     ),
+    NetworkCase(name="rank_32", rows=128, inputs=128, features=128, ranks=(32, 32, 32)),
+    NetworkCase(
+        name="large_ranks",
+        rows=128,
+        inputs=128,
+        features=128,
+        ranks=(136, 64, 136),
+        is_quantized=False,
+    ),
 )
-"""Small ones that the Mosaic GPU kernels can run; the second adds beside a product."""
+"""Small ones that the Mosaic GPU kernels can run.
+
+The second adds beside a product. The ranks of the last two are too large for one kernel
+or another: `unit_cotangents`, and then `gated_unit_product` and `low_rank_cotangents`.
+"""
 
 GPU_NETWORKS = (
     NetworkCase(name="llama3_8b", rows=8192, inputs=4096, features=14336),

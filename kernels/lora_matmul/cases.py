@@ -116,6 +116,15 @@ INTERPRETED = (
         ranks=(24, 8),
         is_quantized=True,
     ),
+    Case(
+        name="three_with_bias",
+        lead=(128,),
+        inputs=128,
+        outputs=(128, 128, 128),
+        ranks=(40, 0, 12),
+        is_quantized=True,
+        has_bias=True,
+    ),
 )
 """Small ones that the Mosaic GPU kernels can run."""
 

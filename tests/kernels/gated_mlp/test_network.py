@@ -25,6 +25,8 @@ from kernels.lora_matmul import Projection
 from kernels.nf4 import quantize
 from kernels.numerics import relative_error, tolerance
 
+RANK_64 = dataclasses.replace(GPU_NETWORKS[1], name="rank_64", ranks=(64,) * 3)
+
 
 def named(cases):
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
@@ -141,7 +143,7 @@ def test_kernels_match_in_the_interpreter(case):
 
 
 @pytest.mark.gpu
-@named([*INTERPRETED_NETWORKS, *GPU_NETWORKS])
+@named([*INTERPRETED_NETWORKS, *GPU_NETWORKS, RANK_64])
 def test_kernels_match_on_hopper(case):
     if compute_capability() != HOPPER:
         pytest.skip("needs a Hopper GPU")
