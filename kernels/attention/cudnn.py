@@ -8,8 +8,9 @@ so what it leaves there, forward and backward, is replaced by zeros.
 
 import contextlib
 import importlib
+import operator
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,11 @@ from kernels.device import compute_capability
 from kernels.dispatch import UnsupportedOp
 
 _PRIVATE_API = "jax._src.cudnn.fused_attention_stablehlo"
+_GRADIENT = (
+    "_dot_product_attention_bwd_p_wrapper",
+    "MaskType.CAUSAL",
+    "AttentionLayout.BTNH.value",
+)
 _NO_CUDNN = "cuDNN is not detected"
 
 type Causal = Callable[[Array, Array, Array, float, int | None], Array]
@@ -83,10 +89,15 @@ def check_device(head_size: int, *, packed: bool) -> None:
         raise UnsupportedOp(f"{head_size=} must be a multiple of 8 up to {largest}")
 
 
-def require_cudnn() -> None:
-    """Raises UnsupportedOp where JAX finds no cuDNN."""
+def require_gradient() -> None:
+    """Raises UnsupportedOp where JAX finds no cuDNN or lacks what its gradient takes.
+
+    JAX asks for `causal_gradient` when the choice of an implementation is made already.
+    """
+    _private_api(*_GRADIENT)
+    check_version = _private_api("check_cudnn_version")
     with _as_unsupported():
-        _private_api().check_cudnn_version()
+        check_version()
 
 
 def _check_options(
@@ -134,9 +145,9 @@ def causal_gradient(
       window: Tokens seen, or None.
     """
     q, k, v, out, lse = residuals
-    fused = _private_api()
+    primitive, mask_type, layout = _private_api(*_GRADIENT)
     absent = jnp.zeros(0, q.dtype)  # bias, lengths, offsets and pages
-    dq, dk, dv = fused._dot_product_attention_bwd_p_wrapper.bind(
+    dq, dk, dv = primitive.bind(
         *(q, k, v),
         *[absent] * 7,
         *(lse, out, dout),
@@ -144,8 +155,8 @@ def causal_gradient(
         seed=0,
         dropout_rate=0.0,
         variadic_args=(False, False),
-        mask_type=fused.MaskType.CAUSAL,
-        layout=fused.AttentionLayout.BTNH.value,
+        mask_type=mask_type,
+        layout=layout,
         sliding_window_length=window,
     )
     return dq, dk, dv
@@ -162,10 +173,10 @@ def _packed(
     """Returns attention within each segment; what is outside of them is undefined."""
     if q.size >= 2**31:
         raise UnsupportedOp(f"{q.shape=}: offsets of packed rows overflow 32 bits")
-    fused = _private_api()
+    fused, mask_type = _private_api("dot_product_attention", "MaskType.PADDING_CAUSAL")
     lengths, starts = segment_bounds(segment_ids, max_segments)
     with _as_unsupported():
-        return fused.dot_product_attention(
+        return fused(
             q,
             k,
             v,
@@ -174,7 +185,7 @@ def _packed(
             q_offsets=starts,
             kv_offsets=starts,
             scale=scale,
-            mask_type=fused.MaskType.PADDING_CAUSAL,
+            mask_type=mask_type,
         )
 
 
@@ -192,11 +203,12 @@ def _as_unsupported() -> Iterator[None]:
         raise UnsupportedOp(str(error)) from error
 
 
-def _private_api() -> ModuleType:
+def _private_api(*names: str) -> Any:
+    """Returns what `_PRIVATE_API` has by these names, or raises UnsupportedOp."""
     try:
-        return importlib.import_module(_PRIVATE_API)
-    except ImportError as error:
-        raise UnsupportedOp(f"this JAX has no {_PRIVATE_API}") from error
+        return operator.attrgetter(*names)(importlib.import_module(_PRIVATE_API))
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedOp(f"this JAX has another {_PRIVATE_API}: {error}") from error
 
 
 def segment_bounds(

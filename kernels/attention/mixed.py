@@ -37,7 +37,7 @@ def attention(
     """
     if segment_ids is not None and max_segments != 1:
         raise UnsupportedOp("no packed rows")
-    cudnn.require_cudnn()
+    cudnn.require_gradient()
     if visits is None or segment_ids is not None:
         # Padding has its lse from causality alone here: cuDNN's backward reads it.
         visits = row_visits(

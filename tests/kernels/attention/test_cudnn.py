@@ -225,12 +225,39 @@ def test_devices(monkeypatch, capability, head_size, packed, accepted):
         cudnn.check_device(head_size, packed=packed)
 
 
-def test_a_jax_without_the_private_api_is_refused(hopper, monkeypatch):
+@pytest.mark.parametrize(
+    ("implementation", "max_segments"), [("cudnn", 2), ("mosaic_gpu_cudnn", 1)]
+)
+def test_a_jax_without_the_private_api_is_refused(
+    hopper, monkeypatch, implementation, max_segments
+):
     monkeypatch.setattr(cudnn, "_PRIVATE_API", "jax._src.cudnn.moved_elsewhere")
     q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
-    ids = jnp.ones((1, 4), jnp.int32)
+    options = {"segment_ids": jnp.ones((1, 4), jnp.int32), "max_segments": max_segments}
     with pytest.raises(UnsupportedOp, match="moved_elsewhere"):
-        attention(q, q, q, segment_ids=ids, max_segments=2, implementation="cudnn")
+        attention(q, q, q, implementation=implementation, **options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_dot_product_attention_bwd_p_wrapper",
+        "MaskType",
+        "AttentionLayout",
+        "check_cudnn_version",
+    ],
+)
+def test_a_gradient_that_jax_renamed_is_refused_in_the_forward_pass(
+    hopper, monkeypatch, name
+):
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.delattr(fused, name)
+    q = jnp.ones((1, 128, 2, 64), jnp.bfloat16)
+    with (
+        assume_compute_capability(HOPPER),
+        pytest.raises(UnsupportedOp, match=name),
+    ):
+        attention(q, q, q, implementation="mosaic_gpu_cudnn")
 
 
 @pytest.mark.parametrize("max_segments", [1, 2])
