@@ -15,7 +15,6 @@ with dweight; no pipeline; 80 registers a thread, 103 with dtotal, with dweight 
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +22,16 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
+from kernels.device import multiprocessors
+
 from . import rows
 
 KERNEL_NAME = "rms_norm_dx"
 WEIGHT_KERNEL_NAME = "rms_norm_dx_dweight"
 
-_PROCESSORS = 132  # of an H200
 _REGISTERS = 512  # of a processor for each thread of a block
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "offset", "wants_dweight"))
 def gradients(
     x: Float[Array, "*B D"],
     weight: Float[Array, " D"],
@@ -43,41 +42,47 @@ def gradients(
     offset: float,
     wants_dweight: bool,
 ) -> tuple[Float[Array, "*B D"], Float32[Array, " D"] | None]:
-    """Returns (dx + dtotal) in the dtype of `x`, and dweight if wanted.
-
-    Compiled, so that equal calls in a program are lowered once.
-    """
+    """Returns (dx + dtotal) in the dtype of `x`, and dweight if wanted."""
     inputs = [x, dout] if dtotal is None else [x, dout, dtotal]
     flat = [array.reshape(-1, x.shape[-1]) for array in inputs]
-    like_x = jax.ShapeDtypeStruct(flat[0].shape, x.dtype)
-    launch = _with_dweight if wants_dweight else _without_dweight
-    dx, dweight = launch(weight, flat, like_x, eps=eps, offset=offset)
+    if wants_dweight:
+        dx, dweight = _with_dweight(
+            weight, flat, eps=eps, offset=offset, processors=multiprocessors()
+        )
+    else:
+        dx, dweight = _without_dweight(weight, flat, eps=eps, offset=offset), None
     return dx.reshape(x.shape), dweight
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "offset"))
 def _without_dweight(
-    weight: Array, flat: list[Array], like_x: Any, *, eps: float, offset: float
-) -> tuple[Array, None]:
+    weight: Array, flat: list[Array], *, eps: float, offset: float
+) -> Array:
+    """Returns dx; compiled, so that equal calls in a program are lowered once."""
+
     def body(weight_gmem, *arrays_gmem):
         row = lax.axis_index("row")
         _one_row(row, weight_gmem, arrays_gmem, eps=eps, offset=offset)
 
-    dx = plgpu.kernel(
+    x = flat[0]
+    return plgpu.kernel(
         body,
-        out_type=like_x,
-        grid=(like_x.shape[0],),
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(x.shape[0],),
         grid_names=("row",),
         kernel_name=KERNEL_NAME,
         compiler_params=plgpu.CompilerParams(),
     )(weight, *flat)
-    return dx, None
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "offset", "processors"))
 def _with_dweight(
-    weight: Array, flat: list[Array], like_x: Any, *, eps: float, offset: float
+    weight: Array, flat: list[Array], *, eps: float, offset: float, processors: int
 ) -> tuple[Array, Array]:
-    count, features = like_x.shape
-    blocks = min(count, _PROCESSORS * _blocks_of_processor(features, len(flat)))
+    """Returns dx and dweight; compiled likewise."""
+    x = flat[0]
+    count, features = x.shape
+    blocks = min(count, processors * _blocks_of_processor(features, len(flat)))
 
     def body(weight_gmem, *refs):
         *arrays_gmem, partial_gmem, sum_smem = refs
@@ -96,7 +101,10 @@ def _with_dweight(
 
     dx, partial_sums = plgpu.kernel(
         body,
-        out_type=[like_x, jax.ShapeDtypeStruct((blocks, features), jnp.float32)],
+        out_type=[
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct((blocks, features), jnp.float32),
+        ],
         scratch_types=[plgpu.SMEM((features,), jnp.float32)],
         grid=(blocks,),
         grid_names=("block",),

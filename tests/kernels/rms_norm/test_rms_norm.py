@@ -95,7 +95,7 @@ def test_kernels_match_in_the_interpreter(function, case, dtype):
 
 
 def test_blocks_that_take_several_rows_add_them_up(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu_vjp, "_PROCESSORS", 2)
+    monkeypatch.setattr(mosaic_gpu_vjp, "multiprocessors", lambda: 2)
     monkeypatch.setattr(mosaic_gpu_vjp, "_blocks_of_processor", lambda *_: 1)
     case = RMSNormCase(name="", leading=(5,), features=256)
     with interpreted():
