@@ -15,7 +15,7 @@ from conversions.hf import (
 from conversions.peft import grown_config, read_adapter
 from fastjax import lora as adapters
 from fastjax import runtime
-from fastjax.api.finding import find_model, load_tokenizer
+from fastjax.api.finding import FoundModel, find_model, load_tokenizer
 from fastjax.api.language_model import LanguageModel, ModelSource
 from fastjax.api.starting import start_from_loss
 from fastjax.api.vocabulary import resize_token_embeddings
@@ -66,6 +66,7 @@ def load_model(
     """
     runtime.configure()
     found = find_model(name, revision=revision)
+    _require_no_adapter(found, full_finetuning=full_finetuning)
     folder, adapter = found.folder, found.adapter
     base = read_config(folder)
     config = base if adapter is None else _config_of_adapter(adapter, base)
@@ -132,6 +133,7 @@ def load_text_side(
     runtime.configure()
     name, revision = config.model, config.model_revision
     found = find_model(name, revision=revision, with_weights=False)
+    _require_no_adapter(found, full_finetuning=config.full_finetuning)
     tokenizer = load_tokenizer(*found.tokenizer_folders)
     if tokenizer is None:
         raise ModelError(
@@ -161,7 +163,16 @@ def add_adapter(model: LanguageModel, lora: LoRAConfig, *, seed: int) -> None:
     """Gives the model fresh adapters; those it had are dropped.
 
     With ranks that are still to be measured, nothing else trains until they are.
+
+    Raises:
+      ConfigError: Every weight of the model trains, or it lacks the wanted modules.
     """
+    if model.spec.trains_weights:
+        raise ConfigError(
+            "every weight of this model trains (full_finetuning), so an adapter beside "
+            "them would do nothing",
+            fix="train the model as it is, or load it without full_finetuning",
+        )
     held = lora
     if lora.auto_rank:
         held = dataclasses.replace(lora, modules_to_save=(), lora_bias="none")
@@ -176,6 +187,16 @@ def add_adapter(model: LanguageModel, lora: LoRAConfig, *, seed: int) -> None:
     model.spec, model.lora = adapted, lora
     if lora.init_lora_weights == "loftq":
         start_from_loss(model, seed=seed)
+
+
+def _require_no_adapter(found: FoundModel, *, full_finetuning: bool) -> None:
+    if full_finetuning and found.adapter is not None:
+        raise ConfigError(
+            "this is an adapter, and full fine-tuning trains a model without one",
+            where=str(found.adapter),
+            fix=f"merge it with `fastjax export --model {found.adapter} --output_dir "
+            "...` and train the result, or train on without full_finetuning",
+        )
 
 
 def _config_of_adapter(adapter: Path, base: TransformerConfig) -> TransformerConfig:

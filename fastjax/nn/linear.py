@@ -186,6 +186,7 @@ def project(
       residual: Added to the projection of the only linear.
     """
     if isinstance(linears[0].weight, nnx.Param):
+        assert not any(linear.has_adapter for linear in linears)
         dense = tuple(_dense(x, linear) for linear in linears)
         return dense if residual is None else (dense[0] + residual,)
     rate, keys = adapter_dropout(linears, dropout_key)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from fastjax.api import FastLanguageModel, load_model, run_export
-from fastjax.config import QuantConfig
-from fastjax.errors import FastJaxError
+from fastjax.api.loading import load_text_side
+from fastjax.config import QuantConfig, TrainConfig
+from fastjax.errors import ConfigError, FastJaxError
 from fastjax.loftq import low_rank_start
+from fastjax.nn.linear import AdapterSpec, Linear, LinearSpec
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -53,6 +55,30 @@ def test_tables_start_as_they_are_and_train_in_float32(small_model: Path) -> Non
     assert model.split()[1]["lm_head"]["weight"].get_value().dtype == jnp.float32
     with pytest.raises(FastJaxError, match="load the base model again"):
         model.base_decoder()
+
+
+def test_nothing_puts_an_adapter_on_weights_that_train(
+    small_model: Path, tmp_path: Path
+) -> None:
+    model = load_model(str(small_model), dtype="float32", full_finetuning=True)
+    with pytest.raises(ConfigError, match="an adapter beside them would do nothing"):
+        FastLanguageModel.get_peft_model(model, r=4)
+    assert model.lora is None
+    adapted = load_model(str(small_model), dtype="float32")
+    FastLanguageModel.get_peft_model(adapted, r=4).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="fastjax export --model"):
+        load_model(str(tmp_path), dtype="float32", full_finetuning=True)
+    quant = QuantConfig(load_in_4bit=False)
+    config = TrainConfig(model=str(tmp_path), full_finetuning=True, quant=quant)
+    with pytest.raises(ConfigError, match="trains a model without one"):
+        load_text_side(config)
+    spec = LinearSpec(
+        dtype=jnp.dtype(jnp.float32),
+        adapter=AdapterSpec(rank=4, scaling=1.0),
+        trains_weight=True,
+    )
+    with pytest.raises(AssertionError):
+        Linear(8, 8, has_bias=False, spec=spec)(jnp.ones((2, 8)))
 
 
 def test_an_8_bit_base_computes_what_its_weights_say(
