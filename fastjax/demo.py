@@ -29,10 +29,14 @@ from fastjax.config import (
     TrainConfig,
 )
 from fastjax.data import embedded_text
+from fastjax.errors import StorageError
+from fastjax.files import storage_errors
 from fastjax.models.transformer_config import TransformerConfig
 
 _QUESTIONS = ("What does `shutil.copyfile` do?", "Explain `math.sqrt` in Python.")
 _LENGTH = 256
+_MARK = ".fastjax-demo"
+_PARTS = ("random", "base", "adapter", "merged")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +44,8 @@ class DemoArgs:
     """Trains a tiny model from scratch, then a QLoRA adapter on it.
 
     Attributes:
-      output_dir: Made anew; holds base model, adapter and merged model.
+      output_dir: New, or of an earlier demo, which is replaced; gets base model,
+        adapter and merged model.
       base_steps: Steps that train the tiny model from random weights.
       adapter_steps: Steps that train the adapter.
     """
@@ -54,8 +59,7 @@ def run_demo(args: DemoArgs) -> None:
     """Trains, saves, merges, reloads and asks; prints what it does."""
     console = Console()
     folder = Path(args.output_dir)
-    if folder.exists():
-        shutil.rmtree(folder)
+    _make_ready(folder)
     base = train_base(folder, args.base_steps, console)
     model = _train_adapter(base, folder / "adapter", args.adapter_steps, console)
     _say(console, "4. merge it, reload adapter and merged model, compare")
@@ -66,6 +70,26 @@ def run_demo(args: DemoArgs) -> None:
     for question, reply in zip(_QUESTIONS, _answers(model), strict=True):
         console.print(f"> {question}\n{reply}\n", markup=False, highlight=False)
     console.print(f"everything is in {folder}", markup=False)
+
+
+def _make_ready(folder: Path) -> None:
+    """Makes the folder, or deletes in it what an earlier demo has written.
+
+    Raises:
+      StorageError: It holds something and no demo has made it, or cannot be written.
+    """
+    mark = folder / _MARK
+    with storage_errors("use the output folder", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not mark.exists():
+            raise StorageError(
+                f"{folder} is not empty, and no demo has made it",
+                fix="give another --output_dir, or delete that folder first",
+            )
+        mark.touch()
+        for name in _PARTS:
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
 
 
 def train_base(
