@@ -17,6 +17,7 @@ from fastjax import files
 from fastjax.train.batches import DeviceBatch
 
 NAME = "metrics.jsonl"
+SAMPLES_NAME = "samples.jsonl"
 CLOCK_FIELDS = (
     "tokens_per_second",
     "roofline_share",

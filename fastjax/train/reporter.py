@@ -11,6 +11,7 @@ from fastjax.config import TrainConfig
 from fastjax.train import loss_plot, record
 from fastjax.train.job import Job
 from fastjax.train.metrics import (
+    SAMPLES_NAME,
     MetricsLog,
     append_line,
     finite,
@@ -21,8 +22,6 @@ from fastjax.train.progress import Progress
 from fastjax.train.throughput import roofline_share
 from fastjax.train.trackers import RunInfo, Trackers
 from fastjax.train.watchdog import Watchdog
-
-SAMPLES_NAME = "samples.jsonl"
 
 
 class Reporter:

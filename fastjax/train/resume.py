@@ -46,9 +46,9 @@ def find(output_dir: Path, mode: str, note: Note) -> Found | None:
     """
     if mode == "no":
         _set_aside_after(output_dir, -1, note)
-        log = output_dir / metrics.NAME
-        if log.exists():
-            files.set_aside(log, "old")
+        for name in (metrics.NAME, metrics.SAMPLES_NAME):
+            if (output_dir / name).exists():
+                files.set_aside(output_dir / name, "old")
         return None
     if mode == "auto":
         return _newest(output_dir, note)

@@ -176,6 +176,10 @@ def test_samples_are_answered_at_each_evaluation(
     assert found[0] == {"step": 2, "prompt": "hi", "answer": "\x1b[31mred"}
     assert "\x1b" not in said(console)
     assert "[31mred" in said(console)
+    anew = {"resume_from_checkpoint": "no", "max_steps": 2}
+    tiny.train(tmp_path, job=job, **options | anew)
+    assert lines(tmp_path, "samples.jsonl") == found[:2]
+    assert lines(tmp_path, "samples.jsonl.old") == found
 
 
 def test_a_full_disk_may_cost_one_checkpoint_only(
