@@ -10,7 +10,8 @@ _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class StopRequest:
     """Notes the first SIGINT, SIGTERM or SIGHUP; a second raises KeyboardInterrupt.
 
-    Outside the main thread, where Python allows no handlers, it never asks.
+    One that is ignored, as `nohup` makes SIGHUP, stays ignored. Outside the main
+    thread, where Python allows no handlers, it never asks.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in _ASKING:
-                self._before[number] = signal.signal(number, self._on_signal)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
