@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from fastjax import files
 from fastjax.errors import ConfigError, printable
 
 NAME = ".lock"
@@ -25,17 +26,14 @@ def output_lock(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
 
     Raises:
       ConfigError: A live run writes to the folder.
+      StorageError: The folder cannot be locked.
     """
     path = folder / NAME
-    file = _acquire(path)
+    with files.storage_errors("lock the output folder", folder):
+        file = _acquire(path)
     try:
-        if before := file.read():
-            note(f"took over the lock of a run that died: {_owner(before)}")
-        file.seek(0)
-        file.truncate()
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": time.time()}
-        file.write(json.dumps(owner))
-        file.flush()
+        with files.storage_errors("lock the output folder", folder):
+            _sign(file, note)
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -45,21 +43,39 @@ def output_lock(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
 def _acquire(path: Path) -> TextIO:
     """Returns the locked file that bears the name `path` at this moment."""
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = _owner(file.read())
-            file.close()
-            raise ConfigError(
-                f"{path.parent} is in use by another run: {owner}",
-                where=str(path),
-                fix="wait for it, stop it, or give another output_dir",
-                code="FJ-CONFIG-LOCK",
-            ) from None
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()
+        with contextlib.ExitStack() as unless_locked:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = unless_locked.enter_context(os.fdopen(descriptor, "r+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{path.parent} is in use by another run: {_owner(file.read())}",
+                    where=str(path),
+                    fix="wait for it, stop it, or give another output_dir",
+                    code="FJ-CONFIG-LOCK",
+                ) from None
+            if _has_name(file, path):
+                unless_locked.pop_all()
+                return file
+
+
+def _has_name(file: TextIO, path: Path) -> bool:
+    """Whether the run before has not taken the name away meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sign(file: TextIO, note: Callable[[str], None]) -> None:
+    if before := file.read():
+        note(f"took over the lock of a run that died: {_owner(before)}")
+    file.seek(0)
+    file.truncate()
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": time.time()}
+    file.write(json.dumps(owner))
+    file.flush()
 
 
 def _owner(text: str) -> str:

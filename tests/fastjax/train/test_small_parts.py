@@ -1,5 +1,7 @@
 """Lock, signals, metrics file, evaluation, progress."""
 
+import errno
+import fcntl
 import io
 import json
 import math
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fastjax.errors import ConfigError, DataError
+from fastjax.errors import ConfigError, DataError, StorageError
 from fastjax.train.batches import DeviceBatch, put_batch
 from fastjax.train.evaluate import EvalResult, evaluate, make_eval_step
 from fastjax.train.lock import output_lock
@@ -44,6 +46,34 @@ def test_stale_lock_is_taken_over_with_a_note(tmp_path: Path, text: str) -> None
     notes: list[str] = []
     with output_lock(tmp_path, notes.append):
         assert "took over the lock" in notes[0]
+
+
+def test_a_lock_that_vanishes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, fstat = [], os.fstat
+
+    def vanishing(descriptor: int) -> os.stat_result:
+        looks.append(descriptor)
+        if len(looks) == 1:
+            (tmp_path / ".lock").unlink()
+        return fstat(descriptor)
+
+    monkeypatch.setattr(os, "fstat", vanishing)
+    with output_lock(tmp_path, pytest.fail):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert len(looks) == 2
+
+
+def test_a_disk_without_locks_is_a_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StorageError, match="No locks available"):
+        output_lock(tmp_path, pytest.fail).__enter__()
 
 
 def test_first_signal_asks_and_the_second_stops() -> None:
