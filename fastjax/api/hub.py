@@ -1,7 +1,7 @@
 """Uploads of results: an explicit step, and the only one that sends anything."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastjax.errors import ConfigError, EnvironmentFault, ModelError, printable
 
@@ -43,8 +43,14 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
         )
     # Late: it reads its settings when it is imported.
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+    )
 
+    # What its HTTP client raises where no answer comes is a base of its own error.
+    unanswered = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     source = folder / Path(result).parent
     api: Any = huggingface_hub.HfApi()
     try:
@@ -65,12 +71,13 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
             "HF_HUB_OFFLINE is set: nothing can be uploaded",
             fix="unset it, or copy the folder yourself",
         ) from error
-    except OSError as error:  # huggingface_hub's errors of HTTP are OSErrors
+    except (OSError, *unanswered) as error:
         raise EnvironmentFault(
             f"the hub did not take the upload: {printable(error)}",
             where=repo_id,
-            fix="run `hf auth login` with a token that may write there; the result is "
-            f"in {folder}: `fastjax push --folder {folder} --hub_model_id {repo_id}`",
+            fix="check the network, and `hf auth login` with a token that may write "
+            f"there; the result is in {folder}: "
+            f"`fastjax push --folder {folder} --hub_model_id {repo_id}`",
             code="FJ-ENV-HUB",
         ) from error
     return f"https://huggingface.co/{repo_id}"

@@ -1,6 +1,7 @@
 """What a finished run leaves: samples, model card, settings, no secrets; uploads."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +154,19 @@ def test_uploads_that_fail_say_what_to_do(
     monkeypatch.setattr(FakeApi, "fault", fault)
     with pytest.raises(kind, match="hub"):
         push_folder(finished.folder, "me/x")
+
+
+def test_a_hub_that_does_not_answer_is_told(
+    finished: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = functools.partial(
+        huggingface_hub.HfApi, endpoint="http://127.0.0.1:1", token="hf_none"
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", nobody)
+    with pytest.raises(EnvironmentFault, match="check the network") as caught:
+        push_folder(finished.folder, "me/x")
+    assert caught.value.code == "FJ-ENV-HUB"
 
 
 def test_a_folder_without_a_result_is_not_uploaded(tmp_path: Path) -> None:
