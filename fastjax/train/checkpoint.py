@@ -133,11 +133,18 @@ def affordable(
     room = int((files.free_bytes(output_dir) + there) // max(need, 1)) - 1
     if room >= keep:
         return keep
+    size = files.mebibytes(need)
+    if room < 1:
+        note(
+            f"the disk has room for one checkpoint of {size}: while that is kept a "
+            "second one cannot be saved; free some space"
+        )
+        return 1
     note(
-        f"the disk has room for {max(room, 1)} checkpoints of {files.mebibytes(need)}: "
-        f"so many are kept, not save_total_limit={keep}"
+        f"the disk has room for {room} of the {keep} checkpoints that may be kept, of "
+        f"{size} each: so many are kept, not save_total_limit={keep}"
     )
-    return max(room, 1)
+    return room
 
 
 def read_record(folder: Path) -> dict[str, Any]:
