@@ -13,6 +13,7 @@ from fastjax.api.random_checkpoint import random_checkpoint_of
 from fastjax.errors import ModelError, printable
 from fastjax.files import user_path
 from fastjax.models.registry import PRESETS
+from fastjax.train.checkpoint import checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,12 +125,40 @@ def _folder(name: str, revision: str, *, with_weights: bool) -> tuple[Path, str]
         folder = resolve(
             name, revision=revision, known_names=PRESETS, with_weights=with_weights
         )
-        return folder, str(folder.resolve()) if os.path.isdir(name) else name
+        if not os.path.isdir(name):
+            return folder, name
+        folder = _model_in(folder)
+        return folder, str(folder.resolve())
     if found.hub_id is None:
         folder = random_checkpoint_of(name.lower())
         return folder, str(folder)
     folder = resolve(found.hub_id, revision=revision, with_weights=with_weights)
     return folder, found.hub_id
+
+
+def _model_in(folder: Path) -> Path:
+    """Returns the folder, or in that of a finished full fine-tuning the model's.
+
+    Raises:
+      ModelError: It is that of an unfinished run, or holds no model.
+    """
+    if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        return folder
+    if (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    saved = checkpoints(folder)
+    if saved:
+        raise ModelError(
+            "the run of this folder is not finished: it has no model or adapter yet",
+            where=str(folder),
+            fix="give its command again, which goes on, or take its newest "
+            f"checkpoint: {saved[-1]}",
+        )
+    raise ModelError(
+        "the folder holds no model: neither config.json nor an adapter",
+        where=str(folder),
+        fix="give the folder of a model, of an adapter or of a finished run",
+    )
 
 
 def _base_of(adapter: Path, *, with_weights: bool) -> tuple[Path, str]:
@@ -141,6 +170,13 @@ def _base_of(adapter: Path, *, with_weights: bool) -> tuple[Path, str]:
             "the adapter does not say which base model it belongs to",
             where=str(adapter / ADAPTER_CONFIG),
             fix="add base_model_name_or_path to that file",
+        )
+    if os.path.isabs(name) and not os.path.isdir(name):
+        raise ModelError(
+            f"the base model of this adapter is gone: {printable(name)}",
+            where=str(adapter / ADAPTER_CONFIG),
+            fix="write the folder that has it now, or its hub name, as "
+            "base_model_name_or_path into that file",
         )
     revision = recorded.revision or "main"
     return _folder(name, revision, with_weights=with_weights)[0], name

@@ -1,7 +1,7 @@
 """Uploads of results: an explicit step, and the only one that sends anything."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fastjax.errors import ConfigError, EnvironmentFault, ModelError, printable
 
@@ -44,13 +44,11 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
     # Late: it reads its settings when it is imported.
     import huggingface_hub
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage] - its client's
         OfflineModeIsEnabled,
     )
 
-    # What its HTTP client raises where no answer comes is a base of its own error.
-    unanswered = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     source = folder / Path(result).parent
     api: Any = huggingface_hub.HfApi()
     try:
@@ -71,7 +69,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
             "HF_HUB_OFFLINE is set: nothing can be uploaded",
             fix="unset it, or copy the folder yourself",
         ) from error
-    except (OSError, *unanswered) as error:
+    except (OSError, HTTPError) as error:
         raise EnvironmentFault(
             f"the hub did not take the upload: {printable(error)}",
             where=repo_id,

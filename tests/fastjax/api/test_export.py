@@ -57,6 +57,27 @@ def test_an_export_does_not_replace_what_it_reads(
     assert sorted(path.name for path in own.iterdir()) == before
 
 
+def test_folders_of_runs_stand_for_what_they_made(
+    adapter: Path, small_model: Path, tmp_path: Path
+) -> None:
+    run, lost = tmp_path / "run", tmp_path / "lost"
+    (run / "checkpoint-000002").mkdir(parents=True)
+    with pytest.raises(ModelError, match="not finished") as caught:
+        find_model(str(run))
+    assert str(run / "checkpoint-000002") in caught.value.fix
+    shutil.copytree(small_model, run / "model")
+    assert find_model(str(run)).folder == run / "model"
+    with pytest.raises(ModelError, match="holds no model"):
+        find_model(str(tmp_path))
+    shutil.copytree(adapter, lost)
+    path = lost / "adapter_config.json"
+    base = {"base_model_name_or_path": str(tmp_path / "moved")}
+    path.write_text(json.dumps(json.loads(path.read_text()) | base))
+    with pytest.raises(ModelError, match="base model of this adapter is gone") as told:
+        find_model(str(lost))
+    assert told.value.where == str(path)
+
+
 def test_the_base_that_training_saw_is_the_one_on_record(
     adapter: Path, tmp_path: Path
 ) -> None:
