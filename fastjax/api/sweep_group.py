@@ -1,5 +1,6 @@
 """Adapters of equal shapes that train together."""
 
+import contextlib
 import copy
 import dataclasses
 import time
@@ -83,11 +84,8 @@ class SweepGroup:
         self._model, self._console, self.step = model, console, 0
         starts = [_start(model, run) for run in runs]
         shared = starts[0]
-        self._members = [
-            SweepMember(run, _job(model, run, shared, loaders, remat), console)
-            for run in runs
-        ]
-        job = self._job = self._members[0].job
+        jobs = [_job(model, run, shared, loaders, remat) for run in runs]
+        job = self._job = jobs[0]
         config = job.config
         unit = dataclasses.replace(config.optimizer, learning_rate=1.0)
         optimizer = make_optimizer(unit, job.total_steps)
@@ -113,6 +111,12 @@ class SweepGroup:
             eval_loss = job.loss_function(job.eval_loader, None)
             self._eval_step = make_sweep_eval_step(eval_loss)
         self._in_flight: deque[tuple[int, Metrics, DeviceBatch]] = deque()
+        self._members: list[SweepMember] = []
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            for run, own in zip(runs, jobs, strict=True):
+                self._members.append(SweepMember(run, own, console))
+            on_failure.pop_all()
         self._started = self._mark = time.perf_counter()
 
     def train(self) -> None:

@@ -4,6 +4,7 @@ The host stays one step ahead of the device: while a step runs, the next batch i
 and sent, then the metrics of the step before are read. Nothing else waits.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -107,8 +108,11 @@ class _Loop:
         self._in_flight: deque[tuple[int, Metrics, DeviceBatch]] = deque()
         self._mark = self._started = time.perf_counter()
         self._restore({} if found is None else found.record)
-        # Last, since it frees the caller's weights.
-        self.state = start.start_state(job, found, progress.note)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.reporter.close)
+            # Last, since it frees the caller's weights.
+            self.state = start.start_state(job, found, progress.note)
+            on_failure.pop_all()
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.step = self.saved_step = saved.get("step", 0)

@@ -30,6 +30,7 @@ from fastjax.train.compiled import CompiledSteps, out_of_memory
 from fastjax.train.faults import VARIABLE, InjectedFault
 from fastjax.train.lock import output_lock
 from fastjax.train.metrics import CLOCK_FIELDS
+from fastjax.train.reporter import Reporter
 from fastjax.train.state import TrainState
 
 
@@ -195,6 +196,8 @@ def test_weights_make_room_before_those_of_the_checkpoint_are_read(
     tiny.train(tmp_path)
     _, trainable, _ = tiny.split()
     deleted: list[bool] = []
+    closed: list[Reporter] = []
+    monkeypatch.setattr(Reporter, "close", lambda self: closed.append(self))
 
     def unreadable(*args: object, **kwargs: object) -> None:
         deleted.extend(leaf.is_deleted() for leaf in jax.tree.leaves(trainable))
@@ -204,6 +207,7 @@ def test_weights_make_room_before_those_of_the_checkpoint_are_read(
     with pytest.raises(OSError, match="Input/output"):
         tiny.train(tmp_path, job={"trainable": trainable}, console=console)
     assert deleted == [True, True]
+    assert len(closed) == 1
     assert "the weights in memory were lost" in said(console)
 
 
