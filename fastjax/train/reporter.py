@@ -100,11 +100,12 @@ class Reporter:
 
 
 def _run_info(config: TrainConfig, output_dir: Path, step: int) -> RunInfo:
-    place = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:8]
+    place = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:16]
     return RunInfo(
         output_dir=output_dir,
         project=config.report.project,
-        name=config.report.run_name or f"{output_dir.name}-{place}",
+        id=place,
+        name=config.report.run_name or output_dir.name,
         settings=record.settings(config),
         step=step,
     )

@@ -4,17 +4,20 @@ A tracker never stops a run: when one fails it is left out from then on, with on
 warning, and `metrics.jsonl` stays complete.
 """
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from fastjax.errors import EnvironmentFault, printable
 from fastjax.requirements import install_command
 
-_FAULTS = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
-"""What trackers raise beside errors of their own."""
+_PARAMS_A_CALL = 100  # as many as MLflow takes
+_NOT_OF_TRACKERS = (AssertionError, MemoryError)
 
 
 @runtime_checkable
@@ -49,44 +52,77 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases, and Trackio, which has the same calls."""
+    """Weights & Biases, beside other runs of the process."""
 
     def __init__(self, module: Any, run: "RunInfo") -> None:
-        self._module = module
-        extra = {"id": run.name, "dir": str(run.output_dir)}
-        module.init(
+        self._run = module.init(
             project=run.project,
             name=run.name,
+            id=run.id,
+            dir=str(run.output_dir),
             config=dict(run.settings),
             resume="allow",
-            **(extra if module.__name__ == "wandb" else {}),
+            reinit="create_new",
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Sends all numbers at once."""
-        self._module.log(dict(values), step=step)
+        self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         """Ends the run there."""
-        self._module.finish()
+        self._run.finish()
+
+
+class Trackio(WandB):
+    """Trackio, which tells runs apart by their names alone."""
+
+    def __init__(self, module: Any, run: "RunInfo") -> None:
+        self._run = module.init(
+            project=run.project,
+            name=f"{run.name}-{run.id}",
+            config=dict(run.settings),
+            resume="allow",
+        )
 
 
 class MLflow:
     """MLflow, at the address of its own environment variables."""
 
     def __init__(self, module: Any, run: "RunInfo") -> None:
-        self._module = module
-        module.set_experiment(run.project)
-        module.start_run(run_name=run.name)
-        module.log_params({name: str(value) for name, value in run.settings.items()})
+        self._entities, self._client = module.entities, module.MlflowClient()
+        experiment = self._experiment(run.project)
+        # A run there has an id of the server's making; ours is a tag.
+        same = f"tags.fastjax_id = '{run.id}'"
+        found = self._client.search_runs([experiment], same) if run.step else []
+        if found:
+            self._id = found[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        made = self._client.create_run(
+            experiment, run_name=run.name, tags={"fastjax_id": run.id}
+        )
+        self._id = made.info.run_id
+        for some in itertools.batched(run.settings.items(), _PARAMS_A_CALL):
+            params = [self._entities.Param(name, str(value)) for name, value in some]
+            self._client.log_batch(self._id, params=params)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Sends all numbers at once."""
-        self._module.log_metrics(dict(values), step=step)
+        now = round(time.time() * 1000)
+        metrics = [
+            self._entities.Metric(name, value, now, step)
+            for name, value in values.items()
+        ]
+        self._client.log_batch(self._id, metrics=metrics)
 
     def close(self) -> None:
         """Ends the run there."""
-        self._module.end_run()
+        self._client.set_terminated(self._id)
+
+    def _experiment(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        return found.experiment_id if found else self._client.create_experiment(name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,24 +132,27 @@ class RunInfo:
     Attributes:
       output_dir: Of the run.
       project: Name of a group of runs.
-      name: Of the run, the same again when it is resumed.
+      id: Of the output folder: the same again when the run is resumed, and that of no
+        other run.
+      name: For people; several runs may share it.
       settings: Flat, without secrets: they have none.
       step: Steps done before.
     """
 
     output_dir: Path
     project: str
+    id: str
     name: str
     settings: Mapping[str, Any]
     step: int
 
 
-# Name -> (module, adapter, names of the module's own errors).
-_KNOWN: dict[str, tuple[str, Callable[[Any, RunInfo], Tracker], tuple[str, ...]]] = {
-    "tensorboard": ("tensorboardX", TensorBoard, ()),
-    "wandb": ("wandb", WandB, ("Error",)),
-    "trackio": ("trackio", WandB, ()),
-    "mlflow": ("mlflow", MLflow, ("MlflowException",)),
+# Name -> (module, adapter).
+_KNOWN: dict[str, tuple[str, Callable[[Any, RunInfo], Tracker]]] = {
+    "tensorboard": ("tensorboardX", TensorBoard),
+    "wandb": ("wandb", WandB),
+    "trackio": ("trackio", Trackio),
+    "mlflow": ("mlflow", MLflow),
 }
 
 
@@ -130,45 +169,44 @@ class Trackers:
         """
         self._note = note
         self._open: dict[str, Tracker] = {}
-        self._faults: dict[str, tuple[type[BaseException], ...]] = {}
         modules = {name: _imported(name) for name in names if name != "none"}
         for name, module in modules.items():
-            _, make, errors = _KNOWN[name]
-            own = tuple(getattr(module, e) for e in errors if hasattr(module, e))
-            self._faults[name] = (*_FAULTS, *own)
-            try:
-                self._open[name] = make(module, run)
-            except self._faults[name] as error:
-                self._leave_out(name, error)
+            with self._leaving_out(name):
+                self._open[name] = _KNOWN[name][1](module, run)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Sends the numbers of a record of `metrics.jsonl`."""
         values = {
-            _grouped(name): value
+            _grouped(name): float(value)
             for name, value in record.items()
             if isinstance(value, int | float) and name != "step"
         }
         for name, tracker in list(self._open.items()):
-            try:
+            with self._leaving_out(name):
                 tracker.log(values, record["step"])
-            except self._faults[name] as error:
-                self._leave_out(name, error)
 
     def close(self) -> None:
         """Ends them all."""
         for name, tracker in list(self._open.items()):
-            try:
+            with self._leaving_out(name):
                 tracker.close()
-            except self._faults[name] as error:
-                self._leave_out(name, error)
         self._open = {}
 
-    def _leave_out(self, name: str, error: BaseException) -> None:
-        self._open.pop(name, None)
-        self._note(
-            f"warning: {name} failed and is left out: {printable(error)}; "
-            "metrics.jsonl goes on"
-        )
+    @contextlib.contextmanager
+    def _leaving_out(self, name: str) -> Iterator[None]:
+        """Leaves a tracker out when the block fails."""
+        try:
+            yield
+        except Exception as error:
+            # Services and what carries to them share no error; some raise a plain one.
+            if not isinstance(error, _NOT_OF_TRACKERS):
+                self._open.pop(name, None)
+                self._note(
+                    f"warning: {name} failed and is left out: {printable(error)}; "
+                    "metrics.jsonl goes on"
+                )
+                return
+            raise
 
 
 def require_packages(names: Sequence[str]) -> None:

@@ -1,16 +1,19 @@
 """Best weights, warnings, trackers and the plot: what follows the metrics of a run."""
 
+import pickle
 import sys
 import types
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from fastjax.config import ReportConfig
+from fastjax.config import ReportConfig, TrainConfig
 from fastjax.errors import ConfigError, EnvironmentFault
 from fastjax.flat_config import train_config
 from fastjax.train.loss_plot import loss_svg, smoothed, write_loss_plot
+from fastjax.train.reporter import _run_info
 from fastjax.train.selection import Selection
 from fastjax.train.throughput import roofline_share
 from fastjax.train.trackers import RunInfo, Trackers
@@ -72,6 +75,17 @@ def test_warnings_name_the_cause_once(losses, evals, expected) -> None:
     assert not found or "learning_rate" in found[0] or "early_stopping" in found[0]
 
 
+def test_what_is_watched_does_not_grow_with_the_run() -> None:
+    sizes = []
+    for records in (100, 1000):
+        watchdog = Watchdog(2e-4)
+        for step in range(1001, 1001 + records):
+            watchdog.observe({"step": step, "loss": 2.0 + 1 / step})
+            watchdog.observe({"step": step, "eval_loss": 2.5 + 1 / step})
+        sizes.append(len(pickle.dumps(watchdog)))
+    assert sizes[1] <= sizes[0] + 4
+
+
 def test_the_plot_shows_both_losses(tmp_path: Path) -> None:
     records = [{"step": s, "loss": 3 - s / 2000} for s in range(1, 4001)]
     records += [{"step": 2000, "eval_loss": 1.9}, {"step": 4000, "eval_loss": 1.2}]
@@ -94,35 +108,73 @@ def test_the_share_of_the_roofline() -> None:
 
 
 class FakeTracker(types.ModuleType):
-    """Stands for wandb and trackio."""
+    """Stands for wandb and trackio; each run has calls of its own."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.calls: list[tuple] = []
+        self.runs: list[FakeRun] = []
 
-    def init(self, **options: object) -> None:
-        self.calls.append(("init", options))
+    def init(self, **options: object) -> "FakeRun":
+        self.runs.append(FakeRun(options))
+        return self.runs[-1]
+
+
+class FakeRun:
+    """A run of one of these."""
+
+    def __init__(self, options: dict) -> None:
+        self.options = options
+        self.calls: list[tuple] = []
 
     def log(self, values: dict, step: int) -> None:
         if step == 3:
-            raise OSError("no route to host")
-        self.calls.append(("log", values, step))
+            raise Exception("no route to host")
+        self.calls.append((values, step))
 
     def finish(self) -> None:
         self.calls.append(("finish",))
 
 
 class FakeMLflow(types.ModuleType):
-    """Stands for mlflow; takes every call."""
+    """Stands for mlflow, its client and its entities."""
 
     def __init__(self) -> None:
         super().__init__("mlflow")
-        self.calls: list[str] = []
+        self.entities = types.SimpleNamespace(
+            Param=lambda name, value: (name, value),
+            Metric=lambda name, value, time, step: (name, value, step),
+        )
+        self.runs: dict[str, list] = {}
+        self.tags: dict[str, str] = {}
 
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__") or name == "MlflowException":
-            raise AttributeError(name)
-        return lambda *_, **__: self.calls.append(name)
+    def MlflowClient(self) -> "FakeMLflow":  # noqa: N802
+        return self
+
+    def get_experiment_by_name(self, name: str) -> None: ...
+
+    def create_experiment(self, name: str) -> str:
+        return f"experiment-{name}"
+
+    def create_run(self, experiment: str, run_name: str, tags: dict) -> object:
+        name = f"{experiment}/{run_name}/{len(self.runs)}"
+        self.runs[name], self.tags[name] = [], tags["fastjax_id"]
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=name))
+
+    def search_runs(self, experiments: list[str], query: str) -> list:
+        return [
+            types.SimpleNamespace(info=types.SimpleNamespace(run_id=name))
+            for name, tag in self.tags.items()
+            if f"'{tag}'" in query
+        ]
+
+    def update_run(self, name: str, status: str) -> None:
+        self.runs[name].append(status)
+
+    def log_batch(self, name: str, metrics: Any = (), params: Any = ()) -> None:
+        self.runs[name] += [*metrics, *params]
+
+    def set_terminated(self, name: str) -> None:
+        self.runs[name].append("FINISHED")
 
 
 class FakeBoard(types.ModuleType):
@@ -153,31 +205,85 @@ def test_trackers_get_the_numbers_and_one_that_fails_is_left_out(
     wandb, board, mlflow = FakeTracker("wandb"), FakeBoard(), FakeMLflow()
     for module in (wandb, board, mlflow):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    info = RunInfo(
-        output_dir=tmp_path, project="p", name="n", settings={"seed": 1}, step=2
-    )
     notes: list[str] = []
     names = ("none", "wandb", "tensorboard", "mlflow")
-    trackers = Trackers(names, info, notes.append)
+    trackers = Trackers(names, run_info(tmp_path, step=2), notes.append)
     for step in (2, 3, 4):
         trackers.log({"step": step, "loss": 1.5, "eval_loss": 2.0, "time": None})
     trackers.close()
-    assert [call[0] for call in wandb.calls] == ["init", "log"]
-    assert wandb.calls[0][1]["resume"] == "allow"
-    assert wandb.calls[1][1] == {"train/loss": 1.5, "eval/loss": 2.0}
+    assert wandb.runs[0].options["resume"] == "allow"
+    assert wandb.runs[0].calls == [({"train/loss": 1.5, "eval/loss": 2.0}, 2)]
     assert board.calls[0] == ("tensorboard", 3)
     assert ("train/loss", 1.5, 4) in board.calls
-    assert mlflow.calls[-1] == "end_run"
-    assert mlflow.calls.count("log_metrics") == 3
+    (calls,) = mlflow.runs.values()
+    assert calls[:2] == [("seed", "1"), ("train/loss", 1.5, 2)]
+    assert len(calls) == 8
+    assert calls[-1] == "FINISHED"
     assert len(notes) == 1
     assert "wandb failed" in notes[0]
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
+def test_runs_of_one_name_stay_apart(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = FakeMLflow() if name == "mlflow" else FakeTracker(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    both = [
+        Trackers((name,), run_info(tmp_path, id=place), print) for place in ("x", "y")
+    ]
+    for value, trackers in enumerate(both):
+        trackers.log({"step": 1, "loss": value})
+    for trackers in both:
+        trackers.close()
+    if isinstance(module, FakeTracker):
+        losses = [run.calls[0][0]["train/loss"] for run in module.runs]
+        key = "id" if name == "wandb" else "name"
+        assert len({run.options[key] for run in module.runs}) == 2
+    else:
+        losses = [calls[1][1] for calls in module.runs.values()]
+    assert losses == [0, 1]
+
+
+def test_a_resumed_run_goes_on_in_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = FakeMLflow()
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    for step, place in ((0, "x"), (0, "y"), (5, "x")):
+        trackers = Trackers(("mlflow",), run_info(tmp_path, id=place, step=step), print)
+        trackers.log({"step": step + 1, "loss": 1.0})
+        trackers.close()
+    first, second = module.runs.values()
+    assert ("train/loss", 1.0, 6) in first
+    assert len(second) == 3
+
+
+def test_the_id_is_that_of_the_folder(tmp_path: Path) -> None:
+    report = ReportConfig(run_name="same")
+    config = TrainConfig(report=report)
+    infos = [_run_info(config, tmp_path / name, 0) for name in ("a", "b", "b")]
+    assert [info.name for info in infos] == ["same"] * 3
+    assert infos[0].id != infos[1].id == infos[2].id
+    plain = _run_info(TrainConfig(), tmp_path / "a", 0)
+    assert (plain.name, plain.id) == ("a", infos[0].id)
+
+
+def run_info(folder: Path, id: str = "x", step: int = 0) -> RunInfo:  # noqa: A002
+    return RunInfo(
+        output_dir=folder,
+        project="p",
+        id=id,
+        name="n",
+        settings={"seed": 1},
+        step=step,
+    )
+
+
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
-    info = RunInfo(output_dir=Path(), project="p", name="n", settings={}, step=0)
     with pytest.raises(EnvironmentFault, match=r"pip install .*\[trackio\]"):
-        Trackers(("trackio",), info, print)
+        Trackers(("trackio",), run_info(Path()), print)
 
 
 def test_settings_of_watching() -> None:
