@@ -1,10 +1,13 @@
 """The public cross-entropy functions: types, checks, dispatch."""
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float, Float32, Int
 
 from kernels import dispatch
 from kernels.choice import Case, fastest_first
+from kernels.dispatch import UnsupportedOp
 
 from . import odds, reference, vjp
 from .adapter import HeadAdapter
@@ -15,7 +18,20 @@ _LOSS = {
     "xla": vjp.linear_cross_entropy,
     "reference": reference.linear_cross_entropy,
 }
-_LOG_PROBS = {"xla": vjp.token_log_probs, "reference": reference.token_log_probs}
+
+
+def _no_log_probs(*_: Any) -> Array:
+    raise UnsupportedOp(
+        "the kernel of cross_entropy sums losses up: it has no log-probability of each "
+        "row"
+    )
+
+
+_LOG_PROBS = {
+    "xla": vjp.token_log_probs,
+    "reference": reference.token_log_probs,
+    "mosaic_gpu": _no_log_probs,
+}
 
 
 def linear_cross_entropy(
@@ -97,7 +113,7 @@ def token_log_probs(
     """Returns `log softmax(hidden @ head^T)[target]` of each row, 0 where ignored.
 
     The backward pass computes the logits of each chunk again. Arguments and errors are
-    those of `linear_cross_entropy`.
+    those of `linear_cross_entropy`, whose kernel has no part here.
     """
     options = Options(
         softcap=softcap,

@@ -1,12 +1,14 @@
 """Gated linear units (arxiv.org/abs/2002.05202): the unit alone, and the network."""
 
 import functools
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from kernels import dispatch
 from kernels.choice import fastest_first
+from kernels.dispatch import UnsupportedOp
 from kernels.lora_matmul import Projection, check_projection, check_residual
 
 from . import composed, fused, reference, vjp
@@ -14,7 +16,15 @@ from . import composed, fused, reference, vjp
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 """Known activations, by Hugging Face's names."""
 
-_UNITS = {"xla": vjp.gated_activation, "reference": reference.gated_activation}
+
+def _no_unit_alone(*_: Any, **__: Any) -> Array:
+    raise UnsupportedOp(
+        "the kernels of gated_mlp take networks of frozen weights, no unit alone"
+    )
+
+
+_COMPOSED_OF = {"xla": vjp.gated_activation, "reference": reference.gated_activation}
+_UNITS = {**_COMPOSED_OF, "mosaic_gpu": _no_unit_alone}
 
 
 def gated_activation(
@@ -36,6 +46,7 @@ def gated_activation(
 
     Raises:
       ValueError: Unknown activation, or shapes or dtypes disagree.
+      UnsupportedOp: "mosaic_gpu" is named, which has kernels for `gated_mlp` alone.
     """
     _check(activation)
     if gate.shape != up.shape or gate.dtype != up.dtype:
@@ -87,11 +98,10 @@ def gated_mlp(
         residual = residual.reshape(rows.shape)
     inputs, outputs = rows.shape[1], down.weight.shape[0]
     case = {"rows": rows.shape[0], "inputs": inputs, "outputs": outputs}
-    composed_of = {
+    implementations = {"mosaic_gpu": fused.gated_mlp} | {
         name: functools.partial(composed.gated_mlp, unit)
-        for name, unit in _UNITS.items()
+        for name, unit in _COMPOSED_OF.items()
     }
-    implementations = {"mosaic_gpu": fused.gated_mlp, **composed_of}
     result = dispatch.run(
         "gated_mlp",
         fastest_first("gated_mlp", case, implementations),

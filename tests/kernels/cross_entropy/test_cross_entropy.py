@@ -353,3 +353,9 @@ def test_wrong_use_is_named() -> None:
         token_log_probs(hidden, head, targets, softcap=-1.0)
     with pytest.raises(ValueError, match="no implementation 'liger'"):
         linear_cross_entropy(hidden, head, targets, implementation="liger")
+
+
+def test_the_kernel_of_the_loss_has_no_log_probs() -> None:
+    arrays = _inputs(CASES["one_chunk"], "float32")
+    with pytest.raises(UnsupportedOp, match="log-probability of each row"):
+        token_log_probs(*arrays, implementation="mosaic_gpu")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kernels.device import compute_capability
+from kernels.dispatch import UnsupportedOp, record
 from kernels.gated_mlp import gated_activation
 from kernels.gated_mlp.cases import CASES, GPU_CASES, GatedCase
 from kernels.numerics import relative_error, tolerance
@@ -105,3 +106,12 @@ def test_mixed_dtypes_are_refused():
     x = jnp.ones((2, 2))
     with pytest.raises(ValueError, match="alike"):
         gated_activation(x, x.astype(jnp.bfloat16), activation="silu")
+
+
+def test_kernels_of_the_network_are_refused_with_the_reason():
+    x = jnp.ones((2, 2))
+    with pytest.raises(UnsupportedOp, match="networks of frozen weights"):
+        gated_activation(x, x, activation="silu", implementation="mosaic_gpu")
+    with record() as chosen:
+        gated_activation(x, x, activation="silu")
+    assert chosen == {"gated_mlp": {"xla"}}
