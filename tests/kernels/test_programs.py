@@ -29,10 +29,9 @@ def test_implementations_return_alike(program):
 
     results = []
     for name in program.implementations:
-        with (
-            assume_compute_capability(HOPPER),
-            contextlib.suppress(UnsupportedOp),  # a library that is not here
-        ):
+        # A library that is not here.
+        absent = (UnsupportedOp,) if "cudnn" in name else ()
+        with assume_compute_capability(HOPPER), contextlib.suppress(*absent):
             results.append(shapes(name))
     assert results
     assert all(result == results[0] for result in results)
