@@ -19,8 +19,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels.dispatch import UnsupportedOp
 from kernels.wgmma import accumulator, swizzled
 
+TILE_M = 128
+"""Rows of a tile."""
+
+TILE_K = 64
+"""Contracted elements of one step: those of 16 bits are a swizzled line."""
+
 MULTIPLIERS = 2
-"""Warpgroups of a block that multiply."""
+"""Warpgroups of a block that multiply, each half of a tile's columns."""
 
 PIECE = 64
 """Rows and columns that are stored at a time."""
@@ -28,52 +34,29 @@ PIECE = 64
 PARTS = 2
 """Steps that bring a tile of a matrix like the results to the epilogue."""
 
+_STAGES = 4  # steps in shared memory at a time; three cost 8 % on an H200
+_WIDTH = 8  # columns of tiles that blocks walk along together, for the L2 cache
 _COPIES = 2  # that fill a step
 _LOADER = MULTIPLIERS
 _LOADER_REGISTERS, _MULTIPLIER_REGISTERS = 40, 232
 _SLOTS = 2  # pieces on their way, for each multiplying warpgroup
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TileConfig:
-    """Tiles of one block: two warpgroups multiply a half of the columns each.
-
-    The defaults were the fastest of those timed on an H200; three stages cost 8 %.
-
-    Attributes:
-      tile_m: Rows.
-      tile_n: Columns.
-      tile_k: Contracted elements of one step; 64 of 16 bits are a swizzled line.
-      stages: Steps in shared memory at a time.
-      width: Columns of tiles that blocks walk along together, for the L2 cache.
-    """
-
-    tile_m: int = 128
-    tile_n: int = 256
-    tile_k: int = 64
-    stages: int = 4
-    width: int = 8
-
-    def __post_init__(self) -> None:
-        if self.tile_m % 64 or self.tile_n % 128 or self.tile_k % 64:
-            raise ValueError(f"{self} does not suit wgmma")
-
-    @property
-    def has_parts(self) -> bool:
-        """Whether `stream_part` suits: a part fills the place of a right operand."""
-        return self.tile_n == PARTS * self.tile_m == 4 * PIECE == 4 * self.tile_k
-
-
-def tiles_for(rows: int, widths: Sequence[int]) -> TileConfig:
-    """Returns the tiles for results of `rows` and each of `widths`.
+def tile_n_for(rows: int, widths: Sequence[int]) -> int:
+    """Returns the columns of a tile for results of `rows` and each of `widths`.
 
     Raises:
       UnsupportedOp: The sizes are no multiples of any tile.
     """
     for tile_n in (256, 128):
-        if rows % 128 == 0 and all(width % tile_n == 0 for width in widths):
-            return TileConfig(tile_n=tile_n)
+        if rows % TILE_M == 0 and all(width % tile_n == 0 for width in widths):
+            return tile_n
     raise UnsupportedOp(f"{rows=} and {widths=} must be multiples of 128")
+
+
+def has_parts(tile_n: int) -> bool:
+    """Whether `stream_part` suits: a part fills the place of a right operand."""
+    return tile_n == PARTS * TILE_M
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +64,23 @@ class PersistentProduct:
     """Static facts of a kernel.
 
     Attributes:
-      tiles: How to cut.
-      stages: Steps in shared memory at a time.
+      tile_n: Columns of a tile.
       grid: Tiles along the rows and along the columns.
       steps: Along the contracted axis, the same number for each tile.
       is_transposed: Right operands are (N, C) in memory, not (C, N).
       rest: Steps of the ring after those of a tile, which its epilogue reads.
     """
 
-    tiles: TileConfig
-    stages: int
+    tile_n: int
     grid: tuple[int, int]
     steps: int
     is_transposed: bool
     rest: int = 0
+
+    @property
+    def stages(self) -> int:
+        """Steps in shared memory at a time."""
+        return min(_STAGES, self.steps + self.rest)
 
     def kernel(
         self,
@@ -115,15 +101,15 @@ class PersistentProduct:
           name: Of the kernel.
           approx_math: Whether exponentials may be approximate.
         """
-        dtype, tiles = out_type[0].dtype, self.tiles
-        ring = swizzled(tiles.tile_k, dtype)
-        b_tile = (tiles.tile_k, tiles.tile_n)
+        dtype = out_type[0].dtype
+        ring = swizzled(TILE_K, dtype)
+        b_tile = (TILE_K, self.tile_n)
         return plgpu.kernel(
             body,
             out_type=out_type,
             scratch_types={
                 "a_smem": plgpu.SMEM(
-                    (self.stages, tiles.tile_m, tiles.tile_k), dtype, transforms=ring
+                    (self.stages, TILE_M, TILE_K), dtype, transforms=ring
                 ),
                 "b_smem": plgpu.SMEM(
                     (self.stages, *(b_tile[::-1] if self.is_transposed else b_tile)),
@@ -163,7 +149,7 @@ class ProductBlock:
     @property
     def columns(self) -> int:
         """Columns of a tile that are this warpgroup's."""
-        return self.product.tiles.tile_n // MULTIPLIERS
+        return self.product.tile_n // MULTIPLIERS
 
     def run(
         self,
@@ -176,7 +162,7 @@ class ProductBlock:
           load: Streams the operands of tile (m, n); its third argument is the step of
             the ring that comes first.
           epilogue: Called for tile (m, n) before the multiplication, with the step of
-            the ring after it; what it returns takes this warpgroup's float32 (tile_m,
+            the ring after it; what it returns takes this warpgroup's float32 (TILE_M,
             columns).
         """
 
@@ -199,7 +185,7 @@ class ProductBlock:
         @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="block")
         def _(loop):
             (index,) = loop.index
-            m, n = plgpu.planar_snake(index, grid, 0, self.product.tiles.width)
+            m, n = plgpu.planar_snake(index, grid, 0, _WIDTH)
             run(m, n, loop.local_index * (self.product.steps + self.product.rest))
 
     def stream(self, left: Any, right: Any, m: Any, n: Any, first: Any, count: int):
@@ -213,13 +199,13 @@ class ProductBlock:
           first: Step of the ring.
           count: Steps along C.
         """
-        tiles = self.product.tiles
+        tile_n = self.product.tile_n
 
         def load_step(k, _):
             slot, full = self._emptied(first + k)
-            contracted = pl.ds(k * tiles.tile_k, tiles.tile_k)
-            columns = pl.ds(n * tiles.tile_n, tiles.tile_n)
-            a = (pl.ds(m * tiles.tile_m, tiles.tile_m), contracted)
+            contracted = pl.ds(k * TILE_K, TILE_K)
+            columns = pl.ds(n * tile_n, tile_n)
+            a = (pl.ds(m * TILE_M, TILE_M), contracted)
             b = (contracted, columns)
             if self.product.is_transposed:
                 b = b[::-1]
@@ -238,18 +224,18 @@ class ProductBlock:
           part: Which half, of `PARTS`.
           step: Of the ring.
         """
-        tiles, is_transposed = self.product.tiles, self.product.is_transposed
+        tile_n, is_transposed = self.product.tile_n, self.product.is_transposed
         slot, full = self._emptied(step)
-        row, column = m * tiles.tile_m, n * tiles.tile_n
+        row, column = m * TILE_M, n * tile_n
         size = self.columns if is_transposed else PIECE // _COPIES
         for copy in range(_COPIES):
             # What is copied at once lies together in the place of a right operand.
             if is_transposed:
                 columns = column + copy * self.columns + part * PIECE
-                at = (pl.ds(row, tiles.tile_m), pl.ds(columns, PIECE))
+                at = (pl.ds(row, TILE_M), pl.ds(columns, PIECE))
             else:
                 rows = row + part * PIECE + copy * size
-                at = (pl.ds(rows, size), pl.ds(column, tiles.tile_n))
+                at = (pl.ds(rows, size), pl.ds(column, tile_n))
             target = self.b_smem.at[slot, pl.ds(copy * size, size)]
             plgpu.copy_gmem_to_smem(source.at[at], target, full)
 
@@ -296,9 +282,7 @@ class ProductBlock:
         def slot_of(step):
             return lax.rem(first + step, product.stages)
 
-        @functools.partial(
-            pl.run_scoped, acc=accumulator(product.tiles.tile_m, self.columns)
-        )
+        @functools.partial(pl.run_scoped, acc=accumulator(TILE_M, self.columns))
         def _(acc):
             def multiply_step(k, _):
                 slot = slot_of(k)

@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Float32
 from kernels.persistent_product import (
     MULTIPLIERS,
     PIECE,
+    TILE_K,
+    TILE_M,
     PersistentProduct,
     ProductBlock,
-    TileConfig,
 )
 
 KERNEL_NAME = "cross_entropy_odds"
@@ -34,25 +35,23 @@ def odds(
     head: Float[Array, "V D"],
     shift: Float32[Array, " M"],
     *,
-    tiles: TileConfig,
+    tile_n: int,
     blocks: int,
 ) -> tuple[Float[Array, "M V"], Float32[Array, " M"]]:
     """Returns `exp(logit - shift)` and its sums along the rows, which may overflow.
 
     Args:
-      hidden: 16 bits; M a multiple of `tile_m`, D of `tile_k`.
+      hidden: 16 bits; M a multiple of `TILE_M`, D of `TILE_K`.
       head: V a multiple of `tile_n`.
       shift: Natural logarithm of what the exponentials are divided by.
-      tiles: How to cut.
+      tile_n: Columns of a tile.
       blocks: Of the grid; as many as the device has multiprocessors.
     """
     (rows, features), vocabulary = hidden.shape, head.shape[0]
-    steps = features // tiles.tile_k
     product = PersistentProduct(
-        tiles=tiles,
-        stages=min(tiles.stages, steps),
-        grid=(rows // tiles.tile_m, vocabulary // tiles.tile_n),
-        steps=steps,
+        tile_n=tile_n,
+        grid=(rows // TILE_M, vocabulary // tile_n),
+        steps=features // TILE_K,
         is_transposed=True,
     )
     parts = MULTIPLIERS * product.grid[1]
@@ -80,7 +79,7 @@ def _body(
     **memory,
 ) -> None:
     block = ProductBlock(product=product, **memory)
-    tiles, warpgroup = product.tiles, lax.axis_index("warpgroup")
+    tile_n, warpgroup = product.tile_n, lax.axis_index("warpgroup")
 
     def load(m, n, step):
         block.stream(hidden_gmem, head_gmem, m, n, step, product.steps)
@@ -88,18 +87,18 @@ def _body(
     def epilogue(m, n, _):
         shifts = [
             plgpu.load(
-                shift_gmem.at[pl.ds(m * tiles.tile_m + i, PIECE)],
+                shift_gmem.at[pl.ds(m * TILE_M + i, PIECE)],
                 layout=plgpu.Layout.WGMMA.reduce(1),
                 optimized=False,
             )
-            for i in range(0, tiles.tile_m, PIECE)
+            for i in range(0, TILE_M, PIECE)
         ]
         return functools.partial(store, shifts, m, n)
 
     def store(shifts, m, n, logits):
-        row, column = m * tiles.tile_m, n * tiles.tile_n + warpgroup * block.columns
+        row, column = m * TILE_M, n * tile_n + warpgroup * block.columns
         index = 0
-        for i, shift in zip(range(0, tiles.tile_m, PIECE), shifts, strict=True):
+        for i, shift in zip(range(0, TILE_M, PIECE), shifts, strict=True):
             terms = []
             for j in range(0, block.columns, PIECE):
                 logit = logits[i : i + PIECE, j : j + PIECE]

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from kernels.device import multiprocessors, require_hopper
 from kernels.dispatch import UnsupportedOp
-from kernels.persistent_product import TileConfig, tiles_for
+from kernels.persistent_product import TILE_K, TILE_M, tile_n_for
 
 from . import vjp
 from .adapter import HeadAdapter
@@ -49,13 +49,13 @@ def linear_cross_entropy(
     Raises:
       UnsupportedOp: Another device, or what the kernel lacks.
     """
-    tiles = _tiles(options, hidden, head, adapter)
+    tile_n = _tile_n(options, hidden, head, adapter)
 
     def body(_: None, chunk: Chunks) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        exponentials = _exponentials(options, chunk, head, tiles)
+        exponentials = _exponentials(options, chunk, head, tile_n)
         return None, (exponentials.loss, exponentials.is_too_large)
 
-    chunks = in_chunks(options, hidden, targets, multiple=tiles.tile_m)
+    chunks = in_chunks(options, hidden, targets, multiple=TILE_M)
     _, (losses, is_too_large) = jax.lax.scan(body, None, chunks)
 
     def again() -> jax.Array:
@@ -73,14 +73,14 @@ def _forward(
     targets: jax.Array,
     adapter: HeadAdapter | None,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    tiles = _tiles(options, hidden, head, adapter)
+    tile_n = _tile_n(options, hidden, head, adapter)
 
     def body(_: None, chunk: Chunks) -> tuple[None, tuple[jax.Array, ...]]:
-        found = _exponentials(options, chunk, head, tiles)
+        found = _exponentials(options, chunk, head, tile_n)
         dhidden = _gradient(options, chunk, head, found)
         return None, (found.loss, found.is_too_large, dhidden)
 
-    chunks = in_chunks(options, hidden, targets, multiple=tiles.tile_m)
+    chunks = in_chunks(options, hidden, targets, multiple=TILE_M)
     _, (losses, is_too_large, dhidden) = jax.lax.scan(body, None, chunks)
     dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
 
@@ -125,7 +125,7 @@ class _Exponentials(NamedTuple):
 
 
 def _exponentials(
-    options: Options, chunk: Chunks, head: jax.Array, tiles: TileConfig
+    options: Options, chunk: Chunks, head: jax.Array, tile_n: int
 ) -> _Exponentials:
     is_target = chunk.targets != options.ignore_index
     # A target outside of the vocabulary makes the loss NaN, as by XLA.
@@ -139,7 +139,7 @@ def _exponentials(
         chunk.hidden,
         head,
         own_logits,
-        tiles=tiles,
+        tile_n=tile_n,
         blocks=multiprocessors(),
     )
     return _Exponentials(
@@ -164,13 +164,13 @@ def _in_small_chunks(options: Options) -> Options:
     return dataclasses.replace(options, chunk_tokens=_RECOMPUTED_ROWS)
 
 
-def _tiles(
+def _tile_n(
     options: Options,
     hidden: jax.Array,
     head: jax.Array,
     adapter: HeadAdapter | None,
-) -> TileConfig:
-    """Returns how to cut, or raises `UnsupportedOp`."""
+) -> int:
+    """Returns the columns of a tile, or raises `UnsupportedOp`."""
     require_hopper()
     if hidden.dtype.name not in _DTYPES or head.dtype != hidden.dtype:
         raise UnsupportedOp(f"{hidden.dtype=} and {head.dtype=} must be bfloat16")
@@ -181,7 +181,7 @@ def _tiles(
     if adapter is not None:
         raise UnsupportedOp("the kernel has no adapter of the head")
     vocabulary, features = head.shape
-    tiles = tiles_for(TileConfig().tile_m, [vocabulary])
-    if features % tiles.tile_k:
-        raise UnsupportedOp(f"{features=} must be a multiple of {tiles.tile_k}")
-    return tiles
+    tile_n = tile_n_for(TILE_M, [vocabulary])
+    if features % TILE_K:
+        raise UnsupportedOp(f"{features=} must be a multiple of {TILE_K}")
+    return tile_n

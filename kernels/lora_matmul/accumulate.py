@@ -21,9 +21,10 @@ from kernels.dispatch import UnsupportedOp
 from kernels.persistent_product import (
     PARTS,
     PIECE,
+    TILE_K,
+    TILE_M,
     PersistentProduct,
     ProductBlock,
-    TileConfig,
 )
 
 KERNEL_NAME = "accumulated_products"
@@ -46,7 +47,7 @@ def accumulated_products(
     sums: Sequence[Sequence[Term]],
     *,
     is_transposed: bool,
-    tiles: TileConfig,
+    tile_n: int,
     blocks: int,
     shared: Term | None = None,
     added: Sequence[jax.Array] = (),
@@ -57,7 +58,7 @@ def accumulated_products(
       sums: The terms of each output. All have M rows and the same number of steps along
         the contracted axes; a rest of a step reads zeros.
       is_transposed: Right operands are (N, C) in memory.
-      tiles: How to cut.
+      tile_n: Columns of a tile.
       blocks: Of the grid; as many as the device has multiprocessors.
       shared: One more term of every sum. Its right operand has the columns of all
         outputs side by side.
@@ -66,27 +67,27 @@ def accumulated_products(
     Raises:
       UnsupportedOp: Sizes are no multiples of the tiles.
     """
-    plan, lhs, rhs = _plan(sums, is_transposed, tiles)
+    plan, lhs, rhs = _plan(sums, is_transposed, tile_n)
     if shared is not None:
         lhs, rhs = [*lhs, shared[0]], [*rhs, shared[1]]
     rows = lhs[0].shape[0]
-    if rows % tiles.tile_m:
-        raise UnsupportedOp(f"{rows} rows are no multiple of {tiles.tile_m}")
+    if rows % TILE_M:
+        raise UnsupportedOp(f"{rows} rows are no multiple of {TILE_M}")
     return _launch(
         lhs,
         rhs,
         list(added),
         plan=plan,
-        shared_steps=0 if shared is None else _steps(shared[0], tiles),
+        shared_steps=0 if shared is None else _steps(shared[0]),
         is_transposed=is_transposed,
-        tiles=tiles,
+        tile_n=tile_n,
         blocks=blocks,
     )
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("plan", "shared_steps", "is_transposed", "tiles", "blocks"),
+    static_argnames=("plan", "shared_steps", "is_transposed", "tile_n", "blocks"),
 )
 def _launch(
     lhs: list[jax.Array],
@@ -96,21 +97,20 @@ def _launch(
     plan: tuple[_Sum, ...],
     shared_steps: int,
     is_transposed: bool,
-    tiles: TileConfig,
+    tile_n: int,
     blocks: int,
 ) -> list[jax.Array]:
     """Runs the kernel. Compiled, so that equal calls in a program are lowered once."""
     rows, dtype = lhs[0].shape[0], lhs[0].dtype
-    steps, rest = sum(plan[0].steps) + shared_steps, PARTS * len(added)
+    steps = sum(plan[0].steps) + shared_steps
     product = PersistentProduct(
-        tiles=tiles,
-        stages=min(tiles.stages, steps + rest),
-        grid=(rows // tiles.tile_m, plan[-1].end),
+        tile_n=tile_n,
+        grid=(rows // TILE_M, plan[-1].end),
         steps=steps,
         is_transposed=is_transposed,
-        rest=rest,
+        rest=PARTS * len(added),
     )
-    widths = [(part.end - part.first) * tiles.tile_n for part in plan]
+    widths = [(part.end - part.first) * tile_n for part in plan]
     return product.kernel(
         functools.partial(
             _body,
@@ -125,7 +125,7 @@ def _launch(
     )(*lhs, *rhs, *added)
 
 
-def _plan(sums, is_transposed: bool, tiles: TileConfig):
+def _plan(sums, is_transposed: bool, tile_n: int):
     """Returns the sums' static facts and the distinct operands."""
     lhs: list[jax.Array] = []
     rhs: list[jax.Array] = []
@@ -134,19 +134,19 @@ def _plan(sums, is_transposed: bool, tiles: TileConfig):
         operands, steps = [], []
         for left, right in terms:
             operands.append((_place(lhs, left), _place(rhs, right)))
-            steps.append(_steps(left, tiles))
+            steps.append(_steps(left))
         columns = terms[0][1].shape[0 if is_transposed else 1]
-        if columns % tiles.tile_n:
-            raise UnsupportedOp(f"{columns} columns are no multiple of {tiles.tile_n}")
-        end = first + columns // tiles.tile_n
+        if columns % tile_n:
+            raise UnsupportedOp(f"{columns} columns are no multiple of {tile_n}")
+        end = first + columns // tile_n
         plan.append(_Sum(first, end, tuple(operands), tuple(steps)))
         first = end
     assert len({sum(s.steps) for s in plan}) == 1
     return tuple(plan), lhs, rhs
 
 
-def _steps(left: jax.Array, tiles: TileConfig) -> int:
-    return -(-left.shape[1] // tiles.tile_k)
+def _steps(left: jax.Array) -> int:
+    return -(-left.shape[1] // TILE_K)
 
 
 def _place(arrays: list[jax.Array], array: jax.Array) -> int:
@@ -169,7 +169,7 @@ def _body(
     ends = [0, *itertools.accumulate(inputs), len(refs)]
     lhs, rhs, added, outs = (refs[i:j] for i, j in itertools.pairwise(ends))
     block = ProductBlock(product=product, **memory)
-    tiles = product.tiles
+    tile_n = product.tile_n
 
     def load(m, n, step):
         for part in plan:
@@ -192,8 +192,8 @@ def _body(
         return functools.partial(store, m, n, step)
 
     def store(m, n, step, values):
-        row = m * tiles.tile_m
-        column = n * tiles.tile_n + lax.axis_index("warpgroup") * block.columns
+        row = m * TILE_M
+        column = n * tile_n + lax.axis_index("warpgroup") * block.columns
         pieces = sums(step, values) if added else whole(values)
         for index, (i, j, piece) in enumerate(pieces):
             piece_smem = block.placed(index, piece)
@@ -201,7 +201,7 @@ def _body(
 
     def whole(values):
         values = values.astype(outs[0].dtype)
-        for i in range(0, tiles.tile_m, PIECE):
+        for i in range(0, TILE_M, PIECE):
             for j in range(0, block.columns, PIECE):
                 yield i, j, values[i : i + PIECE, j : j + PIECE]
 
@@ -216,7 +216,7 @@ def _body(
 
             @_when_in(part, n, plan)
             def _(part=part, out=out):
-                first_column = column - part.first * tiles.tile_n
+                first_column = column - part.first * tile_n
                 at = (pl.ds(row, PIECE), pl.ds(first_column, PIECE))
                 plgpu.copy_smem_to_gmem(piece_smem, out.at[at])
 

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels.device import multiprocessors, require_hopper
 from kernels.dispatch import UnsupportedOp
 from kernels.joint_launch import Work
-from kernels.persistent_product import tiles_for
+from kernels.persistent_product import has_parts, tile_n_for
 
 from . import xla
 from .accumulate import Term, accumulated_products
@@ -89,8 +89,8 @@ def check(
         raise UnsupportedOp("some weights of the group are packed, others are not")
     if sum(widths_of(projections)) > MAX_RANK:
         raise UnsupportedOp(f"the ranks of the group exceed {MAX_RANK}")
-    tiles_for(x.shape[0], [p.weight.shape[1] for p in projections])
-    tiles_for(x.shape[0], [x.shape[1]])
+    tile_n_for(x.shape[0], [p.weight.shape[1] for p in projections])
+    tile_n_for(x.shape[0], [x.shape[1]])
 
 
 def forward(
@@ -129,16 +129,16 @@ def many_rows_forward(
     weights, made = stored_weights(projections, x.dtype, beside)
     if narrow is not None:
         shared = narrow, made[0][0]
-    tiles = tiles_for(x.shape[0], [p.weight.shape[1] for p in projections])
+    tile_n = tile_n_for(x.shape[0], [p.weight.shape[1] for p in projections])
     outputs = accumulated_products(
         [[(x, weight)] for weight in weights],
         is_transposed=is_packed(projections[0]),
-        tiles=tiles,
+        tile_n=tile_n,
         blocks=multiprocessors(),
         shared=shared,
-        added=added if tiles.has_parts else (),
+        added=added if has_parts(tile_n) else (),
     )
-    if not tiles.has_parts:
+    if not has_parts(tile_n):
         outputs[: len(added)] = map(jnp.add, outputs, added)
     return tuple(_used_twice(outputs)), Residuals(x, projections, xa)
 
@@ -232,7 +232,7 @@ def input_cotangent(
     (dx,) = accumulated_products(
         [terms],
         is_transposed=is_long_first,
-        tiles=tiles_for(douts[0].shape[0], [projections[0].weight.shape[0]]),
+        tile_n=tile_n_for(douts[0].shape[0], [projections[0].weight.shape[0]]),
         blocks=multiprocessors(),
     )
     return dx, NarrowCotangents(dxa, db), made
