@@ -16,7 +16,7 @@ from fastjax.data.opened_file import (
     decoded,
     lines,
     opened,
-    require_honest_size,
+    whole,
     without_mark,
 )
 from fastjax.data.rows import Row
@@ -36,10 +36,7 @@ def read_json_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
       DataError: The file is unreadable or not UTF-8, or `bad_rows` is spent.
     """
     if _is_document(path):
-        with opened(path) as file:
-            raw = file.read()
-        require_honest_size(path, len(raw))
-        text = decoded(without_mark(raw, path), path, offset=0)
+        text = decoded(without_mark(whole(path), path), path, offset=0)
         yield from _document_rows(text, str(path), bad_rows)
     else:
         yield from _line_rows(path, bad_rows)

@@ -82,6 +82,20 @@ def lines(path: Path) -> Iterator[Line]:
             yield Line(text, number, is_too_long)
 
 
+def whole(path: Path) -> bytes:
+    """Returns what is in a file; stops where it swells out of proportion.
+
+    Raises:
+      DataError: The file cannot be read, or swells out of proportion.
+    """
+    read = io.BytesIO()
+    with opened(path) as file:
+        while block := file.read(_BLOCK_BYTES):
+            read.write(block)
+            require_honest_size(path, read.tell())
+    return read.getvalue()
+
+
 def require_honest_size(path: Path, position: int) -> None:
     """Returns while a compressed file has not swollen out of proportion.
 

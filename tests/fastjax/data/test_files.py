@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastjax.data import ReadOptions, load_examples
+from fastjax.data import ReadOptions, load_examples, opened_file
 from fastjax.data.bad_rows import BadRows
 from fastjax.data.files import data_files, read_rows
 from fastjax.errors import DataError
@@ -122,6 +122,24 @@ def test_a_bomb_is_refused(tmp_path):
         for _ in read_rows(path, BadRows()):
             pass
     assert caught.value.code == "FJ-DATA-BOMB"
+
+
+def test_a_bomb_of_one_array_is_not_read_to_its_end(tmp_path, monkeypatch):
+    read = 0
+
+    class Counting(gzip.GzipFile):
+        def read(self, size=-1):
+            nonlocal read
+            raw = super().read(size)
+            read += len(raw)
+            return raw
+
+    monkeypatch.setitem(opened_file.DECOMPRESSORS, ".gz", Counting)
+    path = tmp_path / "bomb.json.gz"
+    path.write_bytes(gzip.compress(b"[" + b" " * 2**28))
+    with pytest.raises(DataError, match="more than 200 times its size"):
+        list(read_rows(path, BadRows()))
+    assert read < 2**27
 
 
 @pytest.mark.parametrize(
