@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -310,6 +311,17 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def code_digest(roots: Iterable[str | Path]) -> str:
+    """Returns a hash of the code below folders, and of the tables beside it."""
+    digest = hashlib.sha256()
+    for root in roots:
+        for pattern in ("*.py", "*.json"):
+            for path in sorted(Path(root).rglob(pattern)):
+                digest.update(path.name.encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def dump_json(value: Any) -> str:

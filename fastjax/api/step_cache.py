@@ -28,7 +28,7 @@ import kernels
 from conversions.safetensors_file import SafetensorsFile
 from conversions.safetensors_writer import write_safetensors
 from fastjax.errors import ModelError, StorageError
-from fastjax.files import remove_abandoned
+from fastjax.files import code_digest, remove_abandoned
 from fastjax.train.compiled import CompiledStep, StepMemory
 
 _KEPT_STEPS = 64
@@ -69,7 +69,7 @@ class StepCache:
             "versions": list(_versions()),
             "flags": os.environ.get("XLA_FLAGS", ""),
             "options": {name: jax.config.values[name] for name in _OPTIONS},
-            "code": _code_digest(),
+            "code": code_digest((*fastjax.__path__, *kernels.__path__)),
         }
 
     def load(self, arguments: tuple[Any, ...]) -> CompiledStep | None:
@@ -176,19 +176,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, frozenset):
         return sorted(value)
     raise TypeError(f"{type(value).__name__} has no place in a key")
-
-
-def _code_digest() -> str:
-    """Returns a hash of the code, and of the tables of measured tile sizes."""
-    digest = hashlib.sha256()
-    for path in _sources():
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _sources() -> Iterator[Path]:
-    for package in (fastjax, kernels):
-        for root in package.__path__:
-            for pattern in ("*.py", "*.json"):
-                yield from sorted(Path(root).rglob(pattern))

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from fastjax.data.documents import (
     DocumentWriter,
     mapped,
 )
-from fastjax.files import fsync, remove_abandoned
+from fastjax.files import code_digest, fsync, remove_abandoned
 
 MIN_FILE_BYTES = 4 << 20
 """Smaller data is tokenised in seconds and never kept."""
 
-_VERSION = 1
+_PACKAGES = ("transformers", "tokenizers", "jinja2")
 _KEPT_ENTRIES = 16
 _PLACES_NAME, _ENTRY_NAME = "places.npy", "entry.json"
 _HASHED_NAMES = (TOKENS_NAME, TRAINED_NAME, _PLACES_NAME)
@@ -46,13 +47,16 @@ class Entry:
 
 
 def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
-    """Returns a hash of the content of files and of how they are tokenised.
+    """Returns a hash of the content of files and of how and by what code they are
+    tokenised.
 
     Args:
       files: Data files; their names and places do not count.
       options: Everything else that the documents depend on; JSON.
     """
-    digest = hashlib.sha256(json.dumps([_VERSION, options], sort_keys=True).encode())
+    versions = [version(name) for name in _PACKAGES]
+    made_by = [code_digest([Path(__file__).parent]), versions, options]
+    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode())
     for path in files:
         digest.update(_file_hash(path).encode())
     return digest.hexdigest()

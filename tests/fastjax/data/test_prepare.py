@@ -182,10 +182,21 @@ def test_the_cache_gives_back_equal_documents(tokenizer, tmp_path, monkeypatch):
     assert load()[0].train.fingerprint() == expected
     (entry / "places.npy").unlink()
     assert load()[0].notes == first.notes
+    # Facts of other fields are none; other code and libraries have other entries.
+    facts = json.loads((entry / "entry.json").read_text())
+    facts["facts"]["report"]["of_later"] = 1
+    (entry / "entry.json").write_text(json.dumps(facts))
+    assert load()[0].notes == first.notes
+    with monkeypatch.context() as patched:
+        patched.setattr(document_cache, "version", lambda _: "0")
+        assert load()[0].notes == first.notes
+        patched.setattr(document_cache, "code_digest", lambda _: "0")
+        assert load()[0].notes == first.notes
+    assert len(entries()) == 3
     path.write_text(path.read_text().replace("broken\n", ""))
     assert load()[0].notes == first.notes[:-1]
     load(dataclasses.replace(config, max_length=16))
-    assert len(entries()) == 3
+    assert len(entries()) == 5
     assert all(len(folder.name) == 64 for folder in entries())
 
 
