@@ -4,6 +4,8 @@ import dataclasses
 
 from fastjax.config import TrainConfig
 from fastjax.data import Documents, Loader, TrainingData
+from fastjax.errors import ConfigError
+from fastjax.train.job import steps_of_run
 
 
 def train_loader(config: TrainConfig, data: TrainingData) -> Loader:
@@ -48,7 +50,18 @@ def data_seed(config: TrainConfig) -> int:
 
 
 def in_steps(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
-    """Returns the settings with steps in the place of epochs."""
+    """Returns the settings with steps in the place of epochs.
+
+    Raises:
+      ConfigError: The run is shorter than its warmup.
+    """
+    total, warmup = steps_of_run(config, steps_per_epoch), config.optimizer.warmup_steps
+    if warmup > total:
+        raise ConfigError(
+            f"warmup_steps={warmup:g} is more than the {total} steps of this run: the "
+            "learning rate would never reach its peak",
+            fix="lower warmup_steps, or give a share of all steps, as 0.03",
+        )
     changes: dict[str, int] = {}
     if config.eval_strategy == "epoch":
         changes["eval_steps"] = steps_per_epoch

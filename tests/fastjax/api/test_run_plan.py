@@ -13,6 +13,7 @@ from flax import nnx
 from fastjax import cli, runtime
 from fastjax.api import plan_run, remat_auto
 from fastjax.api.benchmark import BenchmarkArgs, run_benchmark
+from fastjax.api.loaders import in_steps
 from fastjax.api.memory import Planner, limit_here, planned_spec
 from fastjax.api.random_step import RandomStep, StepArgs, planner_of
 from fastjax.api.remat_auto import planned_remat
@@ -343,3 +344,15 @@ def test_auto_keeps_nothing_of_what_it_timed(monkeypatch: pytest.MonkeyPatch) ->
     assert choice is not None
     assert choice.seconds is not None
     assert after - before < 2**16
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_a_warmup_beyond_the_last_epoch_is_refused(steps: int) -> None:
+    config = TrainConfig(
+        num_train_epochs=2.0, optimizer=OptimizerConfig(warmup_steps=10)
+    )
+    if 2 * steps < 10:
+        with pytest.raises(ConfigError, match="warmup_steps=10 is more than the 8 st"):
+            in_steps(config, steps)
+    else:
+        assert in_steps(config, steps).optimizer == config.optimizer
