@@ -104,7 +104,7 @@ def run(command: str, words: Sequence[str] | None = None) -> int:
         sys.stderr.write(traceback.format_exc() if is_debugging else f"{told}\n")
         return told.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted before anything was done\n")
+        sys.stderr.write("interrupted\n")
         return Interrupted.exit_code
     except SystemExit as stop:  # help was shown
         return stop.code if isinstance(stop.code, int) else 2

@@ -1,5 +1,6 @@
 """A talk with a model: every turn is answered with all turns before it in view."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -51,22 +52,25 @@ class Conversation:
         self.messages = list(self._first)
 
     def say(self, text: str, stream: Callable[[str], Any] | None = None) -> str:
-        """Returns the answer to a user's turn.
+        """Returns the answer to a user's turn; one that is not answered is forgotten.
 
         Args:
           text: The turn.
           stream: Takes the answer piece by piece as it comes.
         """
         self.messages.append({"role": "user", "content": text})
-        ids = self._ids()
-        (reply,) = answer_ids(
-            self._model,
-            [ids],
-            sampling=self._sampling,
-            max_new_tokens=self._max_new_tokens,
-            seed=self._seed + len(self.messages) // 2,
-            stream=stream,
-        )
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.messages.pop)
+            ids = self._ids()
+            (reply,) = answer_ids(
+                self._model,
+                [ids],
+                sampling=self._sampling,
+                max_new_tokens=self._max_new_tokens,
+                seed=self._seed + len(self.messages) // 2,
+                stream=stream,
+            )
+            on_failure.pop_all()
         self.messages.append({"role": "assistant", "content": reply})
         return reply
 

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from fastjax.api.chat import Conversation
 
 _PROMPT = "\n> "
-_HINT = "type a message; /reset forgets the talk, /exit or Ctrl-D ends it\n"
+_HINT = (
+    "type a message; /reset forgets the talk, /exit or Ctrl-D ends it, Ctrl-C stops an "
+    "answer\n"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +80,12 @@ def run(call: Call) -> None:
     while (text := _next_turn(is_terminal=is_terminal)) is not None:
         if text == "/exit":
             return
-        _answer(conversation, text)
+        try:
+            _answer(conversation, text)
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            write_now("\n")
 
 
 def _next_turn(*, is_terminal: bool) -> str | None:

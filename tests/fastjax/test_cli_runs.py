@@ -2,13 +2,14 @@
 
 import io
 import json
+import types
 from pathlib import Path
 
 import pytest
 import yaml
 
 from fastjax import cli
-from fastjax.api import training
+from fastjax.api import Conversation, training
 from fastjax.config import TrainConfig
 from fastjax.errors import ModelError
 
@@ -153,6 +154,39 @@ def test_chat_answers_each_line_of_a_pipe(
     one, two = talk("one\n"), talk("one\n\n/reset\none\n/exit\nnever")
     assert two == one + one
     assert talk("one\nthen\n")[: len(one)] == one
+
+
+def test_an_interrupt_ends_an_answer_and_not_the_talk(
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a terminal; the turn that was not answered is forgotten."""
+    talks: list[list[dict]] = []
+    lines = iter(["one", "two", "/exit"])
+
+    def answer(*_: object, **__: object) -> tuple[str]:
+        if not talks:
+            raise KeyboardInterrupt
+        return ("an answer",)
+
+    def next_turn(*, is_terminal: bool) -> str:
+        return next(lines)
+
+    def said(self: Conversation, text: str, **options: object) -> str:
+        try:
+            return whole_say(self, text, **options)
+        finally:
+            talks.append(list(self.messages))
+
+    whole_say = Conversation.say
+    monkeypatch.setattr(Conversation, "say", said)
+    monkeypatch.setattr("fastjax.api.chat.answer_ids", answer)
+    monkeypatch.setattr("fastjax.commands.chat._next_turn", next_turn)
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(isatty=lambda: True))
+    assert cli.run("chat", ["--model", str(run_folder), "--dtype", "float32"]) == 0
+    assert talks[0] == []
+    assert [turn["content"] for turn in talks[1]] == ["two", "an answer"]
 
 
 def test_evaluate_measures_base_and_adapter(
