@@ -3,10 +3,12 @@
 import contextlib
 import functools
 import os
+import signal
 import sys
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from fastjax.errors import ConfigError, printable
@@ -117,9 +119,27 @@ def own_process() -> None:
     the step otherwise keeps the interpreter for 5 ms whenever the one that loads
     weights wants it. On two cores, without a GPU, 291 tensors of 1 MB beside it took
     10 s, and take 2, while the lowering takes no longer.
+
+    An interrupt is noted, for `require_no_interrupt`.
     """
     _settled()["own"] = True
     sys.setswitchinterval(_SWITCH_SECONDS)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _settled()["interrupted"] = True
+    raise KeyboardInterrupt
+
+
+def require_no_interrupt() -> None:
+    """Raises KeyboardInterrupt if one came before and was lost.
+
+    Python drops what is raised while it calls back, when it collects garbage for one.
+    """
+    if _settled().get("interrupted"):
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ print(jax.config.jax_compilation_cache_dir)
 def test_threads_take_shorter_turns_on_the_command_line_alone() -> None:
     code = """
 import sys
+import textwrap
 import fastjax.api
 from fastjax import cli
 print(sys.getswitchinterval())
@@ -90,6 +92,30 @@ print(sys.getswitchinterval())
 """
     first, *_, last = python(code).splitlines()
     assert (float(first), float(last)) == (0.005, 0.0005)
+
+
+def test_an_interrupt_that_python_drops_still_stops_a_run() -> None:
+    code = """
+        import gc, os, signal
+        from fastjax import runtime
+        from fastjax.train.signals import StopRequest
+
+        def interrupt(phase, info):
+            if phase == "start":
+                os.kill(os.getpid(), signal.SIGINT)
+
+        runtime.own_process()
+        gc.callbacks.append(interrupt)
+        gc.collect()
+        gc.callbacks.remove(interrupt)
+        print("went on", flush=True)
+        with StopRequest():
+            print("started", flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.stdout == "went on\n"
+    assert ended.stderr.endswith("KeyboardInterrupt\n")
 
 
 @pytest.mark.parametrize(
