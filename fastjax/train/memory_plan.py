@@ -208,11 +208,12 @@ def _loss_bytes(spec: DecoderSpec, tokens: int) -> int:
         implementation=spec.implementations.cross_entropy,
         capability=compute_capability(),
     )
-    # Of a table or projection that trains: the gradient, and a copy that is multiplied.
-    columns = rank + config.hidden_size * spec.trains_head
-    tables = (_FLOAT32 + width) * config.vocab_size * columns
+    # What trains of the head has a gradient, and both are copied to be multiplied.
+    wide, trained = config.hidden_size, config.hidden_size * spec.trains_head + rank
+    copied = wide + rank if trained else 0
+    tables = (_FLOAT32 * trained + width * copied) * config.vocab_size
     # What is multiplied with tables, and its cotangent.
-    rows = 2 * width * tokens * (config.hidden_size + rank)
+    rows = 2 * width * tokens * (wide + rank)
     return logit * chunk * config.vocab_size + tables + rows
 
 

@@ -16,11 +16,10 @@ from .adapter import HeadAdapter
 from .options import Options
 from .xla import (
     Chunks,
-    Tables,
     chunk_gradients,
     in_chunks,
+    joined,
     logits_and_lse,
-    tables,
     target_count,
     target_log_probs,
 )
@@ -50,22 +49,23 @@ def loss_and_gradients(
     adapter: HeadAdapter | None,
 ) -> tuple[jax.Array, Gradients]:
     """Returns the loss and its gradients, those of tables in float32."""
-    weights = tables(hidden.dtype, head, adapter)
+    joined_hidden, joined_head = joined(hidden, head, adapter)
+    frozen = _frozen_columns(options, head)
 
-    def body(carry: tuple, chunk: Chunks) -> tuple[tuple, tuple]:
-        loss, dtables = carry
-        logits, lse = logits_and_lse(options, chunk, weights)
+    def body(carry: tuple, chunk: Chunks) -> tuple[tuple, jax.Array]:
+        loss, dhead = carry
+        logits, lse = logits_and_lse(options, chunk.hidden, joined_head)
         log_probs = target_log_probs(options, logits, lse, chunk.targets)
-        dchunk, part = chunk_gradients(
-            options, chunk, weights, logits, lse, jnp.full_like(lse, -1)
+        dlog_probs = jnp.full_like(lse, -1)
+        dhidden, part = chunk_gradients(
+            options, chunk, joined_head, logits, lse, dlog_probs, frozen=frozen
         )
-        carry = (loss - jnp.sum(log_probs), jax.tree.map(jnp.add, dtables, part))
-        return carry, dchunk
+        return (loss - jnp.sum(log_probs), dhead + part), dhidden
 
-    carry = (jnp.float32(0), _no_gradients(options, weights))
-    chunks = in_chunks(options, hidden, targets, adapter)
-    (loss, dtables), dchunks = jax.lax.scan(body, carry, chunks)
-    return loss, _gradients(dchunks, dtables, hidden.shape[0])
+    carry = (jnp.float32(0), _no_gradient(joined_head, frozen))
+    chunks = in_chunks(options, joined_hidden, targets)
+    (loss, dhead), dhidden = jax.lax.scan(body, carry, chunks)
+    return loss, _gradients(options, dhidden, dhead, (hidden, head, adapter))
 
 
 def _loss_forward(
@@ -115,13 +115,13 @@ def _log_probs_forward(
     targets: jax.Array,
     adapter: HeadAdapter | None,
 ) -> tuple[jax.Array, tuple]:
-    weights = tables(hidden.dtype, head, adapter)
+    joined_hidden, joined_head = joined(hidden, head, adapter)
 
     def body(_: None, chunk: Chunks) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        logits, lse = logits_and_lse(options, chunk, weights)
+        logits, lse = logits_and_lse(options, chunk.hidden, joined_head)
         return None, (target_log_probs(options, logits, lse, chunk.targets), lse)
 
-    chunks = in_chunks(options, hidden, targets, adapter)
+    chunks = in_chunks(options, joined_hidden, targets)
     _, (log_probs, lse) = jax.lax.scan(body, None, chunks)
     log_probs = log_probs.reshape(-1)[: hidden.shape[0]]
     return log_probs, (hidden, head, targets, adapter, lse)
@@ -131,19 +131,24 @@ def _log_probs_backward(
     options: Options, residuals: tuple, dlog_probs: jax.Array
 ) -> tuple[jax.Array, jax.Array | None, None, HeadAdapter | None]:
     hidden, head, targets, adapter, lse = residuals
-    weights = tables(hidden.dtype, head, adapter)
+    joined_hidden, joined_head = joined(hidden, head, adapter)
+    frozen = _frozen_columns(options, head)
 
-    def body(dtables: Tables, inputs: tuple) -> tuple[Tables, tuple]:
+    def body(dhead: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
         chunk, lse, dlog_probs = inputs
-        logits, _ = logits_and_lse(options, chunk, weights)
-        dchunk, part = chunk_gradients(options, chunk, weights, logits, lse, dlog_probs)
-        return jax.tree.map(jnp.add, dtables, part), dchunk
+        logits, _ = logits_and_lse(options, chunk.hidden, joined_head)
+        dhidden, part = chunk_gradients(
+            options, chunk, joined_head, logits, lse, dlog_probs, frozen=frozen
+        )
+        return dhead + part, dhidden
 
-    chunks = in_chunks(options, hidden, targets, adapter)
+    chunks = in_chunks(options, joined_hidden, targets)
     dlog_probs = jnp.pad(dlog_probs, (0, lse.size - dlog_probs.size))
     inputs = (chunks, lse, dlog_probs.reshape(lse.shape))
-    dtables, dchunks = jax.lax.scan(body, _no_gradients(options, weights), inputs)
-    dhidden, dhead, dadapter = _gradients(dchunks, dtables, hidden.shape[0])
+    dhead, dhidden = jax.lax.scan(body, _no_gradient(joined_head, frozen), inputs)
+    dhidden, dhead, dadapter = _gradients(
+        options, dhidden, dhead, (hidden, head, adapter)
+    )
     if dhead is not None:
         dhead = dhead.astype(head.dtype)
     if dadapter is not None:
@@ -151,18 +156,33 @@ def _log_probs_backward(
     return dhidden, dhead, None, dadapter
 
 
-def _no_gradients(options: Options, weights: Tables) -> Tables:
-    trained = weights if options.head_is_trainable else weights._replace(head=None)
-    return jax.tree.map(lambda table: jnp.zeros_like(table, dtype=jnp.float32), trained)
+def _frozen_columns(options: Options, head: jax.Array) -> int:
+    """Returns how many columns of the joined head get no gradient."""
+    return 0 if options.head_is_trainable else head.shape[1]
 
 
-def _gradients(dchunks: tuple, dtables: Tables, rows: int) -> Gradients:
-    """Returns gradients of `rows` rows from those of all chunks."""
-    dhidden, ddown = jax.tree.map(
-        lambda array: array.reshape(-1, array.shape[-1])[:rows], dchunks
-    )
-    adapter = None if dtables.up is None else HeadAdapter(ddown, dtables.up)
-    return dhidden, dtables.head, adapter
+def _no_gradient(joined_head: jax.Array, frozen: int) -> jax.Array:
+    return jnp.zeros_like(joined_head[:, frozen:], dtype=jnp.float32)
+
+
+def _gradients(
+    options: Options,
+    dhidden: jax.Array,
+    dhead: jax.Array,
+    inputs: tuple[jax.Array, jax.Array, HeadAdapter | None],
+) -> Gradients:
+    """Returns the gradients of the inputs from those of what was joined of them."""
+    hidden, head, adapter = inputs
+    (rows, features), frozen = hidden.shape, _frozen_columns(options, head)
+    dhidden = dhidden.reshape(-1, dhidden.shape[-1])[:rows]
+    trained = dhead[:, :features] if options.head_is_trainable else None
+    if adapter is None:
+        return dhidden, trained, None
+    rank = adapter.up.shape[1]
+    down = dhidden[:, features : features + rank]
+    first = features - frozen
+    up = dhead[:, first : first + rank]
+    return dhidden[:, :features], trained, HeadAdapter(down, up)
 
 
 linear_cross_entropy.defvjp(_loss_forward, _loss_backward)

@@ -13,48 +13,34 @@ from jaxtyping import Array, Float, Float32, Int
 from .adapter import HeadAdapter
 from .options import Options
 
+_ALIGNMENT = 8  # columns that tensor cores load at once
+
 
 class Chunks(NamedTuple):
-    """Rows in chunks of equal size; inside a scan, one of them.
-
-    Attributes:
-      hidden: Hidden states.
-      targets: Of each row.
-      down: Of the head's adapter, where it has one.
-    """
+    """Rows in chunks of equal size; inside a scan, one of them."""
 
     hidden: Float[Array, "*N M D"]
     targets: Int[Array, "*N M"]
-    down: Float[Array, "*N M R"] | None
 
 
-class Tables(NamedTuple):
-    """What each chunk is multiplied with, or the float32 gradients of it.
+def joined(
+    hidden: Float[Array, "M D"], head: Float[Array, "V D"], adapter: HeadAdapter | None
+) -> tuple[Float[Array, "M C"], Float[Array, "V C"]]:
+    """Returns both in the dtype of `hidden`, each with the adapter's columns beside.
 
-    Attributes:
-      head: Output table; no gradient unless it trains.
-      up: Of its adapter, where it has one.
+    So one product gives all of the logits. A second one would write another chunk of
+    them in float32 for three passes to read, and of an 8B model as much as the copies.
     """
-
-    head: Float[Array, "V D"] | None
-    up: Float[Array, "V R"] | None
-
-
-def tables(
-    dtype: jax.typing.DTypeLike, head: jax.Array, adapter: HeadAdapter | None
-) -> Tables:
-    """Returns the tables in a dtype."""
-    up = None if adapter is None else adapter.up.astype(dtype)
-    return Tables(head.astype(dtype), up)
+    head = head.astype(hidden.dtype)
+    if adapter is None:
+        return hidden, head
+    padding = ((0, 0), (0, -adapter.down.shape[1] % _ALIGNMENT))
+    down, up = (jnp.pad(part.astype(hidden.dtype), padding) for part in adapter)
+    return jnp.concatenate([hidden, down], 1), jnp.concatenate([head, up], 1)
 
 
 def in_chunks(
-    options: Options,
-    hidden: jax.Array,
-    targets: jax.Array,
-    adapter: HeadAdapter | None = None,
-    *,
-    multiple: int = 1,
+    options: Options, hidden: jax.Array, targets: jax.Array, *, multiple: int = 1
 ) -> Chunks:
     """Cuts rows into the fewest chunks of at most `chunk_tokens`, about equal.
 
@@ -63,14 +49,11 @@ def in_chunks(
     rows = hidden.shape[0]
     count = max(1, -(-rows // options.chunk_tokens))
     padding = -rows % (count * multiple)
-
-    def cut(array: jax.Array) -> jax.Array:
-        padded = jnp.pad(array, ((0, padding), (0, 0)))
-        return padded.reshape(count, -1, array.shape[-1])
-
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
     targets = jnp.pad(targets, (0, padding), constant_values=options.ignore_index)
-    down = None if adapter is None else cut(adapter.down)
-    return Chunks(cut(hidden), targets.reshape(count, -1), down)
+    return Chunks(
+        hidden.reshape(count, -1, hidden.shape[-1]), targets.reshape(count, -1)
+    )
 
 
 def target_count(options: Options, targets: Int[Array, " M"]) -> Float32[Array, ""]:
@@ -79,12 +62,10 @@ def target_count(options: Options, targets: Int[Array, " M"]) -> Float32[Array, 
 
 
 def logits_and_lse(
-    options: Options, chunk: Chunks, tables: Tables
+    options: Options, hidden: Float[Array, "M D"], head: Float[Array, "V D"]
 ) -> tuple[Float32[Array, "M V"], Float32[Array, " M"]]:
     """Returns the logits of a chunk and their log-sum-exp."""
-    logits = _product(chunk.hidden, _present(tables.head).T)
-    if chunk.down is not None:
-        logits = logits + _product(chunk.down, _present(tables.up).T)
+    logits = _product(hidden, head.T)
     if options.softcap is not None:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
     return logits, jax.nn.logsumexp(logits, axis=1)
@@ -103,13 +84,16 @@ def target_log_probs(
 def chunk_gradients(
     options: Options,
     chunk: Chunks,
-    tables: Tables,
+    head: Float[Array, "V D"],
     logits: Float32[Array, "M V"],
     lse: Float32[Array, " M"],
     dlog_probs: Float32[Array, " M"],
-) -> tuple[tuple[Float[Array, "M D"], Float[Array, "M R"] | None], Tables]:
-    """Returns the cotangents of a chunk, its hidden states and `down`, and of tables.
+    *,
+    frozen: int,
+) -> tuple[Float[Array, "M D"], Float32[Array, "V _"]]:
+    """Returns the cotangents of a chunk's hidden states and of the head.
 
+    Of the head without its first `frozen` columns; nothing is computed for these.
     The logits' cotangent takes the dtype of the hidden states before it is multiplied:
     left in float32 it would run on TF32 units, or slower ones.
     """
@@ -120,17 +104,11 @@ def chunk_gradients(
     if options.softcap is not None:
         dlogits = dlogits * (1 - jnp.square(logits / options.softcap))
     dlogits = dlogits.astype(chunk.hidden.dtype)
-    dhidden = _product(dlogits, _present(tables.head)).astype(dlogits.dtype)
-    dhead = _product(dlogits.T, chunk.hidden) if options.head_is_trainable else None
-    if chunk.down is None:
-        return (dhidden, None), Tables(dhead, None)
-    ddown = _product(dlogits, _present(tables.up)).astype(dlogits.dtype)
-    return (dhidden, ddown), Tables(dhead, _product(dlogits.T, chunk.down))
-
-
-def _present(table: jax.Array | None) -> jax.Array:
-    assert table is not None
-    return table
+    dhidden = _product(dlogits, head).astype(chunk.hidden.dtype)
+    trained = chunk.hidden[:, frozen:]
+    if not trained.shape[1]:
+        return dhidden, jnp.zeros((head.shape[0], 0), jnp.float32)
+    return dhidden, _product(dlogits.T, trained)
 
 
 def _product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
