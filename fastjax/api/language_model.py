@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 
 from conversions.peft import Stretch, stretch_of, write_adapter
 from fastjax import lora as adapters
+from fastjax.api import saving
 from fastjax.api.device_faults import device_faults
 from fastjax.api.gguf_folder import write_gguf_folder
 from fastjax.api.merging import Merge, added_model
@@ -25,7 +26,7 @@ from fastjax.api.rows import (
     prompt_rows,
     stacked_rows,
 )
-from fastjax.config import BasePrecision, DType, GGUFKind, LoRAConfig
+from fastjax.config import DType, LoRAConfig
 from fastjax.errors import ConfigError, ModelError
 from fastjax.files import require_free_name
 from fastjax.inference.generate import generate, require_known_tokens
@@ -34,8 +35,6 @@ from fastjax.models.build import DecoderSpec
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.decoder import Decoder
 from kernels.packed import PackedArray
-
-SaveMethod = Literal["merged_16bit", "merged_4bit", "lora"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,9 +284,9 @@ class LanguageModel:
         folder: str | Path,
         tokenizer: Any = None,
         *,
-        save_method: SaveMethod = "merged_16bit",
-        base_precision: BasePrecision = "original",
-        dtype: DType | None = None,
+        save_method: str = "merged_16bit",
+        base_precision: str = "original",
+        dtype: str | None = None,
         overwrite: bool = False,
     ) -> Path:
         """Writes the model with its adapters merged as a Hugging Face folder.
@@ -298,22 +297,23 @@ class LanguageModel:
         Args:
           folder: Made; an existing one is replaced only with `overwrite`.
           tokenizer: Saved over the copied files when given.
-          save_method: "merged_4bit" writes linears as NF4 of bitsandbytes, which
-            rounds what was trained; "lora" writes only the adapter.
+          save_method: "merged_16bit"; "merged_4bit" writes linears as NF4 of
+            bitsandbytes, which rounds what was trained; "lora" only the adapter.
           base_precision: "original" merges onto the weights of the base folder,
             "dequantised" onto the 4-bit ones, which is the function that was trained.
-          dtype: Of the written weights; None takes that of this model's activations.
+          dtype: Of the weights, as "float16"; None takes that of the activations.
           overwrite: Replace an existing folder.
         """
-        if save_method == "lora":
+        method = saving.save_method_of(save_method)
+        if method == "lora":
             return self.save_pretrained(folder)
         target, merge = Path(folder), self._merge()
         require_free_name(target, overwrite=overwrite, sources=merge.sources)
         merge.write_folder(
             target,
-            base_precision=base_precision,
-            dtype=dtype or self.spec.compute_dtype,
-            is_4bit=save_method == "merged_4bit",
+            base_precision=saving.base_precision_of(base_precision),
+            dtype=saving.dtype_of(dtype or self.spec.compute_dtype),
+            is_4bit=method == "merged_4bit",
             overwrite=overwrite,
         )
         if tokenizer is None and self.new_rows:
@@ -327,8 +327,8 @@ class LanguageModel:
         folder: str | Path,
         tokenizer: Any = None,
         *,
-        quantization_method: GGUFKind = "q8_0",
-        base_precision: BasePrecision = "original",
+        quantization_method: str | Sequence[str] = "q8_0",
+        base_precision: str = "original",
         overwrite: bool = False,
     ) -> Path:
         """Writes the model with its adapters merged for llama.cpp and Ollama.
@@ -341,13 +341,14 @@ class LanguageModel:
           overwrite: Replace an existing folder.
         """
         del tokenizer
+        precision = saving.base_precision_of(base_precision)
         target, merge = Path(folder), self._merge()
         require_free_name(target, overwrite=overwrite, sources=merge.sources)
         write_gguf_folder(
             target,
             merge,
-            merge.weights(base_precision, self.spec.compute_dtype),
-            kind=quantization_method,
+            merge.weights(precision, self.spec.compute_dtype),
+            kind=saving.gguf_kind_of(quantization_method, self.spec.compute_dtype),
             overwrite=overwrite,
         )
         return target

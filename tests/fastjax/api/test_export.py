@@ -171,6 +171,44 @@ def test_a_model_in_memory_is_written_in_4_bits_and_as_gguf(
     assert (file / "model.gguf").read_bytes()[:4] == b"GGUF"
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dtype": "int8"},
+        {"base_precision": "dequantized"},
+        {"save_method": "merged_3bit"},
+        {"quantization_method": "q9_0"},
+        {"quantization_method": ["q8_0", "f16"]},
+    ],
+)
+def test_saving_refuses_values_that_it_does_not_know(
+    adapter: Path, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    model = load_model(str(adapter), dtype="float32", quant=DENSE)
+    is_gguf = "quantization_method" in wrong
+    save = model.save_pretrained_gguf if is_gguf else model.save_pretrained_merged
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.*must be one of: "):
+        save(tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_saving_knows_the_values_of_unsloth(adapter: Path, tmp_path: Path) -> None:
+    model = load_model(str(adapter), dtype="float32", quant=DENSE)
+    packed = model.save_pretrained_merged(
+        tmp_path / "a", save_method="merged_4bit_forced"
+    )
+    assert any(".quant_state." in name for name in Checkpoint(packed).tensors)
+    for given, same in (("not_quantized", "f32"), (["q8_0"], "q8_0")):
+        actual, expected = (
+            model.save_pretrained_gguf(tmp_path / f"{i}", quantization_method=kind)
+            for i, kind in enumerate((given, same))
+        )
+        name = "model.gguf"
+        assert (actual / name).read_bytes() == (expected / name).read_bytes()
+        shutil.rmtree(actual)
+        shutil.rmtree(expected)
+
+
 @pytest.mark.parametrize("output_format", get_args(ExportFormat))
 def test_a_taken_name_is_found_before_the_model_is(
     tmp_path: Path, output_format: ExportFormat
