@@ -31,10 +31,9 @@ from fastjax.errors import ConfigError, ModelError
 from fastjax.files import require_free_name
 from fastjax.inference.generate import generate, require_known_tokens
 from fastjax.inference.sampling import sampling_of
-from fastjax.models.build import DecoderSpec
+from fastjax.models.build import DecoderSpec, num_weights
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.decoder import Decoder
-from kernels.packed import PackedArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,8 +120,7 @@ class LanguageModel:
         """Returns the number of weights; a 4-bit weight counts as one."""
         _, trainable, frozen = self.split()
         states = [trainable] if only_trainable else [trainable, frozen]
-        values = [v for s in states for _, v in nnx.to_flat_state(s)]
-        return sum(_weights_in(variable.get_value()) for variable in values)
+        return num_weights(*states)
 
     @property
     def trainable_summary(self) -> str:
@@ -391,10 +389,3 @@ def _logits(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> jax.Arr
     decoder = nnx.merge(graphdef, state)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
     return decoder.logits(decoder(ids, positions=positions))
-
-
-def _weights_in(value: Any) -> int:
-    if not isinstance(value, PackedArray):
-        return int(value.size)
-    layers = value.absmax.shape[:-1]
-    return int(np.prod(layers, dtype=int)) * value.size

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ _LINEARS = (
 )
 _FUSED_LINEARS = ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")
 _NOT_IN_CHECKPOINTS = ("lora_scaling", "windows", "ropes")
+"""Variables that are numbers of the specification, not weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +204,7 @@ def weight_places(
     segments = spec.segments()
     for path, variable in nnx.to_flat_state(nnx.state(decoder)):
         if path[-1] in _NOT_IN_CHECKPOINTS:
-            continue  # numbers of the specification
+            continue
         if path[0] == "segments":
             module = ".".join(map(str, path[3:]))
             layers = segments[int(str(path[1]))]
@@ -331,3 +333,20 @@ def _stacked(pieces: list[Any]) -> Any:
 
 def _is_layer(name: str) -> bool:
     return name.startswith("layers.")
+
+
+def num_weights(*states: nnx.State) -> int:
+    """Returns how many weights variables hold; a 4-bit weight counts as one."""
+    return sum(
+        _weights_in(variable.get_value())
+        for state in states
+        for path, variable in nnx.to_flat_state(state)
+        if path[-1] not in _NOT_IN_CHECKPOINTS
+    )
+
+
+def _weights_in(value: Any) -> int:
+    if not isinstance(value, PackedArray):
+        return int(value.size)
+    layers = value.absmax.shape[:-1]
+    return math.prod(layers) * value.size

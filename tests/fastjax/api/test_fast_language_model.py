@@ -92,7 +92,7 @@ def test_the_adapter_of_the_usual_tutorial(
     small_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, _ = FastLanguageModel.from_pretrained(str(small_model), dtype="float32")
-    plain = np.asarray(model.logits(IDS))
+    plain, base_weights = np.asarray(model.logits(IDS)), model.num_parameters()
     model = FastLanguageModel.get_peft_model(
         model,
         r=16,
@@ -111,6 +111,7 @@ def test_the_adapter_of_the_usual_tutorial(
     assert shown.startswith("trainable params: 32,768 || all params: ")
     assert shown.endswith("\n")
     assert model.num_parameters(only_trainable=True) == 32768
+    assert model.num_parameters() == base_weights + 32768
 
 
 @pytest.mark.parametrize(
