@@ -134,7 +134,8 @@ class DataConfig:
       data_format: What a row is: a text; a prompt and its completion; messages;
         ShareGPT's conversations; Alpaca's instruction, input and output; token ids;
         segments that train or not. "auto" tells by the columns of the first row.
-      dataset_text_field: Column of the format "text".
+      dataset_text_field: Column of plain texts, which makes "auto" the format "text";
+        None takes the column "text" where "auto" or `data_format` reads one.
       column_map: Renames columns before the format is detected: "question=prompt".
       max_length: Tokens of a row.
       packing: Several documents share a row, isolated from each other; None packs
@@ -161,7 +162,7 @@ class DataConfig:
     max_train_samples: int = 0
     val_set_size: Number = 0.0
     data_format: DataFormat = "auto"
-    dataset_text_field: str = "text"
+    dataset_text_field: str | None = None
     column_map: tuple[str, ...] = ()
     max_length: int = 2048
     packing: bool | None = None

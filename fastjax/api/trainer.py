@@ -104,7 +104,7 @@ class SFTTrainer:
           processing_class: The newer name of `tokenizer`.
           data_collator: One that only pads has no effect: batches are padded here.
           formatting_func: Makes the text of a row.
-          dataset_text_field: Column of plain texts.
+          dataset_text_field: Column of plain texts, read whatever others there are.
           max_seq_length: Longest row in tokens.
           packing: Several documents share a row, isolated from each other.
           dataset_num_proc: Has no effect: one process tokenises fast enough.
@@ -128,9 +128,10 @@ class SFTTrainer:
         }
         self.config = _resolved(self.args, model, data_fields)
         if formatting_func is not None:
-            train_dataset = _formatted(train_dataset, formatting_func)
+            field = self.config.data.dataset_text_field or "text"
+            train_dataset = _formatted(train_dataset, formatting_func, field)
             if eval_dataset is not None:
-                eval_dataset = _formatted(eval_dataset, formatting_func)
+                eval_dataset = _formatted(eval_dataset, formatting_func, field)
         self._sources = (train_dataset, eval_dataset)
         self._markers: ResponseMarkers | None = None
         self.result: TrainResult | None = None
@@ -375,7 +376,7 @@ def _take_tokenizer(model: LanguageModel, tokenizer: Any) -> None:
 
 
 def _formatted(
-    rows: Source, formatting_func: Callable[[Any], Any]
+    rows: Source, formatting_func: Callable[[Any], Any], field: str
 ) -> list[dict[str, str]]:
     if isinstance(rows, str | Path) or not isinstance(rows, Iterable):
         raise ConfigError(
@@ -390,4 +391,4 @@ def _formatted(
             f"{type(wrong).__name__}",
             fix="for a function of many rows use dataset.map(function, batched=True)",
         )
-    return [{"text": text} for text in texts]
+    return [{field: text} for text in texts]

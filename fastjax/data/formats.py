@@ -51,7 +51,7 @@ class Format:
 
 
 class ExampleReader:
-    """Reads rows of one format, detected from the first row.
+    """Reads rows of one format: that of a text field, or detected from the first row.
 
     Attributes:
       format: None before the first row.
@@ -63,14 +63,17 @@ class ExampleReader:
         self,
         data_format: DataFormat = "auto",
         *,
-        text_field: str = "text",
+        text_field: str | None = None,
         column_map: tuple[str, ...] = (),
     ) -> None:
-        known = formats(text_field)
+        known = formats(text_field or "text")
+        if data_format == "auto" and text_field is not None:
+            data_format = "text"
         self.format = None if data_format == "auto" else known[data_format]
         self.empty_rows = 0
         self.notes: list[str] = []
         self._known = known
+        self._text_field = text_field if data_format == "text" else None
         self._renames = parsed_column_map(column_map)
         self._is_first = True
 
@@ -107,6 +110,13 @@ class ExampleReader:
 
     def _start(self, row: Row) -> None:
         self._is_first = False
+        if self._text_field is not None and self._text_field not in row.columns:
+            raise ConfigError(
+                f"dataset_text_field={self._text_field!r} is no column",
+                where=row.where,
+                fix=f"the columns are {_listed(row.columns)}; left out, they choose "
+                "the format",
+            )
         fitting = [f for f in self._known.values() if set(f.required) <= set(row[0])]
         if self.format is None:
             if not fitting:

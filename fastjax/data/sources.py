@@ -26,7 +26,7 @@ class ReadOptions:
     Attributes:
       split: Which files of a folder, or rows of a hub data set, are read.
       data_format: Name of the format, or "auto".
-      text_field: Column of the format "text".
+      text_field: Column of the format "text", which "auto" then is.
       column_map: Columns to rename first, as "old=new".
       most_rows: Rows that are read, from the start; a hub set is then streamed. 0 reads
         all.
@@ -34,7 +34,7 @@ class ReadOptions:
 
     split: str = "train"
     data_format: DataFormat = "auto"
-    text_field: str = "text"
+    text_field: str | None = None
     column_map: tuple[str, ...] = ()
     most_rows: int = 0
 

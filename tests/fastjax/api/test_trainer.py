@@ -239,6 +239,14 @@ def test_chat_templates_that_do_not_fit(small_model: Path) -> None:
     assert tokenizer.eos_token == eos
 
 
+def test_a_text_column_made_of_messages_is_what_trains(
+    model: Any, trainer_of: Make
+) -> None:
+    rows = [row | {"text": f"Chat {i}"} for i, row in enumerate(MESSAGES)]
+    trainer = trainer_of(model, train_dataset=rows, dataset_text_field="text")
+    assert "Chat 0" in model.tokenizer.decode(trainer.data.train[0].input_ids)
+
+
 def test_formatting_functions_make_the_text_of_a_row(
     model: Any, trainer_of: Make, alpaca_file: Path
 ) -> None:
@@ -250,6 +258,13 @@ def test_formatting_functions_make_the_text_of_a_row(
     )
     text = model.tokenizer.decode(trainer.data.train[0].input_ids)
     assert "Name number 0.It is 0." in text
+    named = trainer_of(
+        model,
+        train_dataset=rows,
+        formatting_func=lambda row: row["output"],
+        dataset_text_field="body",
+    )
+    assert model.tokenizer.decode(named.data.train[0].input_ids[:-1]) == "It is 0."
     with pytest.raises(ConfigError, match=r"one row, not a list"):
         trainer_of(model, train_dataset=rows, formatting_func=lambda row: [""])
     with pytest.raises(ConfigError, match="rows in memory"):

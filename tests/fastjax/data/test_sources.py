@@ -127,6 +127,22 @@ def test_a_text_column_wins_over_alpaca_and_says_so():
     assert load_examples(rows, alpaca).data_format == "alpaca"
 
 
+@pytest.mark.parametrize("field", ["text", "body"])
+def test_a_text_field_that_is_named_is_read_before_all_others(field: str):
+    rows = [{"messages": [{"role": "user", "content": "q"}], field: "rendered"}]
+    loaded = load_examples(rows, ReadOptions(text_field=field))
+    assert loaded.data_format == "text"
+    assert loaded.examples[0].text == "rendered"
+    assert loaded.notes == ("columns not used: messages",)
+
+
+def test_a_text_field_that_is_no_column_is_an_error():
+    rows = [{"prompt": "p", "completion": "c"}]
+    with pytest.raises(ConfigError, match="dataset_text_field='body'") as caught:
+        load_examples(rows, ReadOptions(text_field="body"))
+    assert caught.value.fix.startswith("the columns are prompt, completion")
+
+
 def test_unknown_columns_show_the_nearest_formats():
     with pytest.raises(DataError, match="promt, completion") as caught:
         load_examples([{"promt": "a", "completion": "b"}])
