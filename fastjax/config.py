@@ -310,7 +310,7 @@ class TrainConfig:
                 "learning rate would never reach its peak",
             ),
             (
-                self.eval_strategy == "no" and self._needs_evaluation(),
+                self.eval_strategy == "no" and bool(self.uses_of_evaluation),
                 "eval_strategy=no leaves nothing to choose the best weights by, to "
                 "stop early by, or to show samples at; set it to steps or epoch",
             ),
@@ -352,14 +352,16 @@ class TrainConfig:
         has_dropout = self.lora.lora_dropout > 0 and not self.full_finetuning
         return has_dropout or self.data.neftune_noise_alpha > 0
 
-    def _needs_evaluation(self) -> bool:
-        report = self.report
-        return bool(
-            report.load_best_model_at_end
-            or report.early_stopping_patience
-            or report.eval_on_start
-            or report.sample_prompts
+    @property
+    def uses_of_evaluation(self) -> tuple[str, ...]:
+        """The settings of this run that mean nothing without evaluations."""
+        names = (
+            "load_best_model_at_end",
+            "early_stopping_patience",
+            "eval_on_start",
+            "sample_prompts",
         )
+        return tuple(name for name in names if getattr(self.report, name))
 
     def _out_of_range(self) -> list[tuple[bool, str]]:
         at_least = {

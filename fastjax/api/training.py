@@ -335,13 +335,15 @@ def require_possible(config: TrainConfig, data: TrainingData) -> None:
     wants_best = report.load_best_model_at_end or report.early_stopping_patience > 0
     wants_evaluation = wants_evaluation and config.eval_strategy != "no"
     if (wants_evaluation or wants_best) and not data.evaluation:
-        what = "load_best_model_at_end or early_stopping_patience"
+        uses = config.uses_of_evaluation
+        without = [f"leave out {', '.join(uses)}"] if uses else []
         if wants_evaluation:
-            what = f"eval_strategy={config.eval_strategy}"
+            without.insert(0, "set eval_strategy to no")
+        what = f"eval_strategy={config.eval_strategy}" if wants_evaluation else uses[0]
         raise ConfigError(
             f"{what} needs evaluation data",
             fix="give eval_dataset_name (SFTTrainer: eval_dataset) or val_set_size, "
-            "or set eval_strategy to no",
+            f"or {' and '.join(without)}",
         )
     share = nvidia.memory_share(config.memory_gib)
     if share is not None and not runtime.is_capped():

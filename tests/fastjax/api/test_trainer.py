@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from fastjax.api import (
     load_model,
     train_on_responses_only,
 )
+from fastjax.api.training import require_possible
 from fastjax.errors import ConfigError, DataError, StorageError
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -101,6 +103,25 @@ def test_evaluation_without_data_is_refused(model: Any, trainer_of: Make) -> Non
         trainer.train()
     with pytest.raises(ConfigError, match="there is no evaluation data"):
         trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    "args", [{}, {"eval_strategy": "epoch"}, {"early_stopping_patience": 2}]
+)
+def test_the_advice_without_evaluation_data_leads_to_no_other_error(
+    model: Any, trainer_of: Make, args: dict
+) -> None:
+    trainer = trainer_of(model, {"load_best_model_at_end": True} | args)
+    with pytest.raises(ConfigError, match="needs evaluation data") as caught:
+        require_possible(trainer.config, trainer.data)
+    _, _, advice = caught.value.fix.partition(", or ")
+    assert all(name in advice for name in ("leave out", "load_best_model_at_end"))
+    left_out = args | {"load_best_model_at_end": False, "early_stopping_patience": 0}
+    assert args.keys() - {"eval_strategy"} <= set(re.findall(r"\w+", advice))
+    if "set eval_strategy to no" in advice:
+        left_out["eval_strategy"] = "no"
+    allowed = trainer_of(model, left_out)
+    require_possible(allowed.config, allowed.data)
 
 
 def test_packing_puts_rows_together(model: Any, trainer_of: Make) -> None:
