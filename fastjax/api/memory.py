@@ -197,7 +197,21 @@ class Planner:
             yield (
                 f"  remat {policy:10} {rows:,} rows of {shape.tokens:,} tokens, or "
                 f"{shape.rows} of {tokens:,}"
+                + self._host_bound(policy, limit, rows, tokens)
             )
+
+    def _host_bound(
+        self, policy: RematPolicy, limit: int, rows: int, tokens: int
+    ) -> str:
+        """Returns that host memory, not the device, forbids more than these."""
+        host = runtime.host_limit_bytes()
+        more = (
+            self.plan(policy, rows=rows + 1),
+            self.plan(policy, tokens=tokens + _TOKEN_UNIT),
+        )
+        if not any(plan.peak <= limit and plan.host > host for plan in more):
+            return ""
+        return f"; limited by {binary_size(host)} of pinned host memory here"
 
     def require_fit(self, limit: int | None) -> None:
         """Stops a run that cannot fit, with what would.

@@ -228,6 +228,17 @@ def test_a_model_is_not_made_longer(layers: int) -> None:
         planner_of(StepArgs(layers=layers))
 
 
+def test_what_host_memory_forbids_is_said_to_be_so(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "limited by 16.00 GiB of pinned host memory here"
+    for memory, is_limited in ((20 * GIB, True), (10_000 * GIB, False)):
+        monkeypatch.setattr(runtime, "host_memory_bytes", lambda memory=memory: memory)
+        shown = {line.split()[1]: line for line in planner.lines(24 * GIB)}
+        assert (said in shown["offload"]) == is_limited, shown["offload"]
+        assert "limited" not in shown["layer"]
+
+
 @pytest.mark.parametrize("remat", ["auto", "layer"])
 def test_states_in_host_memory_are_not_mended_by_another_policy(
     monkeypatch: pytest.MonkeyPatch, remat: RematChoice
