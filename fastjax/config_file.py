@@ -63,7 +63,9 @@ def _text(path: Path) -> str:
         text = content.decode("utf-8")
     except OSError as error:
         raise ConfigError(
-            f"the config cannot be read: {error.strerror}", where=str(path)
+            f"the config cannot be read: {error.strerror}",
+            where=str(path),
+            fix="check the path; fastjax train --print_config writes such a file",
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError("the config is not UTF-8 text", where=str(path)) from error

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conversions.hf import resolve
+from conversions.hf import read_config, resolve
 from conversions.peft import read_adapter_config
 from fastjax import runtime
 from fastjax.api.random_checkpoint import random_checkpoint_of
@@ -65,7 +65,7 @@ def load_tokenizer(*folders: Path) -> "PreTrainedTokenizerBase | None":
     """Returns the tokenizer of the first folder that has one.
 
     Raises:
-      ModelError: Its files cannot be read.
+      ModelError: Its files, or the model's configuration, cannot be read.
     """
     # Late, so that `runtime.configure` comes first: transformers reads its settings.
     with runtime.without_torch():
@@ -78,6 +78,8 @@ def load_tokenizer(*folders: Path) -> "PreTrainedTokenizerBase | None":
             # Said aloud: without it transformers asks whether to run the folder's code.
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (*_BROKEN_FILES, ImportError) as error:
+            if (folder / "config.json").is_file():
+                read_config(folder)  # transformers reads it too, and fails by it
             raise ModelError(
                 f"the tokenizer cannot be read: {printable(error)}",
                 where=str(folder),

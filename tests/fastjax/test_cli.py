@@ -76,6 +76,9 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert read.config.seed == 5
     with pytest.raises(ConfigError, match="needs the name"):
         read_settings(["--config"])
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        read_settings(["--config", str(path.with_name("none.yaml"))])
+    assert "--print_config" in caught.value.fix
 
 
 def test_printed_settings_run_again(
