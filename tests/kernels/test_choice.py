@@ -1,5 +1,7 @@
 """The default by measured times: the nearest case, the device's table, its file."""
 
+import collections
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from kernels import benchmarking, choice, dispatch
 from kernels.attention import attention
-from kernels.attention.api import choice_case
+from kernels.attention.api import _implementations, choice_case
 from kernels.choice import fastest_first, write_rows, write_table
 from kernels.device import HOPPER, assume_compute_capability
 from kernels.program import Program
@@ -18,7 +20,7 @@ from kernels.programs import all_programs
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmarks/results/nvidia-h200/kernels.json"
 WRITTEN = {"kernel": 1, "xla": 2, "reference": 3}
-TO_BE_TIMED = {"packed window", "packed window softcap"}
+TO_BE_TIMED = {"rows": "packed window softcap", "head_size": "256", "tokens": 4096}
 CHOICES = [
     {"op": "op", "case": {"size": 10}, "ms": {"xla": 1.0, "kernel": 2.0}},
     {"op": "op", "case": {"size": 1000}, "ms": {"kernel": 1.0, "xla": 2.0}},
@@ -130,8 +132,8 @@ def test_the_h200_has_a_time_for_every_choice(monkeypatch):
     written = json.loads((choice.FOLDER / "nvidia_h200.json").read_text())["choices"]
     known = [(entry["op"], entry["case"]) for entry in written]
     decided = [program.decides for program in all_programs() if program.decides]
-    missing = [case for op, case in decided if (op, dict(case)) not in known]
-    assert {case.get("rows") for case in missing} <= TO_BE_TIMED
+    missing = [dict(case) for op, case in decided if (op, dict(case)) not in known]
+    assert missing == [TO_BE_TIMED]
     assert all(entry["ms"] for entry in written)
 
 
@@ -152,16 +154,42 @@ def test_windows_over_documents_take_times_of_their_own(
             jax.eval_shape(op, q, q, q)
         return chosen["attention"]
 
-    def time(rows):
+    def time(rows, **ms):
         case = {"rows": rows, "head_size": str(head_size), "tokens": 4096}
-        timed = {"op": "attention", "case": case, "ms": {"mosaic_gpu": 1.0, "xla": 2.0}}
+        timed = {"op": "attention", "case": case, "ms": ms}
         write_table(table, {"compute_capability": HOPPER}, [timed])
         choice._read.cache_clear()
 
-    time("packed" if softcap is None else "packed softcap")
     assert default() == {"xla"}
-    time("packed window" if softcap is None else "packed window softcap")
-    assert default() == {"mosaic_gpu"}
+    cap = "" if softcap is None else " softcap"
+    time(f"packed{cap}", mosaic_gpu=1.0, xla=2.0)
+    assert default() == {"mosaic_gpu"}  # as without a window, until it is timed
+    time(f"packed window{cap}", mosaic_gpu=2.0, xla=1.0)
+    assert default() == {"xla"}
+
+
+@pytest.mark.parametrize("tokens", [1, 4096, 1_000_000])
+def test_attention_takes_kernels_where_they_were_timed_alone(tokens, monkeypatch):
+    monkeypatch.undo()
+    written = json.loads((choice.FOLDER / "nvidia_h200.json").read_text())["choices"]
+    fastest = collections.defaultdict(set)
+    for timed in written:
+        if timed["op"] == "attention":
+            kind = timed["case"]["rows"], timed["case"]["head_size"]
+            fastest[kind].add(min(timed["ms"], key=timed["ms"].get))
+    facts = ("is_packed", "has_window", "has_softcap", "keeps_dscores")
+    for size, *holds in itertools.product(
+        (40, 64, 80, 96, 128, 192, 256), *[(False, True)] * len(facts)
+    ):
+        case = choice_case(size, tokens, **dict(zip(facts, holds, strict=True)))
+        with assume_compute_capability(HOPPER):
+            order = list(_implementations(case, visits=None, keeps_dscores=False))
+        alike = case["rows"].replace("packed window", "packed")
+        kinds = (case["rows"], case["head_size"]), (alike, case["head_size"])
+        if kernels := next((fastest[kind] for kind in kinds if kind in fastest), None):
+            assert order[0] in kernels
+        else:
+            assert order[:2] == ["cudnn", "xla"]
 
 
 def test_every_row_of_the_benchmark_is_of_a_program_that_exists():
