@@ -13,6 +13,7 @@ from .load import stored_formats as stored_formats
 from .load import stream_weights as stream_weights
 from .packed_cache import files_to_load as files_to_load
 from .packed_cache import load_packed_weights as load_packed_weights
+from .save import COMPANION_FILES as COMPANION_FILES
 from .save import WEIGHT_FILES as WEIGHT_FILES
 from .save import copy_companions as copy_companions
 from .save import save_model as save_model

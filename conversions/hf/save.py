@@ -38,7 +38,7 @@ from kernels.packed import PackedArray, dense
 MAX_SHARD_BYTES = 5_000_000_000
 # Names of weights; of those in one folder a reader takes the first.
 WEIGHT_FILES = (WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors")
-COPIED = (
+COMPANION_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -107,7 +107,7 @@ def save_model(
 
 def copy_companions(source: Path, folder: Path) -> None:
     """Copies generation defaults and tokenizer of a model folder byte for byte."""
-    for pattern in COPIED:
+    for pattern in COMPANION_FILES:
         for path in sorted(source.glob(pattern)):
             target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from conversions.hf import read_config
+from conversions.hf import COMPANION_FILES, read_config
 from conversions.peft import Stretch, read_adapter, stretch_of, write_adapter
 from fastjax import runtime
 from fastjax.api.finding import find_model
@@ -49,7 +49,8 @@ def combine_adapters(
             f"rank={rank} with method={method}: a rank is for method=svd, at least 1"
         )
     require_free_name(output, overwrite=overwrite, sources=map(Path, folders))
-    parts, (base, revision), stretch = _read(folders, factors)
+    parts, (base, revision), stretch, tokenizers = _read(folders, factors)
+    agree = all(files == tokenizers[0] for files in tokenizers)
     lora, arrays = combined(parts, method=method, rank=rank)
     with new_folder(output, overwrite=overwrite) as new:
         write_adapter(
@@ -60,16 +61,23 @@ def combine_adapters(
             revision=revision,
             stretch=stretch,
         )
-    return f"{len(parts)} adapters by {method}, of rank {lora.lora_r}: {output}"
+        for name, content in tokenizers[0].items() if agree else ():
+            (new / name).parent.mkdir(exist_ok=True)
+            (new / name).write_bytes(content)
+    line = f"{len(parts)} adapters by {method}, of rank {lora.lora_r}: {output}"
+    if agree:
+        return line
+    return f"{line}; without tokenizer and chat template, in which the adapters differ"
 
 
 def _read(
     folders: Sequence[str | Path], factors: Sequence[float]
-) -> tuple[list[Part], tuple[str, str | None], Stretch | None]:
-    """Returns the adapters, the name and revision of their base, and its stretch."""
+) -> tuple[list[Part], tuple[str, str | None], Stretch | None, list[dict[str, bytes]]]:
+    """Returns adapters, name and revision of their base, its stretch, tokenizers."""
     parts: list[Part] = []
     bases: dict[tuple[str, str | None], None] = {}
     contexts: list[Stretch | None] = []
+    tokenizers: list[dict[str, bytes]] = []
     for folder, factor in zip(folders, factors, strict=True):
         found = find_model(str(folder), with_weights=False)
         if found.adapter is None:
@@ -79,6 +87,7 @@ def _read(
         contexts.append(stretch_of(adapter.config, sizes))
         parts.append(Part(lora=adapter.lora, weights=adapter.weights, factor=factor))
         bases[found.name, adapter.revision] = None
+        tokenizers.append(_tokenizer_files(found.adapter))
     if len(bases) > 1:
         names = [f"{name} at {revision}" for name, revision in bases]
         raise ModelError(
@@ -91,4 +100,13 @@ def _read(
             fix="combine adapters of one max_length and rope_scaling",
         )
     (base,) = bases
-    return parts, base, contexts[0]
+    return parts, base, contexts[0], tokenizers
+
+
+def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Returns the content of the files of tokenizer and chat template by name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for pattern in COMPANION_FILES
+        for path in sorted(folder.glob(pattern))
+    }

@@ -61,6 +61,24 @@ def test_side_by_side_is_the_sum(
     )
 
 
+def test_the_tokenizer_that_all_adapters_have_comes_along(
+    adapters: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copies = [shutil.copytree(a, tmp_path / Path(a).name) for a in adapters]
+    for folder in copies:
+        (folder / "tokenizer_config.json").write_text("{}")
+        (folder / "chat_template.jinja").write_text("same")
+    names = [str(folder) for folder in copies]
+    assert combine(names, tmp_path / "new") == 0
+    assert (tmp_path / "new" / "tokenizer_config.json").read_text() == "{}"
+    assert (tmp_path / "new" / "chat_template.jinja").read_text() == "same"
+    assert "without tokenizer" not in capsys.readouterr().out
+    (copies[1] / "chat_template.jinja").write_text("other")
+    assert combine(names, tmp_path / "bare") == 0
+    assert not (tmp_path / "bare" / "tokenizer_config.json").exists()
+    assert "without tokenizer and chat template, in" in capsys.readouterr().out
+
+
 def test_the_nearest_of_a_rank(
     adapters: list[str], fixtures: Path, tmp_path: Path
 ) -> None:
