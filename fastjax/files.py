@@ -18,7 +18,8 @@ from fastjax.errors import ModelError, StorageError, printable
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SPARE_BYTES = 64 * 2**20
 _MODEL_CONFIGS = ("config.json", "adapter_config.json")
-_RUN_FILES = ("run.json", "metrics.jsonl", "manifest.json")
+_MODEL_FOLDERS = {"additional_chat_templates"}
+_RUN_FILES = ("run.json", "metrics.jsonl", "manifest.json", "trainer_state.json")
 _ABANDONED_SECONDS = 3600.0
 
 
@@ -165,8 +166,9 @@ def require_free_name(
 
 def _is_of_a_model(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
+    folders = {path.name for path in folder.iterdir() if path.is_dir()}
     has_model = not names.isdisjoint(_MODEL_CONFIGS) or any(folder.glob("*.gguf"))
-    return has_model and names.isdisjoint(_RUN_FILES)
+    return has_model and names.isdisjoint(_RUN_FILES) and folders <= _MODEL_FOLDERS
 
 
 @contextlib.contextmanager
@@ -213,28 +215,35 @@ def added_files(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]
     Args:
       folder: Exists.
       replaces: Patterns of files that would not fit the new ones: such as are not
-        written again are deleted.
+        written again are deleted, at last.
 
     Raises:
       StorageError: They cannot be written.
     """
     aside = folder / temporary_name("added")
+    is_whole = False
     with storage_errors(f"write into {folder.name}", folder):
         try:
             aside.mkdir()
             yield aside
             settle(aside)
             added = [path.relative_to(aside) for path in files_below(aside)]
+            for name in added:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                if (folder / name).is_dir():
+                    raise IsADirectoryError(21, "a folder has that name", str(name))
+            is_whole = True
+            for name in added:
+                (aside / name).replace(folder / name)
             for pattern in replaces:
                 for path in folder.glob(pattern):
                     if path.relative_to(folder) not in added:
                         path.unlink()
-            for name in added:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (aside / name).replace(folder / name)
             fsync(folder)
-        finally:
             shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            if not is_whole:  # what is left of a whole one may be all there is
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from fastjax.errors import ModelError, printable
 from fastjax.files import user_path
 from fastjax.models.registry import PRESETS
 from fastjax.train.checkpoint import checkpoints
+from fastjax.train.publish import RUN_FILE, is_published
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,7 +147,8 @@ def _model_in(folder: Path) -> Path:
     """
     if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         return folder
-    if (folder / "model" / "config.json").is_file():
+    is_over = not (folder / RUN_FILE).is_file() or is_published(folder)
+    if is_over and (folder / "model" / "config.json").is_file():
         return folder / "model"
     saved = checkpoints(folder)
     if saved:

@@ -36,6 +36,7 @@ _FREE = frozenset(
         "max_steps",
         "num_train_epochs",
         "dataset_name",
+        "dataset_text_field",
         "dataset_weights",
         "use_dataset_cache",
         "eval_dataset_name",

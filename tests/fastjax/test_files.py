@@ -39,19 +39,26 @@ def test_what_is_no_model_or_in_use_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model, run, texts = (tmp_path / name for name in ("model", "run", "texts"))
+    other, source = tmp_path / "other", tmp_path / "source"
     for folder, file in (
+        (other, "adapter_config.json"),
+        (other / "checkpoint-500", "optimizer.pt"),
+        (source, "config.json"),
+        (source / "src", "main.py"),
         (model, "config.json"),
         (run, "adapter_config.json"),
         (run, "run.json"),
         (texts, "thesis.txt"),
     ):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True, parents=True)
         (folder / file).write_text("{}")
     require_free_name(model, overwrite=True, sources=[run])
     for path, sources, reason in (
         (model, [model], "in use"),
         (tmp_path, [model], "in use"),
         (run, [], "a run's"),
+        (other, [], "a run's"),
+        (source, [], "no model's"),
         (texts, [], "no model's folder"),
     ):
         with pytest.raises(StorageError, match=reason):
@@ -85,6 +92,36 @@ def test_added_files_leave_the_others(tmp_path: Path):
     with pytest.raises(KeyError), added_files(tmp_path, replaces=["*"]):
         raise KeyError
     assert {p.name: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == texts
+
+
+def test_added_files_are_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = ("config.json", "part-2")
+    (tmp_path / "part-1").write_text("old")
+    (tmp_path / "part-2").mkdir()
+
+    def add():
+        with added_files(tmp_path, replaces=["part-*"]) as aside:
+            for name in names:
+                (aside / name).write_text("new")
+
+    with pytest.raises(StorageError, match="a folder has that name"):
+        add()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part-1", "part-2"]
+    (tmp_path / "part-2").rmdir()
+    replace = Path.replace
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if target.name == "part-2":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        add()
+    assert (tmp_path / "part-1").read_text() == "old"
+    assert (tmp_path / "config.json").read_text() == "new"
+    [left] = [path for path in tmp_path.rglob("part-2") if path.is_file()]
+    assert left.read_text() == "new"
 
 
 def test_full_disk_is_a_storage_error(tmp_path: Path):

@@ -82,7 +82,6 @@ print(jax.config.jax_compilation_cache_dir)
 def test_threads_take_shorter_turns_on_the_command_line_alone() -> None:
     code = """
 import sys
-import textwrap
 import fastjax.api
 from fastjax import cli
 print(sys.getswitchinterval())

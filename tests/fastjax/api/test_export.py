@@ -67,6 +67,9 @@ def test_folders_of_runs_stand_for_what_they_made(
     assert str(run / "checkpoint-000002") in caught.value.fix
     shutil.copytree(small_model, run / "model")
     assert find_model(str(run)).folder == run / "model"
+    (run / "run.json").write_text('{"is_finished": false}')
+    with pytest.raises(ModelError, match="not finished"):
+        find_model(str(run))
     with pytest.raises(ModelError, match="holds no model"):
         find_model(str(tmp_path))
     shutil.copytree(adapter, lost)

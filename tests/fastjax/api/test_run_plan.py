@@ -231,6 +231,7 @@ def test_a_model_is_not_made_longer(layers: int) -> None:
 def test_what_host_memory_forbids_is_said_to_be_so(
     planner: Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
     said = "limited by 16.00 GiB of pinned host memory here"
     for memory, is_limited in ((20 * GIB, True), (10_000 * GIB, False)):
         monkeypatch.setattr(runtime, "host_memory_bytes", lambda memory=memory: memory)
