@@ -48,6 +48,16 @@ def _hidden(model: Any) -> jax.Array:
     return model.decoder(jnp.asarray(IDS), positions=positions)
 
 
+def _batch() -> dict[str, jax.Array]:
+    targets = jnp.asarray(np.roll(IDS, -1))
+    return {
+        "input_ids": jnp.asarray(IDS),
+        "targets": targets,
+        "positions": jnp.arange(IDS.shape[1], dtype=jnp.int32)[None],
+        "segment_ids": jnp.ones_like(targets),
+    }
+
+
 def _exact(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
@@ -62,10 +72,8 @@ def test_small_changes_reach_the_logits(adapted: Any) -> None:
 
 def test_loss_and_gradients_are_those_of_float32(adapted: Any) -> None:
     hidden = _hidden(adapted)[0].astype(jnp.float32)
-    targets = jnp.asarray(np.roll(IDS, -1))
-    batch = {"input_ids": jnp.asarray(IDS), "targets": targets}
-    batch["positions"] = jnp.arange(IDS.shape[1], dtype=jnp.int32)[None]
-    batch["segment_ids"] = jnp.ones_like(targets)
+    batch = _batch()
+    targets = batch["targets"]
     table, down, up = _parts(adapted)
 
     def reference(down: jax.Array, up: jax.Array) -> jax.Array:
@@ -109,3 +117,25 @@ def test_dropout_acts_on_the_branch_alone(small_model: Path) -> None:
     downs = [down_of(dropout_key=key) for key in keys]
     mean = sum(d.down for d in downs if d is not None) / len(keys)
     assert relative_error(mean, plain.down) < 0.1
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_the_loss_draws_the_heads_dropout_by_its_key(
+    rate: float, small_model: Path
+) -> None:
+    model = FastLanguageModel.get_peft_model(
+        load_model(str(small_model), dtype="float32"),
+        r=4,
+        lora_alpha=8,
+        lora_dropout=rate,
+        target_modules=["lm_head"],
+    )
+    head = model.decoder.lm_head
+    shape = head.lora_b.get_value().shape
+    head.lora_b.set_value(jax.random.normal(jax.random.key(7), shape))
+    keys = (None, jax.random.key(0), jax.random.key(1))
+    losses = {
+        float(cross_entropy(*model.split(), _batch(), dropout_key=key)[0])
+        for key in keys
+    }
+    assert len(losses) == (len(keys) if rate else 1)
