@@ -17,8 +17,8 @@ class ReportConfig:
       report_to: Trackers that get the numbers of `metrics.jsonl` too, several with
         commas between; each needs its package, `fastjax[wandb]` for wandb.
       project: Group of runs in the trackers.
-      run_name: Name in the trackers, which tell runs apart by the output folder; None
-        takes that of the folder.
+      run_name: Name in the trackers; runs of one name stay apart there. None takes that
+        of the folder.
       sample_prompts: Text file, a prompt a line, answered at each evaluation.
       sample_max_new_tokens: Most tokens of such an answer.
       eval_on_start: Evaluate before the first step too.

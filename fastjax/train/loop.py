@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import time
 from collections import deque
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -107,20 +106,22 @@ class _Loop:
         self.keep = config.save_total_limit
         self._in_flight: deque[tuple[int, Metrics, DeviceBatch]] = deque()
         self._mark = self._started = time.perf_counter()
-        self._restore({} if found is None else found.record)
+        self._restore(found)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.reporter.close)
             # Last, since it frees the caller's weights.
             self.state = start.start_state(job, found, progress.note)
             on_failure.pop_all()
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _restore(self, found: resume.Found | None) -> None:
+        saved = {} if found is None else found.record
         self.step = self.saved_step = saved.get("step", 0)
         self.bad_steps: int = saved.get("bad_steps", 0)
         self.selection.restore(saved.get("selection", {}))
         self.last_eval: dict[str, float | None] = saved.get("last_eval", {})
         self._seconds_before: float = saved.get("seconds", 0.0)
-        self.reporter = Reporter(self.job, self.progress, step=self.step)
+        run_id = start.run_id(self.job, found)
+        self.reporter = Reporter(self.job, self.progress, step=self.step, run_id=run_id)
         self.log = self.reporter.log
         if saved:
             self.log.restore(saved["log"])
@@ -314,6 +315,7 @@ class _Loop:
         self.log.flush_to_disk()
         content = {
             "identity": start.identity(self.job),
+            "run_id": self.reporter.run_id,
             "environment": record.environment(self.config, self.job.remat),
             "seed": self.config.seed,
             "log": self.log.state(),

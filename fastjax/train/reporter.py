@@ -1,6 +1,6 @@
 """What a run tells of itself: to file, terminal, trackers and plot."""
 
-import hashlib
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,26 @@ class Reporter:
 
     Attributes:
       log: The metrics file and its sums.
+      run_id: Of the run in the trackers; it stays when the run is resumed.
     """
 
-    def __init__(self, job: Job, progress: Progress, *, step: int) -> None:
+    def __init__(
+        self, job: Job, progress: Progress, *, step: int, run_id: str | None = None
+    ) -> None:
         """Cuts what lies beyond `step`, and goes on from there.
+
+        Args:
+          job: Of the run.
+          progress: Shows it.
+          step: Steps done before.
+          run_id: Of the run that goes on; None draws one for a run that starts.
 
         Raises:
           EnvironmentFault: A tracker's package is missing.
         """
         config = job.config
         self._job, self._progress = job, progress
+        self.run_id = run_id or secrets.token_hex(8)
         self.log = MetricsLog(
             job.output_dir,
             logging_steps=config.logging_steps,
@@ -51,9 +61,8 @@ class Reporter:
         truncate_lines(job.output_dir / SAMPLES_NAME, last)
         self._watchdog = Watchdog(config.optimizer.learning_rate)
         self._watchdog.replay(self._records)
-        self._trackers = Trackers(
-            config.report.report_to, _run_info(config, job.output_dir, step), self.note
-        )
+        info = _run_info(config, job.output_dir, step, self.run_id)
+        self._trackers = Trackers(config.report.report_to, info, self.note)
         self._device_kind = jax.local_devices()[0].device_kind
 
     def note(self, text: str) -> None:
@@ -99,12 +108,11 @@ class Reporter:
             self.note(warning)
 
 
-def _run_info(config: TrainConfig, output_dir: Path, step: int) -> RunInfo:
-    place = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:16]
+def _run_info(config: TrainConfig, output_dir: Path, step: int, run_id: str) -> RunInfo:
     return RunInfo(
         output_dir=output_dir,
         project=config.report.project,
-        id=place,
+        id=run_id,
         name=config.report.run_name or output_dir.name,
         settings=record.settings(config),
         step=step,

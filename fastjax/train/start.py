@@ -43,6 +43,16 @@ def identity(job: Job) -> dict[str, Any]:
     return record.identity(job.config, job.total_steps, data=data, base=job.base)
 
 
+def run_id(job: Job, found: resume.Found | None) -> str | None:
+    """Returns the id in the trackers of the run that goes on, None for a new run.
+
+    One that takes a checkpoint of another folder is a new run.
+    """
+    if found is None or found.folder.resolve().parent != job.output_dir.resolve():
+        return None
+    return found.record.get("run_id")
+
+
 def shapes(job: Job) -> TrainState:
     """Returns what a checkpoint must hold: shapes, dtypes, and places on the host."""
     optimizer = make_optimizer(job.config.optimizer, job.total_steps)

@@ -132,7 +132,7 @@ class RunInfo:
     Attributes:
       output_dir: Of the run.
       project: Name of a group of runs.
-      id: Of the output folder: the same again when the run is resumed, and that of no
+      id: Drawn when the run started: the same again when it is resumed, and that of no
         other run.
       name: For people; several runs may share it.
       settings: Flat, without secrets: they have none.

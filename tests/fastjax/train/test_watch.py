@@ -1,6 +1,7 @@
 """Best weights, warnings, trackers and the plot: what follows the metrics of a run."""
 
 import pickle
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -9,11 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fastjax.config import ReportConfig, TrainConfig
+from fastjax.config import ReportConfig
 from fastjax.errors import ConfigError, EnvironmentFault
 from fastjax.flat_config import train_config
 from fastjax.train.loss_plot import loss_svg, smoothed, write_loss_plot
-from fastjax.train.reporter import _run_info
 from fastjax.train.selection import Selection
 from fastjax.train.throughput import roofline_share
 from fastjax.train.trackers import RunInfo, Trackers
@@ -259,14 +259,30 @@ def test_a_resumed_run_goes_on_in_mlflow(
     assert len(second) == 3
 
 
-def test_the_id_is_that_of_the_folder(tmp_path: Path) -> None:
-    report = ReportConfig(run_name="same")
-    config = TrainConfig(report=report)
-    infos = [_run_info(config, tmp_path / name, 0) for name in ("a", "b", "b")]
-    assert [info.name for info in infos] == ["same"] * 3
-    assert infos[0].id != infos[1].id == infos[2].id
-    plain = _run_info(TrainConfig(), tmp_path / "a", 0)
-    assert (plain.name, plain.id) == ("a", infos[0].id)
+def test_a_resumed_run_keeps_its_id_and_a_new_one_has_its_own(
+    tiny: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = FakeTracker("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    folder = tmp_path / "a"
+
+    def train(output_dir: Path = folder, mode: str = "auto", **options: str) -> None:
+        options["resume_from_checkpoint"] = mode
+        tiny.train(output_dir, report_to=("wandb",), **options)
+
+    train()
+    shutil.rmtree(folder / "checkpoint-000008")
+    train()
+    train()
+    train(mode="no")
+    train(tmp_path / "b", str(folder / "checkpoint-000006"), run_name="same")
+    shutil.rmtree(folder)
+    train(run_name="same")
+    told = [run.options for run in module.runs]
+    assert [run["name"] for run in told] == ["a", "a", "a", "a", "same", "same"]
+    first, *others = [run["id"] for run in told]
+    assert others[:2] == [first, first]
+    assert len({first, *others[2:]}) == 4
 
 
 def run_info(folder: Path, id: str = "x", step: int = 0) -> RunInfo:  # noqa: A002
