@@ -1,7 +1,7 @@
 """TensorBoard, Weights & Biases, Trackio, MLflow: each metric, also there.
 
-A tracker never stops a run: when one fails it is left out from then on, with one
-warning, and `metrics.jsonl` stays complete.
+A tracker that fails is left out from then on, with one warning, and `metrics.jsonl`
+stays complete: none stops a run, unless the host's memory is at its end.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from fastjax.errors import EnvironmentFault, printable
 from fastjax.requirements import install_command
 
 _PARAMS_A_CALL = 100  # as many as MLflow takes
-_NOT_OF_TRACKERS = (AssertionError, MemoryError)
 
 
 @runtime_checkable
@@ -199,7 +198,7 @@ class Trackers:
             yield
         except Exception as error:
             # Services and what carries to them share no error; some raise a plain one.
-            if not isinstance(error, _NOT_OF_TRACKERS):
+            if not isinstance(error, MemoryError):
                 self._open.pop(name, None)
                 self._note(
                     f"warning: {name} failed and is left out: {printable(error)}; "

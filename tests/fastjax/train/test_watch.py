@@ -223,6 +223,19 @@ def test_trackers_get_the_numbers_and_one_that_fails_is_left_out(
     assert "wandb failed" in notes[0]
 
 
+def test_a_failed_assertion_of_a_tracker_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: object) -> None:
+        raise AssertionError("no service")
+
+    module = types.SimpleNamespace(init=init)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    notes: list[str] = []
+    Trackers(("wandb",), run_info(tmp_path), notes.append).close()
+    assert ["wandb failed" in note for note in notes] == [True]
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
 def test_runs_of_one_name_stay_apart(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
