@@ -182,10 +182,11 @@ class _Loop:
         published = None if self.step_seconds else publish.published_step(self.job)
         was_finished = published is not None
         if was_finished:
-            self._take_weights_of(published)
+            held = self._take_weights_of(published)
+            other = f"; the model in memory has those of step {held}, the last"
             self.progress.note(
                 f"this run is finished: {self.job.output_dir} holds the weights of "
-                f"step {published}"
+                f"step {published}{'' if held == published else other}"
             )
         else:
             self._publish()
@@ -207,6 +208,8 @@ class _Loop:
             self.progress.note(f"stopped early at step {self.step} of {self.total}")
         best = self.selection.best_step if config.load_best_model_at_end else None
         taken = self._take_weights_of(self.step if best is None else best)
+        if best not in (None, taken):
+            self.progress.note(f"the weights of step {taken}, the last, are the result")
         if job.write_adapter is not None:
             faults.hit("finish:before_adapter", self.step)
             publish.publish_adapter(
@@ -232,8 +235,7 @@ class _Loop:
             checkpoint.require_fitting(folder, like, found.record)
         except ModelError as error:
             self.progress.note(
-                f"the best weights, of {folder.name}, are lost: {error.what}; those of "
-                f"step {self.step}, the last, are taken instead"
+                f"the best weights cannot be read from {folder.name}: {error.what}"
             )
             return self.step
         self.progress.note(f"the best weights are those of {folder.name}")

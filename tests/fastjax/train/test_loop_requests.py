@@ -154,7 +154,8 @@ def test_of_a_damaged_best_checkpoint_nothing_is_taken(
 ) -> None:
     monkeypatch.setenv(VARIABLE, "flip@save:after_rename@1")
     last = tiny.train(tmp_path, console=console, **BEST)
-    assert "best weights, of checkpoint-000001, are lost" in said(console)
+    assert "best weights cannot be read from checkpoint-000001" in said(console)
+    assert f"the weights of step {last.step}, the last, are the result" in said(console)
     assert "SHA-256" in said(console)
     run = json.loads((tmp_path / "run.json").read_text())
     assert (run["best"]["step"], run["published_step"]) == (1, last.step)
@@ -163,6 +164,23 @@ def test_of_a_damaged_best_checkpoint_nothing_is_taken(
     assert written == kept.read_bytes()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last.trainable))
     assert tiny.train(tmp_path, **BEST).was_finished
+
+
+def test_a_finished_run_whose_best_checkpoint_is_damaged_says_what_is_where(
+    tiny: SimpleNamespace, tmp_path: Path, console: Console
+) -> None:
+    last = tiny.train(tmp_path, **BEST).step
+    best = json.loads((tmp_path / "run.json").read_text())["published_step"]
+    assert best < last
+    (tmp_path / checkpoint.name_of(best) / checkpoint.RECORD_NAME).write_text("{")
+    written = (tmp_path / "adapter_model.bytes").read_bytes()
+    again = tiny.train(tmp_path, console=console, **BEST)
+    assert again.was_finished
+    assert (tmp_path / "adapter_model.bytes").read_bytes() == written
+    told = said(console)
+    assert f"this run is finished: {tmp_path} holds the weights of step {best}" in told
+    assert f"the model in memory has those of step {last}, the last" in told
+    assert "are the result" not in told
 
 
 def test_samples_are_answered_at_each_evaluation(
