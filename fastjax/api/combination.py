@@ -50,6 +50,7 @@ def combine_adapters(
         )
     require_free_name(output, overwrite=overwrite, sources=map(Path, folders))
     parts, (base, revision), stretch, tokenizers = _read(folders, factors)
+    require_free_name(output, overwrite=overwrite, sources=[Path(base)])
     agree = all(files == tokenizers[0] for files in tokenizers)
     lora, arrays = combined(parts, method=method, rank=rank)
     with new_folder(output, overwrite=overwrite) as new:

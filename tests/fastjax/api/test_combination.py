@@ -125,7 +125,9 @@ def test_what_is_there_stays(adapters: list[str], tmp_path: Path) -> None:
     assert kept.read_text() == "mine"
     assert combine(adapters, kept, "--overwrite") == 0
     assert (kept / "adapter_config.json").exists()
-    assert combine(adapters, Path(adapters[0]), "--overwrite") == StorageError.exit_code
+    base = json.loads((Path(adapters[0]) / "adapter_config.json").read_text())
+    for read in (adapters[0], base["base_model_name_or_path"]):
+        assert combine(adapters, Path(read), "--overwrite") == StorageError.exit_code
 
 
 @pytest.mark.parametrize("words", [("--rank", "4"), ("--method", "svd", "--rank", "0")])
