@@ -231,7 +231,9 @@ def added_files(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]
             for name in added:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 if (folder / name).is_dir():
-                    raise IsADirectoryError(21, "a folder has that name", str(name))
+                    raise IsADirectoryError(
+                        errno.EISDIR, "a folder has that name", str(name)
+                    )
             is_whole = True
             for name in added:
                 (aside / name).replace(folder / name)
@@ -240,9 +242,9 @@ def added_files(folder: Path, *, replaces: Sequence[str] = ()) -> Iterator[Path]
                     if path.relative_to(folder) not in added:
                         path.unlink()
             fsync(folder)
-            shutil.rmtree(aside, ignore_errors=True)
         finally:
-            if not is_whole:  # what is left of a whole one may be all there is
+            # What is left of a whole one may be all there is.
+            if not (is_whole and files_below(aside)):
                 shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.dispatch import UnsupportedOp
+from kernels.ring import Ring
 from kernels.wgmma import accumulator, swizzled
 
 TILE_M = 128
@@ -266,12 +267,7 @@ class ProductBlock:
 
     def _emptied(self, step: Any) -> tuple[Any, Any]:
         """Waits for the place of a step, which it returns with its barrier."""
-        slot = lax.rem(step, self.product.stages)
-
-        @pl.when(step >= self.product.stages)
-        def _():
-            plgpu.barrier_wait(self.empty.at[slot])
-
+        slot = Ring((self.a_smem, self.b_smem), self.full, self.empty).claim(step)
         return slot, self.full.at[slot]
 
     def _multiply(self, epilogue: Callable, m: Any, n: Any, first: Any) -> None:

@@ -202,9 +202,8 @@ class Merge:
         return stored or dict.fromkeys(linear_names(config), PackedFormat(dtype=dtype))
 
 
-@contextlib.contextmanager
-def added_model(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder whose files become the model of an existing `folder`.
+def added_model(folder: Path) -> contextlib.AbstractContextManager[Path]:
+    """Gives an empty folder whose files become the model of an existing `folder`.
 
     What else lies there stays, but for weights of an older model.
 
@@ -218,8 +217,7 @@ def added_model(folder: Path) -> Iterator[Path]:
             where=str(folder / ADAPTER_CONFIG),
             fix="give another folder, or move the adapter out of this one",
         )
-    with files.added_files(folder, replaces=WEIGHT_FILES) as aside:
-        yield aside
+    return files.added_files(folder, replaces=WEIGHT_FILES)
 
 
 def _recorded_quant(adapter: Path) -> QuantConfig | None:

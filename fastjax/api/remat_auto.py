@@ -98,9 +98,7 @@ def _automatic(
     if not is_timed:
         note("remat auto: layers are not timed here, the plan goes by their products")
         costs = _counted(planner, policies[-1])
-    resident = model.weights + model.trained + model.optimizer
-    resident += model.gradients if shape.accumulation > 1 else 0
-    most = _MARGIN * limit_bytes
+    resident, most = _resident_bytes(planner), _MARGIN * limit_bytes
     room = most - resident
     find = functools.partial(
         fastest,
@@ -138,6 +136,13 @@ def _automatic(
         where=f"{shape.rows} rows of {shape.tokens:,} tokens",
         fix=MEMORY_FIX,
     )
+
+
+def _resident_bytes(planner: Planner) -> int:
+    """Returns what lies on the device through the whole step."""
+    model = planner.model
+    summed = model.gradients if planner.shape.accumulation > 1 else 0
+    return model.weights + model.trained + model.optimizer + summed
 
 
 def _compiled_choice(

@@ -47,8 +47,7 @@ class Entry:
 
 
 def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
-    """Returns a hash of the content of files and of how and by what code they are
-    tokenised.
+    """Returns a hash of what is in files, of how it is tokenised, and by what code.
 
     Args:
       files: Data files; their names and places do not count.

@@ -1,6 +1,7 @@
 """The loss of supervised fine-tuning: next-token cross-entropy, summed over tokens."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
@@ -43,16 +44,6 @@ def cross_entropy(
       implementation: Of the cross-entropy op.
     """
     decoder = nnx.merge(graphdef, trainable, frozen)
-    noise = None
-    if dropout_key is not None and neftune_noise_alpha > 0:
-        noise = neftune_noise(
-            dropout_key,
-            batch["segment_ids"],
-            features=decoder.head_weight().shape[1],
-            alpha=neftune_noise_alpha,
-            max_segments=max_segments,
-            dtype=decoder.compute_dtype,
-        )
     segment_ids = None if max_segments == 1 else batch["segment_ids"]
     hidden_btd = decoder(
         batch["input_ids"],
@@ -60,7 +51,13 @@ def cross_entropy(
         segment_ids=segment_ids,
         max_segments=max_segments,
         dropout_key=dropout_key,
-        embedding_noise=noise,
+        embedding_noise=_noise(
+            decoder,
+            batch["segment_ids"],
+            dropout_key,
+            alpha=neftune_noise_alpha,
+            max_segments=max_segments,
+        ),
         remat=remat,
     )
     hidden = hidden_btd.reshape(-1, hidden_btd.shape[-1])
@@ -72,4 +69,25 @@ def cross_entropy(
         softcap=decoder.logit_softcap,
         head_is_trainable=head_is_trainable,
         implementation=implementation,
+    )
+
+
+def _noise(
+    decoder: Any,
+    segment_ids: Int[Array, "B S"],
+    key: PRNGKeyArray | None,
+    *,
+    alpha: float,
+    max_segments: int | None,
+) -> Float[Array, "B S D"] | None:
+    """Returns what is added to embeddings; None without a key or a size."""
+    if key is None or alpha <= 0:
+        return None
+    return neftune_noise(
+        key,
+        segment_ids,
+        features=decoder.head_weight().shape[1],
+        alpha=alpha,
+        max_segments=max_segments,
+        dtype=decoder.compute_dtype,
     )

@@ -1,6 +1,6 @@
 """Named attention shapes, shared by tests and benchmarks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +213,7 @@ GPU_CASES = (
 )
 """Real shapes, all of which "cudnn" takes in bf16 on compute capability 9.0."""
 
-LARGE_CASES = (
+_LARGE_CASES = (
     AttentionCase(name="llama3_8b", tokens=4096, heads=32, kv_heads=8, head_size=128),
     AttentionCase(
         name="llama3_8b_4_documents",
@@ -342,70 +342,19 @@ LARGE_CASES = (
         documents=(256,) * 16,
         softcap=50.0,
     ),
-    AttentionCase(
-        name="llama3_1b_documents_window",
-        tokens=4096,
-        heads=32,
-        kv_heads=8,
-        head_size=64,
-        documents=(2048,) * 2,
-        window=1024,
-    ),
-    AttentionCase(
-        name="phi2_documents_window",
-        tokens=2048,
-        heads=32,
-        kv_heads=32,
-        head_size=80,
-        documents=(1024,) * 2,
-        window=512,
-    ),
-    AttentionCase(
-        name="phi3_mini_documents_window",
-        tokens=4096,
-        heads=32,
-        kv_heads=32,
-        head_size=96,
-        documents=(2048,) * 2,
-        window=1024,
-    ),
-    AttentionCase(
-        name="llama3_8b_documents_window",
-        tokens=4096,
-        heads=32,
-        kv_heads=8,
-        head_size=128,
-        documents=(2048,) * 2,
-        window=1024,
-    ),
-    AttentionCase(
-        name="gemma3_4b_documents_window",
-        tokens=4096,
-        heads=8,
-        kv_heads=4,
-        head_size=256,
-        documents=(2048,) * 2,
-        window=1024,
-    ),
-    AttentionCase(
-        name="llama3_8b_softcap_documents_window",
-        tokens=4096,
-        heads=32,
-        kv_heads=8,
-        head_size=128,
-        documents=(2048,) * 2,
-        window=1024,
-        softcap=50.0,
-    ),
-    AttentionCase(
-        name="gemma2_9b_documents_window",
-        tokens=4096,
-        heads=16,
-        kv_heads=8,
-        head_size=256,
-        documents=(2048,) * 2,
-        window=1024,
-        softcap=50.0,
+)
+
+LARGE_CASES = (
+    *_LARGE_CASES,
+    *(
+        replace(
+            case,
+            name=f"{case.name}_documents_window",
+            documents=(case.tokens // 2,) * 2,
+            window=case.tokens // 4,
+        )
+        for case in _LARGE_CASES
+        if case.batch > 1 and not case.documents and case.window is None
     ),
 )
 """What is compiled without a GPU, timed, and what defaults are chosen by."""
