@@ -328,8 +328,8 @@ def _planned(
                     body, policy, is_scanned=False, own_barrier=_own_barrier(inputs)
                 )
             )
-            for index in own:
-                part = jax.tree.map(lambda leaf, i=index: leaf[i], inputs)
+            parts = _unstacked(inputs, own)
+            for index, part in zip(own, parts, strict=True):
                 x = kept(jnp.int32(index), x, part, stacks)
             continue
         kept = rematerialised(body, policy)
@@ -339,6 +339,21 @@ def _planned(
         else:
             x = _scanned(kept, x, inputs, stacks, own)
     return x
+
+
+def _unstacked(inputs: Any, layers: range) -> list[Any]:
+    """Returns each layer's part of the inputs.
+
+    By a split, whose gradient joins those of the layers; that of indexing would add up
+    as many zero-filled stacks, in one kernel that takes XLA half a minute to compile.
+    """
+    leaves, tree = jax.tree.flatten(inputs)
+    part = slice(layers.start, layers.stop)
+    split = [jax.lax.split(leaf[part], [1] * len(layers)) for leaf in leaves]
+    return [
+        jax.tree.unflatten(tree, [jnp.squeeze(leaf, 0) for leaf in own])
+        for own in zip(*split, strict=True)
+    ]
 
 
 def _own_barrier(inputs: tuple[Any, Any]) -> tuple[Any, bool]:
