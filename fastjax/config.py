@@ -221,7 +221,8 @@ class TrainConfig:
         "layer_offload" the layer inputs alone; "auto" measures them and picks for each
         layer what is fastest within the memory.
       unroll_layers: Write layers that keep much out in the program, for a faster step,
-        a longer compilation; else they are scanned.
+        a longer compilation; False scans them, None writes them out where the run is
+        long enough to gain by it.
       per_device_train_batch_size: Rows of a micro-batch; memory grows with them.
       per_device_eval_batch_size: Rows that are evaluated at once; the loss does not
         depend on it.
@@ -260,7 +261,7 @@ class TrainConfig:
     full_finetuning: bool = False
     dtype: DType = "bfloat16"
     remat: RematChoice = "attention"
-    unroll_layers: bool = False
+    unroll_layers: bool | None = None
     per_device_train_batch_size: int = 2
     per_device_eval_batch_size: int = 2
     gradient_accumulation_steps: int = 8

@@ -9,7 +9,7 @@ from fastjax import runtime
 from fastjax.api.benchmark_report import environment, gib, write_json
 from fastjax.api.memory import limit_here
 from fastjax.api.random_step import RandomStep, StepArgs, planner_of
-from fastjax.api.remat_auto import planned_remat, prediction
+from fastjax.api.remat_auto import planned_remat
 from fastjax.api.roofline import h200_roofline_share
 from fastjax.nvidia import sampled_load
 from fastjax.train.compiled import device_bytes
@@ -67,7 +67,9 @@ def run_benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         "tokens_per_second": args.batch * args.seq / median,
         "step_milliseconds": median * 1e3,
         "remat_plan": str(remat),
-        "predicted": None if choice is None else prediction(choice, shape),
+        "predicted": None
+        if choice is None
+        else choice.prediction(shape.micro_batch_tokens),
         "share_of_h200_roofline": None
         if args.full_finetuning
         else h200_roofline_share(

@@ -129,7 +129,7 @@ class Planner:
         """Returns the plan with one policy for all layers."""
         layers = self.spec.config.num_hidden_layers
         return RematPlan(
-            policies=(policy,) * layers, is_unrolled=self.config.unroll_layers
+            policies=(policy,) * layers, is_unrolled=bool(self.config.unroll_layers)
         )
 
     @property

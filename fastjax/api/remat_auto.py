@@ -25,6 +25,7 @@ from fastjax.remat import RematPlan
 from fastjax.train.compiled import MEMORY_FIX, StepMemory, device_bytes
 from fastjax.train.memory_plan import BatchShape, saved_bytes
 from fastjax.train.remat_choice import Choice, PolicyCost, fastest, written_out
+from kernels.device import HOPPER, compute_capability
 
 # "attention" frees less memory for its time than the others do, so none is left to it.
 _POLICIES: tuple[RematPolicy, ...] = ("offload", "layer", "norms")
@@ -65,16 +66,37 @@ def planned_remat(
       ConfigError: The memory to plan for is not known.
       OutOfMemory: With remat "auto", not even the leanest plan fits.
     """
+    note = note or (lambda _: None)
     if planner.config.remat != "auto":
-        return planner.remat(planner.config.remat), None
+        return _written_out_where_it_pays(planner, steps, note), None
     limit_bytes = memory_limit(planner.config)
     if limit_bytes is None:
         raise ConfigError(
             "remat auto does not know how much memory there is",
             fix="set memory_gib, or remat to one of the policies",
         )
-    choice = _automatic(planner, limit_bytes, steps, note or (lambda _: None))
+    choice = _automatic(planner, limit_bytes, steps, note)
     return choice.remat, choice
+
+
+def _written_out_where_it_pays(
+    planner: Planner, steps: int, note: Callable[[str], None]
+) -> RematPlan:
+    """Returns the plan of the one policy that was asked for.
+
+    A step counts with the time that its products take at the least: the measured gains
+    are of the kernels on Hopper, and other devices scan.
+    """
+    plan = planner.remat(planner.policy)
+    if planner.config.unroll_layers is not None or compute_capability() != HOPPER:
+        return plan
+    flops = len(plan.policies) * _flops(planner, FRUGAL_PASSES)
+    choice = Choice(remat=plan, seconds=flops / MATMUL_FLOPS_PER_SECOND, bytes=0.0)
+    micro_batches = steps * planner.shape.accumulation
+    written = written_out(choice, micro_batches=micro_batches).remat
+    if written.is_unrolled:
+        note("the layers are written out in the program, which a run so long gains by")
+    return written
 
 
 def _automatic(
@@ -116,7 +138,7 @@ def _automatic(
         if choice is None:
             break
         choices = [choice]
-        if is_timed and not is_unrolled:
+        if is_timed and planner.config.unroll_layers is None:
             written = written_out(choice, micro_batches=steps * shape.accumulation)
             choices = list(dict.fromkeys([written, choice]))
         choice, trial = _compiled_choice(planner, choices, resident, most)
@@ -125,7 +147,7 @@ def _automatic(
                 choice = _timed(planner, choice, trial, limit_bytes)
             else:
                 choice = dataclasses.replace(choice, seconds=None)
-            note(f"remat auto: {described(choice, shape)}")
+            note(f"remat auto: {choice.described(shape.micro_batch_tokens)}")
             return choice
         if set(choice.remat.policies) == {leanest}:
             break
@@ -176,22 +198,6 @@ def _timed(
     seconds = trial.seconds(parts, _TIMED_WHOLE) / micro_batches
     _delete(parts[1:])
     return dataclasses.replace(choice, seconds=seconds)
-
-
-def prediction(choice: Choice, shape: BatchShape) -> dict[str, float]:
-    """Returns what a plan is predicted to cost; no speed where none was timed."""
-    costs = {"peak_gib": choice.bytes / _GIB}
-    if choice.seconds is not None:
-        costs["tokens_per_second"] = shape.micro_batch_tokens / choice.seconds
-    return costs
-
-
-def described(choice: Choice, shape: BatchShape) -> str:
-    """Returns the plan and its predicted costs, for people."""
-    predicted = prediction(choice, shape)
-    text = f"{choice.remat}; predicted {predicted['peak_gib']:.2f} GiB"
-    speed = predicted.get("tokens_per_second")
-    return text if speed is None else f"{text} and {speed:,.0f} tokens/s"
 
 
 def _counted(planner: Planner, richest: RematPolicy) -> dict[RematPolicy, PolicyCost]:
@@ -323,7 +329,7 @@ class _Short(_Trial):
         self.layers = layers
         self.policy: RematPolicy = policy
         self.spec = shortened(planner.spec, layers)
-        is_unrolled = planner.config.unroll_layers
+        is_unrolled = bool(planner.config.unroll_layers)
         remat = RematPlan(policies=(policy,) * layers, is_unrolled=is_unrolled)
         shape = dataclasses.replace(planner.shape, accumulation=1)
         super().__init__(planner, self.spec, remat, shape)

@@ -32,6 +32,7 @@ from fastjax.remat import RematPlan
 from fastjax.train.compiled import StepMemory
 from fastjax.train.memory_plan import saved_bytes
 from fastjax.train.remat_choice import PolicyCost
+from kernels.device import HOPPER, assume_compute_capability
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "nvidia-h200"
 GIB = 2**30
@@ -54,7 +55,6 @@ def planner() -> Planner:
     config = TrainConfig(
         gradient_accumulation_steps=1,
         data=DataConfig(max_length=4096),
-        unroll_layers=False,
     )
     return Planner.of(config, planned_spec(config, preset("llama3-8b").config))
 
@@ -315,6 +315,40 @@ def test_auto_scans_what_fits_only_so(
     assert (str(remat), tried) == ("none", [True, False])
     assert choice is not None
     assert choice.bytes == 30 * GIB
+
+
+@pytest.mark.parametrize(
+    ("remat", "flag", "steps", "expected"),
+    [
+        ("attention", None, 2_500, "attention, written out"),
+        ("attention", None, 1_000, "attention"),
+        ("attention", None, 0, "attention"),
+        ("attention", False, 10**6, "attention"),
+        ("attention", True, 1, "attention, written out"),
+        ("none", None, 600, "none, written out"),
+        ("layer", None, 10**6, "layer"),
+    ],
+)
+def test_long_runs_write_layers_out(
+    planner: Planner,
+    remat: RematPolicy,
+    flag: bool | None,
+    steps: int,
+    expected: str,
+) -> None:
+    config = dataclasses.replace(planner.config, remat=remat, unroll_layers=flag)
+    asked = dataclasses.replace(planner, config=config)
+    notes: list[str] = []
+    with assume_compute_capability(HOPPER):
+        plan, _ = planned_remat(asked, steps=steps, note=notes.append)
+    assert str(plan) == expected
+    assert len(notes) == (flag is None and plan.is_unrolled)
+
+
+def test_devices_without_the_kernels_scan_layers(planner: Planner) -> None:
+    config = dataclasses.replace(planner.config, remat="none", unroll_layers=None)
+    plan, _ = planned_remat(dataclasses.replace(planner, config=config), steps=10**6)
+    assert not plan.is_unrolled
 
 
 @pytest.mark.parametrize("seconds", [3.0, 3000.0])
