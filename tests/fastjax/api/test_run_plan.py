@@ -320,12 +320,12 @@ def test_auto_scans_what_fits_only_so(
 @pytest.mark.parametrize(
     ("remat", "flag", "steps", "expected"),
     [
-        ("attention", None, 2_500, "attention, written out"),
-        ("attention", None, 1_000, "attention"),
+        ("attention", None, 3_500, "attention, written out"),
+        ("attention", None, 3_000, "attention"),
         ("attention", None, 0, "attention"),
         ("attention", False, 10**6, "attention"),
         ("attention", True, 1, "attention, written out"),
-        ("none", None, 600, "none, written out"),
+        ("none", None, 1_000, "none, written out"),
         ("layer", None, 10**6, "layer"),
     ],
 )

@@ -137,6 +137,24 @@ def test_passes_of_a_written_out_layer_share_adapters_alone(is_full: bool) -> No
     assert all(RANK in shape for shape in shared)
 
 
+def test_gradients_of_written_out_layers_are_joined_once() -> None:
+    """Added up with zeros, they are one kernel that XLA compiles for half a minute."""
+    spec = _spec()
+    layers = spec.config.num_hidden_layers
+    plan = RematPlan(policies=("attention",) * layers, is_unrolled=True)
+    graphdef, trainable, _ = nnx.split(abstract_decoder(spec), nnx.Param, ...)
+    del graphdef
+    stacks = [leaf.shape for leaf in jax.tree.leaves(trainable)]
+    made = [
+        (equation.primitive.name, value.aval.shape)
+        for equation in _gradient(spec, plan).eqns
+        for value in equation.outvars
+        if value.aval.shape in stacks
+    ]
+    assert sorted(shape for _, shape in made) == sorted(stacks)
+    assert {name for name, _ in made} == {"concatenate"}
+
+
 def test_each_policy_recomputes_only_what_it_must() -> None:
     forward = _products(_layer_scans("none")[0])
     backward = {
