@@ -25,8 +25,8 @@ from fastjax.api.run_plan import plan_run as plan_run
 from fastjax.api.sweep import run_sweep as run_sweep
 from fastjax.api.sweep_plan import grid as grid
 from fastjax.api.sweep_result import SweepResult as SweepResult
+from fastjax.api.tokenizer import get_chat_template as get_chat_template
 from fastjax.api.trainer import SFTTrainer as SFTTrainer
-from fastjax.api.trainer import get_chat_template as get_chat_template
 from fastjax.api.trainer import train_on_responses_only as train_on_responses_only
 from fastjax.api.training import run_evaluation as run_evaluation
 from fastjax.api.training import run_training as run_training

@@ -1,14 +1,24 @@
-"""The model's tokenizer, whose tensors are NumPy arrays."""
+"""The model's tokenizer, whose tensors are NumPy arrays, and its chat template."""
 
 from collections import UserDict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fastjax.data import get_chat_template as set_chat_template
+from fastjax.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TENSORS = ("pt", "tf", "jax", "np")
+_TEMPLATE_NAMES = {
+    "llama3": "llama-3",
+    **dict.fromkeys(("llama-31", "llama31", "llama3.1"), "llama-3.1"),
+    **dict.fromkeys(("llama-3.2", "llama-3.3"), "llama-3.1"),
+    **dict.fromkeys(("qwen-25", "qwen25", "qwen2.5"), "qwen-2.5"),
+}
 
 
 class HostArray(np.ndarray):
@@ -89,6 +99,37 @@ class Tokenizer:
     def __len__(self) -> int:
         """Returns the number of tokens, added ones included."""
         return len(self.wrapped)
+
+
+def get_chat_template(
+    tokenizer: Any,
+    chat_template: str = "chatml",
+    mapping: Mapping[str, str] | None = None,
+    map_eos_token: bool = True,
+) -> Any:
+    """Returns the tokenizer with a built-in chat template.
+
+    Args:
+      tokenizer: Changed in place.
+      chat_template: "llama-3.1", "chatml" and so on, also as "llama31" or "llama-3.2".
+      mapping: Must map names to themselves: rows have the columns role and content.
+      map_eos_token: Make the template's end of a turn the EOS token.
+
+    Raises:
+      ConfigError: There is no such template; lists those there are.
+    """
+    renamed = [old for old, new in (mapping or {}).items() if old != new]
+    if renamed:
+        raise ConfigError(
+            f"mapping of {', '.join(renamed)} is not supported",
+            fix="rename the keys in dataset.map: role and content, user and assistant",
+        )
+    plain = tokenizer.wrapped if isinstance(tokenizer, Tokenizer) else tokenizer
+    eos_token = plain.eos_token
+    set_chat_template(plain, _TEMPLATE_NAMES.get(chat_template, chat_template))
+    if not map_eos_token:
+        plain.eos_token = eos_token
+    return tokenizer
 
 
 def _arrays(encoded: Any) -> ArrayEncoding:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,11 +17,19 @@ from fastjax.api.context import require_context, settled_scaling
 from fastjax.api.device_faults import device_faults
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loaders import evaluation_loader
+from fastjax.api.run_folder import default_output_dir
 from fastjax.api.tokenizer import Tokenizer
+from fastjax.api.trainer_results import (
+    PredictionOutput,
+    TokenRows,
+    TrainerState,
+    TrainOutput,
+    numbers,
+)
 from fastjax.api.training import evaluate_model, prepare_data, train
 from fastjax.config import TrainConfig
 from fastjax.data import ResponseMarkers, Source, TrainingData
-from fastjax.data import get_chat_template as set_chat_template
+from fastjax.data.frame_rows import frame_rows, is_frame
 from fastjax.errors import ConfigError
 from fastjax.train import TrainResult
 from kernels.cross_entropy import token_log_probs
@@ -35,37 +42,6 @@ _PADDING_COLLATORS = (
 )
 
 
-_TEMPLATE_NAMES = {
-    "llama3": "llama-3",
-    **dict.fromkeys(("llama-31", "llama31", "llama3.1"), "llama-3.1"),
-    **dict.fromkeys(("llama-3.2", "llama-3.3"), "llama-3.1"),
-    **dict.fromkeys(("qwen-25", "qwen25", "qwen2.5"), "qwen-2.5"),
-}
-
-
-class TrainOutput(NamedTuple):
-    """What `train` returns, as transformers' class of this name."""
-
-    global_step: int
-    training_loss: float
-    metrics: dict[str, float]
-
-
-class PredictionOutput(NamedTuple):
-    """What `predict` returns.
-
-    Attributes:
-      predictions: (rows, length) float32 log-probability of each label; 0 where there
-        is none. Whole logits would not fit in memory.
-      label_ids: (rows, length) labels, -100 where there is none.
-      metrics: test_loss, test_perplexity, test_runtime.
-    """
-
-    predictions: np.ndarray
-    label_ids: np.ndarray
-    metrics: dict[str, float]
-
-
 class SFTTrainer:
     """Trains a model on text, prompt-completion, messages or alpaca rows.
 
@@ -74,6 +50,7 @@ class SFTTrainer:
       config: Settings, with what the model itself decides.
       data: The tokenised documents.
       result: Of the last `train`, with step times and compiled memory.
+      state: Of the last `train`: log_history, global_step, epoch.
     """
 
     def __init__(
@@ -97,7 +74,7 @@ class SFTTrainer:
 
         Args:
           model: From `FastLanguageModel`, with adapters or for full fine-tuning.
-          train_dataset: File, folder, list of dicts or `datasets.Dataset`.
+          train_dataset: File, folder, list of dicts, `datasets.Dataset` or DataFrame.
           eval_dataset: Rows to evaluate on.
           args: Settings.
           tokenizer: Replaces the model's.
@@ -135,7 +112,18 @@ class SFTTrainer:
         self._sources = (train_dataset, eval_dataset)
         self._markers: ResponseMarkers | None = None
         self.result: TrainResult | None = None
+        self.state = TrainerState()
         self.data = self._prepared()
+
+    @property
+    def train_dataset(self) -> TokenRows:
+        """The rows as they are trained, before packing."""
+        return TokenRows(self.data.train)
+
+    @property
+    def eval_dataset(self) -> TokenRows | None:
+        """The rows that are evaluated; None without any."""
+        return TokenRows(self.data.evaluation) if self.data.evaluation else None
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """Trains and returns the metrics, train_runtime among them.
@@ -160,8 +148,9 @@ class SFTTrainer:
             resume_command="trainer.train(resume_from_checkpoint=True)",
         )
         self.result = result
-        # JSON has no NaN: there a missing number is None.
-        metrics = {k: math.nan if v is None else v for k, v in result.metrics.items()}
+        folder = Path(config.output_dir or default_output_dir(config))
+        self.state = TrainerState.of(result, folder)
+        metrics = numbers(result.metrics)
         return TrainOutput(result.step, metrics["train_loss"], metrics)
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
@@ -261,37 +250,6 @@ def train_on_responses_only(
     return trainer
 
 
-def get_chat_template(
-    tokenizer: Any,
-    chat_template: str = "chatml",
-    mapping: Mapping[str, str] | None = None,
-    map_eos_token: bool = True,
-) -> Any:
-    """Returns the tokenizer with a built-in chat template.
-
-    Args:
-      tokenizer: Changed in place.
-      chat_template: "llama-3.1", "chatml" and so on, also as "llama31" or "llama-3.2".
-      mapping: Must map names to themselves: rows have the columns role and content.
-      map_eos_token: Make the template's end of a turn the EOS token.
-
-    Raises:
-      ConfigError: There is no such template; lists those there are.
-    """
-    renamed = [old for old, new in (mapping or {}).items() if old != new]
-    if renamed:
-        raise ConfigError(
-            f"mapping of {', '.join(renamed)} is not supported",
-            fix="rename the keys in dataset.map: role and content, user and assistant",
-        )
-    plain = tokenizer.wrapped if isinstance(tokenizer, Tokenizer) else tokenizer
-    eos_token = plain.eos_token
-    set_chat_template(plain, _TEMPLATE_NAMES.get(chat_template, chat_template))
-    if not map_eos_token:
-        plain.eos_token = eos_token
-    return tokenizer
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _label_scores(
     graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, jax.Array]
@@ -383,6 +341,7 @@ def _formatted(
             "formatting_func needs rows in memory",
             fix="load the file with datasets.load_dataset, or leave the function out",
         )
+    rows = frame_rows(rows) if is_frame(rows) else rows
     texts = [formatting_func(row) for row in rows]
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None:

@@ -11,6 +11,7 @@ from fastjax.data.conversation import kind_of
 from fastjax.data.examples import Example
 from fastjax.data.files import data_files, read_rows
 from fastjax.data.formats import ExampleReader
+from fastjax.data.frame_rows import frame_rows, is_frame
 from fastjax.data.hub import hub_rows, is_hub_name
 from fastjax.data.report import counted
 from fastjax.data.rows import Row
@@ -44,7 +45,7 @@ class ExampleStream(Iterable[Example]):
 
     Args:
       source: A file, glob, folder or hub name, several of them, or an iterable of
-        dicts, such as a list or a `datasets.Dataset`.
+        dicts, such as a list or a `datasets.Dataset`, or a pandas DataFrame.
       options: How it is read.
       bad_rows: Counts the broken ones.
 
@@ -162,6 +163,8 @@ def _rows(
             f"a mapping of data sets is not one data set: {list(map(str, source))}",
             fix="give one of them, such as dataset['train']",
         )
+    if is_frame(source):
+        return _object_rows(frame_rows(source), bad_rows)
     items = iter(source)
     first = next(items, None)
     items = itertools.chain([] if first is None else [first], items)

@@ -12,6 +12,7 @@ import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import pytest
 
 from fastjax.api import (
@@ -75,6 +76,36 @@ def test_train_evaluate_predict_and_save(
     again = load_model(str(saved), dtype="float32")
     np.testing.assert_array_equal(again.logits(ids), model.logits(ids))
     assert again.tokenizer is not None
+
+
+def test_the_state_tells_of_the_run_as_scripts_plot_it(
+    model: Any, trainer_of: Make
+) -> None:
+    trainer = trainer_of(model, {"eval_strategy": "epoch"}, eval_dataset=TEXTS[:2])
+    assert trainer.state.log_history == []
+    stats = trainer.train()
+    history = trainer.state.log_history
+    losses = [entry for entry in history if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [1, 2]
+    assert all(entry.keys() >= {"learning_rate", "epoch"} for entry in losses)
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [2]
+    assert history[-1]["train_loss"] == stats.training_loss
+    assert trainer.state.global_step == 2
+    assert trainer.state.epoch == history[-1]["epoch"]
+
+
+def test_the_rows_that_train_can_be_looked_at(model: Any, trainer_of: Make) -> None:
+    trainer = trainer_of(model, train_dataset=MESSAGES, eval_dataset=MESSAGES[:2])
+    assert len(trainer.train_dataset) == len(MESSAGES)
+    row = trainer.train_dataset[5]
+    assert "What comes after 5?" in model.tokenizer.decode(row["input_ids"])
+    trained = [token for token in row["labels"] if token != -100]
+    assert model.tokenizer.decode(trained).startswith("6")
+    assert row["attention_mask"] == [1] * len(row["labels"])
+    assert len(trainer.train_dataset[2:4]) == 2
+    assert trainer.eval_dataset is not None
+    assert len(trainer.eval_dataset) == 2
+    assert trainer_of(model).eval_dataset is None
 
 
 @pytest.mark.parametrize(
@@ -281,7 +312,7 @@ def test_formatting_functions_make_the_text_of_a_row(
     assert "Name number 0.It is 0." in text
     named = trainer_of(
         model,
-        train_dataset=rows,
+        train_dataset=pandas.DataFrame(rows),
         formatting_func=lambda row: row["output"],
         dataset_text_field="body",
     )

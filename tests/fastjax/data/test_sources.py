@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import datasets
+import pandas
 import pytest
 
 from fastjax.config import DataFormat, choices
@@ -174,6 +175,21 @@ def test_a_datasets_dataset_is_a_source():
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_list([{"text": "a"}, {"text": None}])
     assert [e.text for e in load_examples(dataset).examples] == ["a"]
+
+
+def test_a_dataframe_is_a_source(tmp_path: Path):
+    rows = [
+        {"prompt": "one", "completion": "two"},
+        {"prompt": "lost", "completion": None},
+    ]
+    found = load_examples(pandas.DataFrame(rows))
+    assert [type(example) for example in found.examples] == [Completion]
+    assert "1 row left out: null or empty" in found.notes
+    conversations = [{"messages": [{"role": "user", "content": "hi"}]}]
+    file = tmp_path / "rows.parquet"
+    pandas.DataFrame(conversations).to_parquet(file)  # Read back as NumPy arrays.
+    (example,) = load_examples(pandas.read_parquet(file)).examples
+    assert isinstance(example, Conversation)
 
 
 def test_folders_globs_and_lists(tmp_path):
