@@ -14,17 +14,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, memref
 from jaxtyping import Array, Float32
 
 from kernels.device import multiprocessors, require_hopper
 from kernels.dispatch import UnsupportedOp
+from kernels.registers import as_index, element, fragmented, i32, int_type, vector_of
 from kernels.stand_in import stand_in
 
 from .blocks import BLOCK_SIZE, LEAST_SCALE, MU_MAP, NU_MAP, Blocks
@@ -156,13 +155,12 @@ def _fast(name: str, x) -> Array:
     )
     @stand_in(in_jnp)
     def apply(_, x):
-        f32 = ir.F32Type.get()
         assembly = f"{name}.approx.ftz.f32 $0, $1;"
 
-        def value(element):
-            return llvm.inline_asm(f32, [element], assembly, "=f,f")
+        def value(number):
+            return llvm.inline_asm(ir.F32Type.get(), [number], assembly, "=f,f")
 
-        return _elementwise(value, x, f32, None)
+        return _elementwise(value, x)
 
     return apply(x)
 
@@ -175,10 +173,9 @@ def _values(codes, values_smem) -> Array:
     @stand_in(lambda codes, values: values[codes])
     def look_up(_, codes, values):
         def value(code):
-            index = arith.index_castui(ir.IndexType.get(), code)
-            return memref.load(values, [index])
+            return memref.load(values, [as_index(code)])
 
-        return _elementwise(value, codes, ir.F32Type.get(), None)
+        return _elementwise(value, codes)
 
     return look_up(codes, values_smem)
 
@@ -193,47 +190,36 @@ def _codes(x, ranks: Ranks, ranks_smem) -> Array:
         def code(value):
             return _code(value, ranks, entries)
 
-        return _elementwise(code, x, ir.IntegerType.get_signless(8), False)
+        return _elementwise(code, x, is_signed=False)
 
     return look_up(x, ranks_smem)
 
 
 def _code(value, ranks: Ranks, entries):
     """Emits `xla.codes_of` of one element."""
-    i32 = ir.IntegerType.get_signless(32)
-    signed_bits = arith.bitcast(i32, value)
-    bits = arith.andi(signed_bits, _i32(0x7FFFFFFF))
+    signed_bits = arith.bitcast(int_type(32), value)
+    bits = arith.andi(signed_bits, i32(0x7FFFFFFF))
     # NaN lands in the last cell: nobody uses the result, but it must be in bounds.
     cell = arith.minui(
-        arith.shrui(bits, _i32(ranks.shift)),
-        _i32(ranks.first + ranks.entries.size - 1),
+        arith.shrui(bits, i32(ranks.shift)),
+        i32(ranks.first + ranks.entries.size - 1),
     )
-    cell = arith.subi(arith.maxui(cell, _i32(ranks.first)), _i32(ranks.first))
-    entry = memref.load(entries, [arith.index_castui(ir.IndexType.get(), cell)])
-    rank = arith.addi(entry, arith.andi(bits, _i32(ranks.trailing)))
-    rank = arith.shrui(rank, _i32(ranks.shift))
+    cell = arith.subi(arith.maxui(cell, i32(ranks.first)), i32(ranks.first))
+    entry = memref.load(entries, [as_index(cell)])
+    rank = arith.addi(entry, arith.andi(bits, i32(ranks.trailing)))
+    rank = arith.shrui(rank, i32(ranks.shift))
     if zero := ranks.zero_code:
-        below = arith.subi(_i32(zero), arith.minui(rank, _i32(zero)))
-        is_below = arith.cmpi(arith.CmpIPredicate.slt, signed_bits, _i32(0))
-        rank = arith.select(is_below, below, arith.addi(rank, _i32(zero)))
-    return arith.trunci(ir.IntegerType.get_signless(8), rank)
+        below = arith.subi(i32(zero), arith.minui(rank, i32(zero)))
+        is_below = arith.cmpi(arith.CmpIPredicate.slt, signed_bits, i32(0))
+        rank = arith.select(is_below, below, arith.addi(rank, i32(zero)))
+    return arith.trunci(int_type(8), rank)
 
 
-def _elementwise(function, x, element_type, is_signed) -> mgpu.FragmentedArray:
+def _elementwise(function, x, *, is_signed: bool | None = None):
     """Applies a function of one element to each."""
-    registers = np.empty_like(x.registers)
-    for place, register in np.ndenumerate(x.registers):
+    results = []
+    for register in x.registers.flat:
         (length,) = ir.VectorType(register.type).shape
-        elements = [
-            function(vector.extract(register, dynamic_position=[], static_position=[i]))
-            for i in range(length)
-        ]
-        type_ = ir.VectorType.get((length,), element_type)
-        registers[place] = vector.from_elements(type_, elements)
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=x.layout, _is_signed=is_signed
-    )
-
-
-def _i32(value: int):
-    return mgpu.utils.c(value, ir.IntegerType.get_signless(32))
+        elements = [function(element(register, i)) for i in range(length)]
+        results.append(vector_of(elements))
+    return fragmented(results, x.shape, _LAYOUT, is_signed=is_signed)

@@ -29,6 +29,7 @@ from kernels.dispatch import UnsupportedOp
 from kernels.nf4 import NF4Array, ptx
 from kernels.nf4.codebooks import DYNAMIC_MAP
 from kernels.packed import PackedArray
+from kernels.registers import LANES
 from kernels.ring import Ring
 from kernels.wgmma import accumulator, swizzled
 
@@ -178,8 +179,8 @@ def _body(
 
     def fill():
         words = plgpu.load(values_gmem.at[own], layout=ROW_LAYOUT, optimized=False)
-        copies = lax.broadcast_in_dim(words, (OUTPUTS, ptx.LANES), (0,))
-        values_smem.at[own, pl.ds(0, ptx.LANES)][...] = copies
+        copies = lax.broadcast_in_dim(words, (OUTPUTS, LANES), (0,))
+        values_smem.at[own, pl.ds(0, LANES)][...] = copies
         plgpu.barrier_arrive(filled)
         plgpu.barrier_wait(filled)
 

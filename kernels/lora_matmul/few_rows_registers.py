@@ -13,11 +13,23 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array
 
 from kernels.nf4 import ptx, rounding
 from kernels.nf4.codebooks import CODEBOOKS, Code
+from kernels.registers import (
+    LANES,
+    THREADS,
+    element,
+    fragmented,
+    i32,
+    int_type,
+    lane_index,
+    pair_type,
+    thread_index,
+    vector_of,
+)
 from kernels.stand_in import stand_in
 
 OUTPUTS = 64  # of a warpgroup
@@ -25,12 +37,11 @@ UNIT = 256  # contracted elements of a step
 BLOCK = 64  # codes with one scale
 BLOCKS = UNIT // BLOCK
 NESTED_BLOCK = 256
-_THREADS = 128
 
 CODES_LAYOUT = plgpu.Layout.WGMMA_UPCAST_4X  # eight bytes in a row for each thread
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-_SPLAT = plgpu.Layout.WG_STRIDED((_THREADS,), 1)
-_FETCHED = plgpu.Layout.WG_STRIDED((_THREADS * 4,), 4)
+_SPLAT = plgpu.Layout.WG_STRIDED((THREADS,), 1)
+_FETCHED = plgpu.Layout.WG_STRIDED((THREADS * 4,), 4)
 
 
 @functools.cache
@@ -77,32 +88,30 @@ def fetched_scales(absmax, nested, first_block, blocks_of_row: int) -> Array:
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.RefType(), _SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((_THREADS * 4,), jnp.int32, _FETCHED),
+        return_type=plgpu.ShapeDtypeStruct((THREADS * 4,), jnp.int32, _FETCHED),
     )
     @stand_in(functools.partial(_fetched_in_jnp, blocks_of_row=blocks_of_row))
     def fetch(_, absmax, nested, first_block):
-        i32 = ir.IntegerType.get_signless(32)
         row, lane = _row_and_lane()
         scales_of_row = absmax.type.get_strides_and_offset()[0][0]
         [first] = first_block.registers.flat
         scales, nested_scales = [], []
         for half in range(2):
-            my_row = arith.addi(row, _i32(8 * half))
-            block = arith.addi(arith.muli(my_row, _i32(scales_of_row)), lane)
-            code = _load(absmax, block, ir.IntegerType.get_signless(8))
-            scales.append(arith.extui(i32, code))
+            my_row = arith.addi(row, i32(8 * half))
+            block = arith.addi(arith.muli(my_row, i32(scales_of_row)), lane)
+            code = _load(absmax, block, int_type(8))
+            scales.append(arith.extui(int_type(32), code))
             in_matrix = arith.addi(
-                mgpu.utils.bitcast(first, i32),
-                arith.addi(arith.muli(my_row, _i32(blocks_of_row)), lane),
+                mgpu.utils.bitcast(first, int_type(32)),
+                arith.addi(arith.muli(my_row, i32(blocks_of_row)), lane),
             )
-            nested_block = arith.shrui(in_matrix, _i32(8))
-            place = arith.muli(nested_block, _i32(4))
-            nested_scales.append(_load(nested, place, i32))
-        four = ir.VectorType.get((4,), i32)
-        words = vector.from_elements(four, [*scales, *nested_scales])
-        return _fragmented([words], _FETCHED, (1,), is_signed=True)
+            nested_block = arith.shrui(in_matrix, i32(8))
+            place = arith.muli(nested_block, i32(4))
+            nested_scales.append(_load(nested, place, int_type(32)))
+        words = vector_of([*scales, *nested_scales])
+        return fragmented([words], (THREADS * 4,), _FETCHED, is_signed=True)
 
-    first = plgpu.layout_cast(lax.broadcast(first_block, (_THREADS,)), _SPLAT)
+    first = plgpu.layout_cast(lax.broadcast(first_block, (THREADS,)), _SPLAT)
     return fetch(absmax, nested, first)
 
 
@@ -121,8 +130,8 @@ def _fetched_in_jnp(
 
 def _by_thread(half: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns row and lane of four of each thread."""
-    thread = np.arange(_THREADS)
-    warp, lane = thread // 32, thread % 32
+    thread = np.arange(THREADS)
+    warp, lane = thread // LANES, thread % LANES
     return 16 * warp + lane // 4 + 8 * half, lane % 4
 
 
@@ -142,16 +151,15 @@ def scales_and_inverses(
     @stand_in(functools.partial(_scales_in_jnp, factor=factor))
     def scales(_, fetched, dynamic_map, offset):
         f32 = ir.F32Type.get()
-        one = ir.VectorType.get((1,), f32)
         [words] = fetched.registers.flat
         shift, inverse_factor = (
-            _load(offset, _i32(0), f32),
+            _load(offset, i32(0), f32),
             mgpu.utils.c(1 / factor, f32),
         )
         own = []
         for half in range(2):
-            place = arith.muli(_element(words, half), _i32(4))
-            nested = arith.bitcast(f32, _element(words, 2 + half))
+            place = arith.muli(element(words, half), i32(4))
+            nested = arith.bitcast(f32, element(words, 2 + half))
             operands = [_load(dynamic_map, place, f32), nested, shift, inverse_factor]
             own.append(llvm.inline_asm(f32, operands, _SCALE, "=f,f,f,f,f"))
         asked = [_FROM_LANE.format(block) for block in range(BLOCKS)]
@@ -164,13 +172,8 @@ def scales_and_inverses(
             for scales in of_rows
         ]
         return tuple(
-            _fragmented(
-                [vector.broadcast(one, each) for each in pair],
-                ROW_LAYOUT,
-                (1, 1, 2, 1, 1),
-                is_signed=None,
-            )
-            for pair in (*of_rows, *inverses)
+            fragmented([vector_of([own]) for own in both], (OUTPUTS,), ROW_LAYOUT)
+            for both in (*of_rows, *inverses)
         )
 
     found = scales(fetched, dynamic_map, offset)
@@ -196,7 +199,7 @@ def _scales_in_jnp(
     fetched: Array, dynamic_map: Array, offset: Array, *, factor: float
 ) -> tuple[Array, ...]:
     """What `scales_and_inverses` computes."""
-    words = fetched.reshape(_THREADS, 2, 2)
+    words = fetched.reshape(THREADS, 2, 2)
     nested = lax.bitcast_convert_type(words[:, 1], jnp.float32)
     own = rounding.product(dynamic_map[words[:, 0]], nested) + offset[0]
     own = own * (1 / factor)
@@ -218,30 +221,23 @@ def decoded(codes: Array, values, block: int, dtype: str) -> Array:
     )
     @stand_in(functools.partial(_decoded_in_jnp, block=block, dtype=dtype))
     def decode(_, codes, values):
-        i32 = ir.IntegerType.get_signless(32)
-        two = ir.VectorType.get((2,), i32)
-        pair = ir.VectorType.get((2,), ir.Type.parse(_MLIR_NAMES[dtype]))
-        table = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(values))
-        bank = arith.remui(mgpu.utils.thread_idx(), _i32(ptx.LANES))
-        operands = [arith.muli(bank, _i32(4)), table]
-        registers = []
+        two = ir.VectorType.get((2,), int_type(32))
+        table = llvm.ptrtoint(int_type(32), mgpu.utils.memref_ptr(values))
+        operands = [arith.muli(lane_index(), i32(4)), table]
+        pairs = []
         for octet in range(8):  # those of a row make eight columns each
             for half in codes.registers[0, block].flat:
-                word = _element(mgpu.utils.bitcast(half, two), octet // 4)
+                word = element(mgpu.utils.bitcast(half, two), octet // 4)
                 found = llvm.inline_asm(
-                    i32,
+                    int_type(32),
                     [word, *operands],
                     ptx.look_up(octet % 4),
                     ptx.LOOK_UP_CONSTRAINTS,
                 )
-                registers.append(mgpu.utils.bitcast(found, pair))
-        shape = (1, 8, 1, 1, 2, 1, 1, 1, 1)
-        return _fragmented(registers, plgpu.Layout.WGMMA, shape, is_signed=None)
+                pairs.append(mgpu.utils.bitcast(found, pair_type(dtype)))
+        return fragmented(pairs, (OUTPUTS, BLOCK), plgpu.Layout.WGMMA)
 
     return decode(codes, values)
-
-
-_MLIR_NAMES = {"bfloat16": "bf16", "float16": "f16"}
 
 
 def _decoded_in_jnp(codes: Array, values: Array, *, block: int, dtype: str) -> Array:
@@ -258,34 +254,13 @@ def _decoded_in_jnp(codes: Array, values: Array, *, block: int, dtype: str) -> A
 
 def _row_and_lane():
     """Returns a thread's first row and its place among the four lanes of a row."""
-    thread = arith.remui(mgpu.utils.thread_idx(), _i32(_THREADS))
-    warp, lane = arith.divui(thread, _i32(32)), arith.remui(thread, _i32(32))
-    row = arith.addi(arith.muli(warp, _i32(16)), arith.divui(lane, _i32(4)))
-    return row, arith.remui(lane, _i32(4))
+    thread = thread_index()
+    warp, lane = arith.divui(thread, i32(LANES)), arith.remui(thread, i32(LANES))
+    row = arith.addi(arith.muli(warp, i32(16)), arith.divui(lane, i32(4)))
+    return row, arith.remui(lane, i32(4))
 
 
 def _load(reference, place, result):
     """Loads `result` at a number of bytes from where the reference starts."""
     pointer = mgpu.utils.memref_ptr(reference)
-    i8 = ir.IntegerType.get_signless(8)
-    return llvm.load(result, mgpu.utils.getelementptr(pointer, [place], i8))
-
-
-def _element(register, index: int):
-    return vector.extract(
-        register,
-        dynamic_position=[],
-        static_position=ir.DenseI64ArrayAttr.get([index]),
-    )
-
-
-def _fragmented(registers, layout, shape, *, is_signed) -> mgpu.FragmentedArray:
-    array = np.empty((len(registers),), dtype=object)
-    array[:] = registers
-    return mgpu.FragmentedArray(
-        _registers=array.reshape(shape), _layout=layout.to_mgpu(), _is_signed=is_signed
-    )
-
-
-def _i32(value: int):
-    return mgpu.utils.c(value, ir.IntegerType.get_signless(32))
+    return llvm.load(result, mgpu.utils.getelementptr(pointer, [place], int_type(8)))

@@ -23,13 +23,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
 from jaxtyping import Array, Float
 
 from kernels.device import require_hopper
 from kernels.dispatch import UnsupportedOp
 from kernels.joint_launch import Work, joint_launch
 from kernels.line import NUMBERS_A_LINE
+from kernels.registers import (
+    LANES,
+    THREADS,
+    as_index,
+    element,
+    fragmented,
+    i32,
+    int_type,
+    lane_index,
+    pair_type,
+    thread_index,
+    vector_of,
+)
 from kernels.stand_in import stand_in
 
 from . import ptx, rounding
@@ -38,19 +51,19 @@ from .codebooks import CODEBOOKS, DYNAMIC_MAP
 
 KERNEL_NAME = "nf4_dequantize"
 
-_LANES, _THREADS, _STEPS = ptx.LANES, 128, 8
+_STEPS = 8
 _CODES_A_WORD = 8
-_CHUNK = _THREADS * _STEPS * _CODES_A_WORD
+_CHUNK = THREADS * _STEPS * _CODES_A_WORD
 _BLOCK_SIZE = 64
 _SCALES = _CHUNK // _BLOCK_SIZE  # one a thread
 _CHUNKS_A_NESTED_BLOCK = 2  # 256 scales
 _MAX_ELEMENTS = 2**31  # offsets are 32-bit integers
 
 _STEP = _CHUNK // _STEPS
-_WARPS = _THREADS // _LANES
+_WARPS = THREADS // LANES
 _SCALES_A_STEP = _SCALES // _STEPS // _WARPS  # and warp
 _CODES_LAYOUT = plgpu.Layout.WG_STRIDED((_STEP // 2,), 4)
-_THREAD_LAYOUT = plgpu.Layout.WG_STRIDED((_THREADS,), 1)
+_THREAD_LAYOUT = plgpu.Layout.WG_STRIDED((THREADS,), 1)
 _OUT_LAYOUT = plgpu.Layout.WG_STRIDED((_STEP,), _CODES_A_WORD)
 
 
@@ -81,7 +94,7 @@ def _work(w: NF4Array) -> Work:
     if w.nested_absmax is not None and w.nested_offset is not None:
         scales += [w.nested_absmax.reshape(-1), w.nested_offset.reshape(-1)]
         scales += [jnp.asarray(DYNAMIC_MAP)]
-    codebook = np.tile(CODEBOOKS[w.code], _THREADS // ptx.CODES)
+    codebook = np.tile(CODEBOOKS[w.code], THREADS // ptx.CODES)
     return Work(
         operands=(w.codes.reshape(-1), jnp.asarray(codebook), *scales),
         results=(jax.ShapeDtypeStruct((matrices * w.size,), w.dtype),),
@@ -153,12 +166,12 @@ def _scales_by_thread(references) -> Array:
 
     @plgpu.inline_mgpu(
         arg_types=[plgpu.RefType()] * len(references),
-        return_type=plgpu.ShapeDtypeStruct((_THREADS,), jnp.float32, _THREAD_LAYOUT),
+        return_type=plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, _THREAD_LAYOUT),
     )
     @stand_in(_scales_in_jnp)
     def scales(_, absmax, *nested):
-        thread = arith.remui(mgpu.utils.thread_idx(), _i32(_THREADS))
-        return _in_a_register(_scale(_scale_of_thread(thread), absmax, nested))
+        scale = _scale(_scale_of_thread(), absmax, nested)
+        return fragmented([vector_of([scale])], (THREADS,), _THREAD_LAYOUT)
 
     return scales(*references)
 
@@ -170,7 +183,7 @@ def _scales_in_jnp(absmax: Array, *nested: Array) -> Array:
         factor = jnp.broadcast_to(nested_absmax, absmax.shape)
         scales = rounding.product(dynamic_map[absmax], factor) + offset
     by_step = scales.reshape(_STEPS, _WARPS, _SCALES_A_STEP)
-    return by_step.swapaxes(0, 1).reshape(_THREADS)
+    return by_step.swapaxes(0, 1).reshape(THREADS)
 
 
 def _decode(codes, codebook, scale, step: int, dtype: str) -> Array:
@@ -199,79 +212,49 @@ def _decode_in_jnp(
 
 def _machine_code(codes, codebook, scale, *, step: int, dtype: str):
     """Emits the decoding of a step."""
-    i32 = ir.IntegerType.get_signless(32)
-    pair = ir.VectorType.get((2,), ir.Type.parse(_MLIR_NAMES[dtype]))
-    lane = arith.remui(mgpu.utils.thread_idx(), _i32(_LANES))
     # Eight threads share a block: theirs is number `lane / 8` of the warp's four.
-    owner = arith.addi(_i32(_SCALES_A_STEP * step), arith.divui(lane, _i32(8)))
+    owner = arith.addi(i32(_SCALES_A_STEP * step), arith.divui(lane_index(), i32(8)))
     shuffled = nvvm.shfl_sync(
-        _i32(-1),
-        _first(scale.registers[0]),
+        i32(-1),
+        element(scale.registers[0], 0),
         owner,
-        _i32(_LANES - 1),
+        i32(LANES - 1),
         nvvm.ShflKind.idx,
     )
-    word = mgpu.utils.bitcast(codes.registers[0], i32)
-    value = _first(codebook.registers[0])
+    word = mgpu.utils.bitcast(codes.registers[0], int_type(32))
+    value = element(codebook.registers[0], 0)
     outputs = llvm.inline_asm(
-        llvm.StructType.get_literal([i32] * 4),
+        llvm.StructType.get_literal([int_type(32)] * 4),
         [word, value, shuffled],
         ptx.decode_word(dtype),
         ptx.CONSTRAINTS,
     )
-    pairs = [
-        mgpu.utils.bitcast(llvm.extractvalue(i32, outputs, [i]), pair) for i in range(4)
-    ]
-    return _in_a_register(mgpu.utils.vector_concat(pairs), _OUT_LAYOUT)
+    words = [llvm.extractvalue(int_type(32), outputs, [i]) for i in range(4)]
+    pairs = [mgpu.utils.bitcast(word, pair_type(dtype)) for word in words]
+    return fragmented([mgpu.utils.vector_concat(pairs)], (_STEP,), _OUT_LAYOUT)
 
 
-def _in_a_register(value, layout=_THREAD_LAYOUT) -> mgpu.FragmentedArray:
-    """Returns the array of which `value` is this thread's part."""
-    if not isinstance(value.type, ir.VectorType):
-        value = vector.broadcast(ir.VectorType.get((1,), value.type), value)
-    registers = np.empty((1,), dtype=object)
-    registers[0] = value
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=layout.to_mgpu(), _is_signed=None
-    )
-
-
-def _first(register):
-    position = ir.DenseI64ArrayAttr.get([0])
-    return vector.extract(register, dynamic_position=[], static_position=position)
-
-
-_MLIR_NAMES = {"bfloat16": "bf16", "float16": "f16"}
-
-
-def _scale_of_thread(thread):
+def _scale_of_thread():
     """Returns which of the chunk's scales a thread computes."""
-    lane = arith.remui(thread, _i32(_LANES))
-    warp = arith.divui(thread, _i32(_LANES))
-    step, k = arith.divui(lane, _i32(4)), arith.remui(lane, _i32(4))
-    within_step = arith.addi(arith.muli(warp, _i32(4)), k)
-    return arith.addi(arith.muli(step, _i32(16)), within_step)
+    thread = thread_index()
+    lane = arith.remui(thread, i32(LANES))
+    warp = arith.divui(thread, i32(LANES))
+    step, k = arith.divui(lane, i32(4)), arith.remui(lane, i32(4))
+    within_step = arith.addi(arith.muli(warp, i32(4)), k)
+    return arith.addi(arith.muli(step, i32(16)), within_step)
 
 
 def _scale(block, absmax, nested):
     """Loads a block's scale; an 8-bit one is multiplied, then added, each rounded."""
-    scale = memref.load(absmax, [_index(block)])
+    scale = memref.load(absmax, [as_index(block)])
     if not nested:
         return scale
     nested_absmax, offset, dynamic_map = nested
-    code = arith.extui(ir.IntegerType.get_signless(32), scale)
+    code = arith.extui(int_type(32), scale)
     operands = [
-        memref.load(dynamic_map, [_index(code)]),
-        memref.load(nested_absmax, [_index(_i32(0))]),
-        memref.load(offset, [_index(_i32(0))]),
+        memref.load(dynamic_map, [as_index(code)]),
+        memref.load(nested_absmax, [as_index(i32(0))]),
+        memref.load(offset, [as_index(i32(0))]),
     ]
     assembly = "{\n.reg .f32 p;\nmul.rn.f32 p, $1, $2;\nadd.rn.f32 $0, p, $3;\n}"
     return llvm.inline_asm(ir.F32Type.get(), operands, assembly, "=f,f,f,f")
-
-
-def _index(value):
-    return arith.index_castui(ir.IndexType.get(), value)
-
-
-def _i32(value: int):
-    return mgpu.utils.c(value, ir.IntegerType.get_signless(32))

@@ -11,6 +11,8 @@ for each bank in a table of 256 entries. Per code: 1/2 permutation of bytes, whi
 the address, and 1/2 load.
 """
 
+from kernels.registers import LANES
+
 CONSTRAINTS = "=r,=r,=r,=r,r,f,f"
 """Out: four pairs of 16-bit values. In: a word of eight codes, the value of the code
 that is the lane's number modulo 16, the block's scale."""
@@ -18,7 +20,6 @@ that is the lane's number modulo 16, the block's scale."""
 FORMATS = {"bfloat16": "bf16x2", "float16": "f16x2"}
 """Formats that the values can be rounded to."""
 
-LANES = 32
 CODES = 16
 
 _WITHIN_HALF_A_WARP = 0x101F

@@ -6,11 +6,11 @@ from jaxtyping import Array
 
 from kernels.device import require_hopper
 from kernels.dispatch import UnsupportedOp
+from kernels.registers import THREADS
 
 MAX_FEATURES = 8192
 """A row stays in registers: 64 float32 numbers a thread and array."""
 
-_THREADS = 128
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -18,9 +18,9 @@ def check(x: Array, weight: Array) -> None:
     """Raises `UnsupportedOp` where the kernels cannot run."""
     require_hopper()
     features = weight.shape[0]
-    if features % _THREADS or features > MAX_FEATURES:
+    if features % THREADS or features > MAX_FEATURES:
         raise UnsupportedOp(
-            f"{features=} must be a multiple of {_THREADS}, at most {MAX_FEATURES}"
+            f"{features=} must be a multiple of {THREADS}, at most {MAX_FEATURES}"
         )
     for array in (x, weight):
         if array.dtype.name not in _DTYPES:
@@ -37,7 +37,7 @@ def load(ref):
 
 def layout(features: int):
     """Returns the layout of a row: runs of at most eight features a thread."""
-    run = next(n for n in (8, 4, 2, 1) if features % (n * _THREADS) == 0)
+    run = next(n for n in (8, 4, 2, 1) if features % (n * THREADS) == 0)
     return plgpu.Layout.WG_STRIDED((features,), run)
 
 

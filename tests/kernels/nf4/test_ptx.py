@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from kernels.nf4 import CODEBOOKS
-from kernels.nf4.ptx import CODES, ENTRY_WORDS, LANES, decode_word, look_up
+from kernels.nf4.ptx import CODES, ENTRY_WORDS, decode_word, look_up
+from kernels.registers import LANES
 
 WORDS = 512
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
