@@ -1,4 +1,7 @@
-"""The usual QLoRA tutorial, on fastjax: only the import lines are not the usual ones.
+"""The usual QLoRA tutorial, on fastjax.
+
+Not as usual are the import lines and `overwrite=True`, without which a folder that
+exists is never replaced.
 
     python examples/alpaca_qlora.py [MODEL] [DATA] [STEPS]
 
@@ -122,4 +125,6 @@ _ = model.generate(**inputs, streamer=text_streamer, max_new_tokens=64)
 
 model.save_pretrained("lora_model")
 tokenizer.save_pretrained("lora_model")
-model.save_pretrained_merged("model", tokenizer, save_method="merged_16bit")
+model.save_pretrained_merged(
+    "model", tokenizer, save_method="merged_16bit", overwrite=True
+)

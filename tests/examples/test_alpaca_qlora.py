@@ -19,6 +19,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder that the script ran in, and what it printed."""
     folder = tmp_path_factory.mktemp("example")
     make_random_checkpoint("tiny", folder / "tiny")
+    return folder, run_in(folder)
+
+
+def run_in(folder: Path) -> str:
+    """Runs the script for a few steps and returns what it printed."""
     data = EXAMPLES / "data" / "alpaca_small.jsonl"
     done = subprocess.run(
         [sys.executable, EXAMPLES / "alpaca_qlora.py", "tiny", data, "5"],
@@ -29,7 +34,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return done.stdout
 
 
 def test_it_says_what_tutorials_say(finished: tuple[Path, str]) -> None:
@@ -51,6 +56,13 @@ def test_it_leaves_a_run_an_adapter_and_a_model(finished: tuple[Path, str]) -> N
     merged = load_model(str(folder / "model"))
     assert merged.lora is None
     assert merged.tokenizer is not None
+
+
+def test_it_runs_again_in_the_same_folder(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    assert "seconds used for training" in run_in(folder)
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns > before
 
 
 def test_only_its_import_lines_are_unusual() -> None:
