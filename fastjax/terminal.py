@@ -4,6 +4,9 @@ import io
 import sys
 
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
+
+_WIDEST = 10_000
 
 
 class _LastingConsole(Console):
@@ -24,6 +27,12 @@ def as_html(shown: RenderableType, *, width: int = 100) -> str:
     console = Console(record=True, file=io.StringIO(), width=width)
     console.print(shown)
     return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def whole_width(shown: RenderableType) -> int:
+    """Returns the columns that a table takes when nothing in it is cut or broken."""
+    console = Console(file=io.StringIO(), width=_WIDEST)
+    return Measurement.get(console, console.options, shown).maximum
 
 
 def say(console: Console, text: str) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fastjax import files
 from fastjax.api.sweep_plan import SweepRun
-from fastjax.terminal import as_html
+from fastjax.terminal import as_html, whole_width
 from fastjax.train.publish import RUN_FILE
 
 RESULT_FILE = "sweep.json"
@@ -98,4 +98,4 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         """Returns the same for notebooks."""
-        return as_html(self, width=160)
+        return as_html(self, width=whole_width(self))

@@ -29,7 +29,9 @@ def run(call: Call) -> None:
     result = run_sweep(settings.config, grid(varied), notes=settings.notes)
     from rich.console import Console
 
-    Console(soft_wrap=True).print(result)
+    from fastjax.terminal import whole_width
+
+    Console(width=whole_width(result)).print(result)
 
 
 def _separated(words: tuple[str, ...]) -> tuple[list[str], dict[str, list[Any]]]:

@@ -113,6 +113,7 @@ def test_what_is_finished_is_not_trained_again(
     assert cli.run("sweep", [*words, "--vary", "learning_rate=1e30,1e-3"]) == 0
     shown = capsys.readouterr()
     assert "learning_rate-1e30: diverged at step 3" in shown.err
+    assert str(tmp_path / "learning_rate-1e30") in shown.out  # However narrow.
     assert (tmp_path / "learning_rate-1e-3" / "adapter_model.safetensors").is_file()
     told = json.loads((tmp_path / "sweep.json").read_text())
     best, diverged = told["adapters"]
