@@ -70,14 +70,11 @@ def key_blocks(spans: Spans, block_q: int, block_k: int) -> Int32[Array, "B I 4"
     are not seen, those of full_begin .. full_end are seen by every query wholly. A
     block of queries that see nothing visits one key block, so that no range is empty.
     """
-    first, end, sees = (_blocked(x, block_q) for x in (*spans, _sees(spans)))
-    lowest = jnp.min(jnp.where(sees, first, _LARGE), axis=2)
-    highest = jnp.max(jnp.where(sees, end, 0), axis=2)
-    begin = jnp.where(highest > 0, lowest // block_k, 0)
-    stop = jnp.maximum(-(-highest // block_k), begin + 1)
-    all_first = jnp.max(first, axis=2)
-    full_begin = jnp.clip(-(-all_first // block_k), begin, stop)
-    full_end = jnp.clip(jnp.min(end, axis=2) // block_k, full_begin, stop)
+    by_any, by_all = _bounds(spans, block_q)
+    begin, end = _key_blocks_of(by_any, block_k)
+    stop = jnp.maximum(end, begin + 1)
+    full_begin = jnp.clip(-(-by_all.first // block_k), begin, stop)
+    full_end = jnp.clip(by_all.end // block_k, full_begin, stop)
     return jnp.stack([begin, full_begin, full_end, stop], axis=2)
 
 
@@ -86,11 +83,8 @@ def visited_keys(spans: Spans, block_q: int, block_k: int) -> Int32[Array, "B I 
 
     The last axis is (begin, end), the same number twice where no key is seen.
     """
-    first, end, sees = (_blocked(x, block_q) for x in (*spans, _sees(spans)))
-    lowest = jnp.min(jnp.where(sees, first, _LARGE), axis=2)
-    highest = jnp.max(jnp.where(sees, end, 0), axis=2)
-    begin = jnp.where(highest > 0, lowest // block_k, 0)
-    return jnp.stack([begin, -(-highest // block_k)], axis=2)
+    by_any, _ = _bounds(spans, block_q)
+    return jnp.stack(_key_blocks_of(by_any, block_k), axis=2)
 
 
 def query_blocks(
@@ -100,14 +94,15 @@ def query_blocks(
 
     As `key_blocks`, with queries and keys exchanged; ranges may be empty.
     """
-    first, end, sees = (_blocked(x, block_q) for x in (*spans, _sees(spans)))
-    lowest = jnp.min(jnp.where(sees, first, _LARGE), axis=2)[:, None]
-    highest = jnp.max(jnp.where(sees, end, 0), axis=2)[:, None]
+    by_any, by_all = _bounds(spans, block_q)
     from_k = (jnp.arange(k_tokens // block_k, dtype=jnp.int32) * block_k)[None, :, None]
     to_k = from_k + block_k
-    begin, stop = _range((lowest < to_k) & (highest > from_k))
-    all_first, all_end = jnp.max(first, axis=2)[:, None], jnp.min(end, axis=2)[:, None]
-    full_begin, full_end = _first_run((all_first <= from_k) & (all_end >= to_k))
+    begin, stop = _range(
+        (by_any.first[:, None] < to_k) & (by_any.end[:, None] > from_k)
+    )
+    full_begin, full_end = _first_run(
+        (by_all.first[:, None] <= from_k) & (by_all.end[:, None] >= to_k)
+    )
     full_begin = jnp.clip(full_begin, begin, stop)
     full_end = jnp.clip(full_end, full_begin, stop)
     return jnp.stack([begin, full_begin, full_end, stop], axis=2)
@@ -135,12 +130,23 @@ def in_parts(
 _LARGE = 2**30
 
 
-def _sees(spans: Spans) -> Array:
-    return spans.end > spans.first
+def _bounds(spans: Spans, block_q: int) -> tuple[Spans, Spans]:
+    """Returns what blocks of queries see, with one span a block.
+
+    The first spans hold every key that any query of the block sees, and end at 0 where
+    there is none; the second hold the keys that all of its queries see.
+    """
+    first, end = (x.reshape(x.shape[0], -1, block_q) for x in spans)
+    sees = end > first
+    lowest, highest = jnp.where(sees, first, _LARGE), jnp.where(sees, end, 0)
+    by_any = Spans(jnp.min(lowest, axis=2), jnp.max(highest, axis=2))
+    return by_any, Spans(jnp.max(first, axis=2), jnp.min(end, axis=2))
 
 
-def _blocked(x: Array, size: int) -> Array:
-    return x.reshape(x.shape[0], -1, size)
+def _key_blocks_of(by_any: Spans, block_k: int) -> tuple[Array, Array]:
+    """Returns the begin and the end of the key blocks that spans touch."""
+    begin = jnp.where(by_any.end > 0, by_any.first // block_k, 0)
+    return begin, -(-by_any.end // block_k)
 
 
 def _range(is_member: Array) -> tuple[Array, Array]:
