@@ -70,14 +70,9 @@ def measure(program: Program, ceilings: Ceilings, timer: Timer) -> list[Result]:
     """Returns times and errors of the implementations that can run here."""
     arguments = jax.jit(program.arguments)()
     expected = run_of(program, program.baseline)(*jax.tree.map(_in_float32, arguments))
-    errors, times = {}, {}
-    for name in program.implementations:
-        run = run_of(program, name)
-        try:
-            errors[name] = largest_error(run(*arguments), expected)
-        except UnsupportedOp:
-            continue
-        times[name] = seconds(run, arguments, timer)
+    runs = _able_runs(program, arguments)
+    errors = {n: largest_error(run(*arguments), expected) for n, run in runs.items()}
+    times = {name: seconds(run, arguments, timer) for name, run in runs.items()}
     return [
         Result(
             program=program.name,
@@ -94,7 +89,7 @@ def measure(program: Program, ceilings: Ceilings, timer: Timer) -> list[Result]:
 
 
 def choices(programs: Iterable[Program], timer: Timer) -> Iterator[dict[str, Any]]:
-    """Yields the times by which defaults are chosen, as `choice.write_table` wants.
+    """Yields the times by which defaults are chosen, as `results.write_table` wants.
 
     The times of programs with the same choice are added up, so that a kernel may lose
     on the forward what it wins on the backward. An implementation that cannot run one
@@ -214,10 +209,11 @@ def run_of(program: Program, implementation: str) -> Callable[..., Any]:
     return jax.jit(functools.partial(program.run, implementation=implementation))
 
 
-def _times(program: Program, timer: Timer) -> dict[str, float]:
-    """Returns implementation -> seconds of those that can run here."""
-    arguments = jax.jit(program.arguments)()
-    able: dict[str, Callable[..., Any]] = {}
+def _able_runs(
+    program: Program, arguments: tuple[Any, ...]
+) -> dict[str, Callable[..., Any]]:
+    """Returns `run_of` each implementation that can run here; all have run once."""
+    able = {}
     for name in program.implementations:
         run = run_of(program, name)
         try:
@@ -225,13 +221,20 @@ def _times(program: Program, timer: Timer) -> dict[str, float]:
         except UnsupportedOp:
             continue
         able[name] = run
+    return able
+
+
+def _times(program: Program, timer: Timer) -> dict[str, float]:
+    """Returns implementation -> seconds of those that can run here."""
+    arguments = jax.jit(program.arguments)()
+    runs = _able_runs(program, arguments)
     if timer == "wall":
-        return {name: seconds(run, arguments, timer) for name, run in able.items()}
-    once = [_wall_seconds(run, arguments, 1) for run in able.values()]
+        return {name: seconds(run, arguments, timer) for name, run in runs.items()}
+    once = [_wall_seconds(run, arguments, 1) for run in runs.values()]
     counts = [max(1, min(int(_TURN_SECONDS / each), _MOST_CALLS)) for each in once]
-    calls = [functools.partial(run, *arguments) for run in able.values()]
+    calls = [functools.partial(run, *arguments) for run in runs.values()]
     times = in_turn(calls, counts)
-    return {name: each / 1e3 for name, each in zip(able, times, strict=True)}
+    return {name: each / 1e3 for name, each in zip(runs, times, strict=True)}
 
 
 def _compiled(function: Callable[..., Any], *arguments: jax.Array) -> Any:

@@ -67,7 +67,7 @@ def bench_kernels() -> int:
             parser.error("--sustained times with cupti alone; leave --timer out")
         return _compare_rivals(arguments)
 
-    from . import benchmarking, choice
+    from . import benchmarking, results
 
     ceilings = benchmarking.ceilings(arguments.timer)
     _say(
@@ -83,13 +83,13 @@ def bench_kernels() -> int:
             rows.append(dataclasses.asdict(result) | origin)
             _say(_row(result))
         # At once: a run that is cut short keeps what it has measured.
-        choice.write_rows(output, header, rows, name="results", keys=("program",))
+        results.write_results(output, header, rows)
     return 0
 
 
 def _compare_rivals(arguments: argparse.Namespace) -> int:
     """Writes how products stand beside their rivals; returns the exit status."""
-    from . import choice, rivals
+    from . import results, rivals
 
     header, origin = _header(), _origin("cupti")
     output = arguments.output or _results(header["device"]) / "rivals.json"
@@ -97,7 +97,7 @@ def _compare_rivals(arguments: argparse.Namespace) -> int:
     programs = [program for program in _programs(arguments.only) if program.rival]
     for found in rivals.compare(programs, arguments.sustained):
         row = dataclasses.asdict(found) | origin
-        choice.write_rows(output, header, [row], name="results", keys=("program",))
+        results.write_results(output, header, [row])
         _say(
             f"{found.program:32} {found.ms:8.4f} ms {found.share_of_rival:6.1%} of"
             f" {found.rival}, sustained {found.sustained_ms:8.4f} ms"
@@ -115,7 +115,7 @@ def profile_kernels() -> int:
     parser.add_argument("--launch", action="store_true", help=help_)
     arguments = parser.parse_args()
 
-    from . import choice, profiling
+    from . import profiling, results
 
     names = [n for n in profiling.PROFILED if any(map(n.__contains__, arguments.only))]
     if arguments.launch:
@@ -130,7 +130,7 @@ def profile_kernels() -> int:
         for name, kernels in zip(names, found, strict=True)
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    choice.write_rows(output, header, rows, name="results", keys=("program",))
+    results.write_results(output, header, rows)
     return 0
 
 
@@ -140,13 +140,13 @@ def tune_kernels() -> int:
     parser.add_argument("--output", type=Path, help="default: kernels/tuned/...")
     arguments = parser.parse_args()
 
-    from . import benchmarking, choice, device
+    from . import benchmarking, choice, device, results
 
     header, origin = _header(), _origin(arguments.timer)
     header["compute_capability"] = device.compute_capability()
     output = arguments.output or choice.FOLDER / choice.table_name(header["device"])
     for timed in benchmarking.choices(_programs(arguments.only), arguments.timer):
-        choice.write_table(output, header, [timed | origin])
+        results.write_table(output, header, [timed | origin])
         _say(json.dumps(timed))
     return 0
 

@@ -12,10 +12,11 @@ import pytest
 from kernels import benchmarking, choice, dispatch
 from kernels.attention import attention
 from kernels.attention.api import _implementations, choice_case
-from kernels.choice import fastest_first, write_rows, write_table
+from kernels.choice import fastest_first
 from kernels.device import HOPPER, assume_compute_capability
 from kernels.program import Program
 from kernels.programs import all_programs
+from kernels.results import write_table
 
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmarks/results/nvidia-h200/kernels.json"
@@ -74,31 +75,6 @@ def test_a_device_with_a_table_of_its_own_takes_that(table, monkeypatch):
     assert order({"size": 10})[0] == "reference"
     monkeypatch.setattr(choice.device, "kind", lambda: "Some GPU 80GB")
     assert order({"size": 10})[0] == "xla"
-
-
-def test_writing_keeps_the_choices_that_are_not_given(table):
-    slow = {"op": "op", "case": {"size": 10}, "ms": {"kernel": 0.5, "xla": 1.0}}
-    write_table(table, {"compute_capability": HOPPER}, [slow])
-    written = json.loads(table.read_text())["choices"]
-    assert len(written) == len(CHOICES)
-    assert slow in written
-    assert CHOICES[1] in written
-    assert CHOICES[0] not in written
-
-
-def test_a_program_measured_again_replaces_all_its_rows(tmp_path):
-    path = tmp_path / "kernels.json"
-
-    def write(*rows, commit):
-        found = [{"program": name, "implementation": how} for name, how in rows]
-        write_rows(path, {"commit": commit}, found, name="results", keys=("program",))
-
-    write(("b", "xla"), commit=1)
-    write(("a", "kernel"), ("a", "xla"), commit=1)
-    write(("a", "xla"), commit=2)
-    written = json.loads(path.read_text())
-    assert written["commit"] == 2
-    assert [row["program"] for row in written["results"]] == ["a", "b"]
 
 
 def test_times_of_one_choice_are_added_up(monkeypatch):
