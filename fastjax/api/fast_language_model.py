@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fastjax import nvidia, runtime
+from fastjax.api.foreign_arguments import ADAPTING, LOADING
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loading import add_adapter, load_model
 from fastjax.api.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ class FastLanguageModel:
         load_in_4bit: bool = True,
         *,
         load_in_8bit: bool = False,
+        load_in_16bit: bool = False,
         full_finetuning: bool = False,
         revision: str = "main",
         bnb_4bit_quant_type: str = "nf4",
@@ -38,6 +40,7 @@ class FastLanguageModel:
         token: str | None = None,
         trust_remote_code: bool = False,
         device_map: Any = None,
+        **others: Any,
     ) -> tuple[LanguageModel, Tokenizer | None]:
         """Returns the model of a preset, folder or hub name, and its tokenizer.
 
@@ -49,6 +52,7 @@ class FastLanguageModel:
             the device has it, else float16.
           load_in_4bit: Hold frozen weights in 4 bits.
           load_in_8bit: Hold them in 8 bits instead, with a scale for each output.
+          load_in_16bit: Hold them in 16 bits, as load_in_4bit=False does.
           full_finetuning: Train every weight; turns 4 and 8 bits off.
           revision: Branch, tag or commit of a hub model.
           bnb_4bit_quant_type: "nf4" or "fp4".
@@ -60,15 +64,19 @@ class FastLanguageModel:
           token: Must be None: tokens do not belong into scripts.
           trust_remote_code: Must be false: no code of a model repository is run.
           device_map: Has no effect: arrays live on JAX's default device.
+          others: Arguments of Unsloth that decide nothing here; one that would be
+            missed is refused.
 
         Raises:
           FastJaxError: The model cannot be found, read or held; says why.
         """
         del device_map
+        LOADING.require_harmless(others, FastLanguageModel.from_pretrained)
         _require_none(token)
         settings = {
             "bnb_4bit_quant_type": bnb_4bit_quant_type,
-            "load_in_4bit": load_in_4bit and not (full_finetuning or load_in_8bit),
+            "load_in_4bit": load_in_4bit
+            and not (full_finetuning or load_in_8bit or load_in_16bit),
             "load_in_8bit": load_in_8bit and not full_finetuning,
             "rope_scaling": rope_scaling or "none",
             "trust_remote_code": trust_remote_code,
@@ -112,6 +120,7 @@ class FastLanguageModel:
         auto_rank: bool = False,
         init_lora_weights: bool | str = True,
         loftq_config: dict[str, Any] | None = None,
+        **others: Any,
     ) -> LanguageModel:
         """Returns the model with fresh adapters on the targeted linear layers.
 
@@ -139,11 +148,13 @@ class FastLanguageModel:
           init_lora_weights: True or "gaussian" start from the base model, "loftq" from
             what its 4 bits lose.
           loftq_config: Has no effect: LoftQ is for 4 bits and one iteration.
+          others: As of `from_pretrained`.
 
         Raises:
           ConfigError: A value is out of range, or the targets match nothing.
         """
         del loftq_config
+        ADAPTING.require_harmless(others, FastLanguageModel.get_peft_model)
         settings = {
             "lora_r": r,
             "lora_alpha": lora_alpha,

@@ -17,14 +17,18 @@ from conversions.peft import Stretch, stretch_of, write_adapter
 from fastjax import lora as adapters
 from fastjax.api import saving
 from fastjax.api.device_faults import device_faults
+from fastjax.api.foreign_arguments import GENERATING, MODEL_METHODS
 from fastjax.api.gguf_folder import write_gguf_folder
 from fastjax.api.merging import Merge, added_model
 from fastjax.api.rows import (
     feeding,
     open_stream,
+    pad_id_of,
     padded_in_front,
     prompt_rows,
+    room_of,
     stacked_rows,
+    stop_ids_of,
 )
 from fastjax.config import DType, LoRAConfig
 from fastjax.errors import ConfigError, ModelError
@@ -171,18 +175,20 @@ class LanguageModel:
         *,
         attention_mask: Any = None,
         token_type_ids: Any = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
         do_sample: bool = False,
-        temperature: float | int = 1.0,
-        top_k: int = 0,
-        top_p: float | int = 1.0,
-        min_p: float | int = 0.0,
+        temperature: float | int | None = 1.0,
+        top_k: int | None = 0,
+        top_p: float | int | None = 1.0,
+        min_p: float | int | None = 0.0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         streamer: Any = None,
         seed: int = 0,
         use_cache: bool = True,
         uses_adapter: bool = True,
+        **others: Any,
     ) -> np.ndarray:
         """Returns prompts and their continuations as transformers does.
 
@@ -190,7 +196,9 @@ class LanguageModel:
           input_ids: (B, T) token ids, padded on either side, or a list of lists.
           attention_mask: 0 where `input_ids` is padding; None: no padding.
           token_type_ids: What some tokenizers add; these models have no token types.
-          max_new_tokens: Most tokens that are added.
+          max_new_tokens: Most tokens that are added; None goes by max_length, or adds
+            128.
+          max_length: Most tokens of a prompt as it is given and its answer.
           do_sample: Draw; without, the likeliest token is taken.
           temperature: Divides the scores when drawing.
           top_k: Draw from so many of the likeliest tokens; 0: all.
@@ -202,12 +210,15 @@ class LanguageModel:
           seed: Of the drawing.
           use_cache: Must be true; generation always uses the cache.
           uses_adapter: False generates with the base model alone.
+          others: Arguments of transformers that decide nothing here; one that would
+            be missed is refused.
 
         Returns:
           (B, T + longest answer) token ids: the prompts as they were given, then the
           answers. Prompts of different lengths in a list are padded in front.
         """
         del token_type_ids
+        GENERATING.require_harmless(others, self.generate)
         if not use_cache:
             raise ConfigError("use_cache=False is not supported: the cache is exact")
         sampling = sampling_of(temperature, top_k, top_p, min_p, do_sample=do_sample)
@@ -216,12 +227,16 @@ class LanguageModel:
             prompts,
             streamer,
             uses_adapter=uses_adapter,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room_of(given, max_new_tokens, max_length),
             stop_ids=self.stop_ids(eos_token_id),
             sampling=sampling,
             seed=seed,
         )
-        pad_id = self._pad_id() if pad_token_id is None else pad_token_id
+        pad_id = (
+            pad_id_of(self.tokenizer, self.config)
+            if pad_token_id is None
+            else pad_token_id
+        )
         return np.concatenate(
             [padded_in_front(given, pad_id), stacked_rows(answers, pad_id)], 1
         )
@@ -365,23 +380,14 @@ class LanguageModel:
         self, eos_token_id: int | Sequence[int] | None = None
     ) -> tuple[int, ...]:
         """Returns the tokens that end a text: those given, or the model's."""
-        if isinstance(eos_token_id, int):
-            return (eos_token_id,)
-        if eos_token_id is not None:
-            return tuple(eos_token_id)
-        own = getattr(self.tokenizer, "eos_token_id", None)
-        extra = () if own is None else (own,)
-        return tuple(dict.fromkeys([*self.config.eos_token_ids, *extra]))
+        return stop_ids_of(self.tokenizer, self.config, eos_token_id)
 
-    def _pad_id(self) -> int:
-        for value in (
-            getattr(self.tokenizer, "pad_token_id", None),
-            self.config.pad_token_id,
-            *self.config.eos_token_ids,
-        ):
-            if value is not None:
-                return int(value)
-        return 0
+    def __getattr__(self, name: str) -> Any:
+        """Says what to call in place of a method of torch or PEFT."""
+        advice = MODEL_METHODS.get(name)
+        raise AttributeError(
+            f"LanguageModel has no {name!r}" + (f": {advice}" if advice else "")
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)

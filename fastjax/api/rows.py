@@ -1,11 +1,13 @@
 """Rows of token ids as users give and get them: padding, masks, streams."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastjax.errors import ConfigError
+
+_NEW_TOKENS = 128
 
 
 def prompt_rows(
@@ -25,6 +27,41 @@ def prompt_rows(
         raise ConfigError("attention_mask and input_ids have different shapes")
     pairs = zip(rows, masks, strict=True)
     return rows, [[t for t, kept in zip(*p, strict=True) if kept] for p in pairs]
+
+
+def room_of(
+    rows: list[list[int]], max_new_tokens: int | None, max_length: int | None
+) -> int:
+    """Returns how many tokens are added to rows at most, as transformers counts."""
+    if max_new_tokens is not None or max_length is None:
+        return _NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    width = max(map(len, rows), default=0)
+    if max_length <= width:
+        raise ConfigError(
+            f"max_length={max_length} leaves no room beside a prompt of {width} tokens",
+            fix="give max_new_tokens, which counts the new tokens alone",
+        )
+    return max_length - width
+
+
+def pad_id_of(tokenizer: Any, config: Any) -> int:
+    """Returns what fills rows: the tokenizer's padding, the model's, or an end."""
+    own = getattr(tokenizer, "pad_token_id", None)
+    known = (own, config.pad_token_id, *config.eos_token_ids)
+    return next((int(value) for value in known if value is not None), 0)
+
+
+def stop_ids_of(
+    tokenizer: Any, config: Any, given: int | Sequence[int] | None
+) -> tuple[int, ...]:
+    """Returns the tokens that end a text: those given, or the model's."""
+    if isinstance(given, int):
+        return (given,)
+    if given is not None:
+        return tuple(given)
+    own = getattr(tokenizer, "eos_token_id", None)
+    extra = () if own is None else (own,)
+    return tuple(dict.fromkeys([*config.eos_token_ids, *extra]))
 
 
 def padded_in_front(rows: list[list[int]], pad_id: int) -> np.ndarray:

@@ -42,14 +42,20 @@ class Sampling:
 
 
 def sampling_of(
-    temperature: float | int,
-    top_k: int,
-    top_p: float | int,
-    min_p: float | int,
+    temperature: float | int | None,
+    top_k: int | None,
+    top_p: float | int | None,
+    min_p: float | int | None,
     *,
     do_sample: bool,
 ) -> Sampling:
-    """Returns how `generate` draws; warns its caller of what has no effect."""
+    """Returns how `generate` draws; warns its caller of what has no effect.
+
+    None leaves the probabilities as they are, as in transformers.
+    """
+    temperature = 1.0 if temperature is None else temperature
+    top_k, min_p = top_k or 0, min_p or 0.0
+    top_p = 1.0 if top_p is None else top_p
     if not do_sample and (temperature, top_k, top_p, min_p) != (1, 0, 1, 0):
         warnings.warn(_NOT_DRAWN, stacklevel=3)
     return Sampling(

@@ -62,6 +62,9 @@ def test_wrong_dtypes_are_refused(small_model: Path) -> None:
         ({"trust_remote_code": True}, "no code"),
         ({"token": "hf_secret"}, "HF_TOKEN"),
         ({"bnb_4bit_quant_type": "int4"}, "nf4, fp4"),
+        ({"fast_inference": True}, "vLLM is not used"),
+        ({"torch_dtype": "float16"}, "its name here is dtype"),
+        ({"max_seq_lenght": 64}, "did you mean 'max_seq_length'"),
     ],
 )
 def test_options_that_are_refused(
@@ -78,9 +81,14 @@ def test_options_that_change_nothing(small_model: Path) -> None:
         dtype="float32",
         device_map="auto",
         load_in_8bit=False,
+        load_in_16bit=True,
         use_gradient_checkpointing="unsloth",
+        fast_inference=False,
+        gpu_memory_utilization=0.6,
+        max_lora_rank=64,
     )
     assert model.remat == "layer"
+    assert not model.spec.packed
 
 
 def test_unknown_models_name_the_nearest() -> None:
@@ -125,6 +133,7 @@ def test_the_adapter_of_the_usual_tutorial(
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' must be one of"),
         ({"target_modules": ["query"]}, "q_proj"),
         ({"r": 0}, "lora_r=0"),
+        ({"finetune_mlp_modules": False}, "target_modules names"),
         ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
     ],
 )

@@ -1,5 +1,6 @@
 """The handle: generation by transformers' rules, and what it writes."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,11 @@ def test_lists_of_different_lengths_are_padded_in_front(
         ([[7]], {"do_sample": True, "top_p": 0}, ConfigError, "top_p"),
         ([[7]], {"do_sample": True, "min_p": 2}, ConfigError, "min_p"),
         ([[7]], {"attention_mask": [[1, 1]]}, ConfigError, "different shapes"),
+        ([[7, 8]], {"max_length": 2}, ConfigError, "a prompt of 2 tokens"),
+        ([[7]], {"num_beams": 4}, ConfigError, "num_beams=4 .* do_sample=True"),
+        ([[7]], {"repetition_penalty": 1.1}, ConfigError, "repetition_penalty=1.1"),
+        ([[7]], {"stop_strings": ["x"]}, ConfigError, "eos_token_id"),
+        ([[7]], {"max_token": 3}, ConfigError, "did you mean 'max_new_tokens'"),
     ],
 )
 def test_what_cannot_be_generated(
@@ -111,6 +117,30 @@ def test_what_cannot_be_generated(
 ) -> None:
     with pytest.raises(error, match=message):
         loaded[0].generate(ids, **options)
+
+
+def test_arguments_of_transformers_that_ask_for_nothing(
+    loaded: tuple[Any, Any],
+) -> None:
+    model, _ = loaded
+    expected = model.generate(IDS, max_new_tokens=3, eos_token_id=[])
+    drawing = {"temperature": None, "top_p": None, "top_k": None, "min_p": None}
+    harmless = {"num_beams": 1, "repetition_penalty": 1.0, "early_stopping": True}
+    actual = model.generate(
+        IDS, max_length=IDS.shape[1] + 3, eos_token_id=[], **drawing, **harmless
+    )
+    assert actual.tolist() == expected.tolist()
+    both = model.generate(IDS, max_length=64, max_new_tokens=3, eos_token_id=[])
+    assert both.tolist() == expected.tolist()
+
+
+def test_methods_of_other_tools_name_what_to_call(loaded: tuple[Any, Any]) -> None:
+    model, _ = loaded
+    with pytest.raises(AttributeError, match="save_pretrained_merged"):
+        model.merge_and_unload()
+    with pytest.raises(AttributeError, match=r"has no 'nothing'$"):
+        _ = model.nothing
+    assert copy.copy(model).spec == model.spec
 
 
 def test_settings_of_drawing_without_drawing_are_warned_of(

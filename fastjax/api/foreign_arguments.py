@@ -1,0 +1,178 @@
+"""Arguments and methods of Unsloth, transformers and PEFT that calls here lack.
+
+One that decides nothing here is taken and has no effect, one that would be ignored to
+somebody's loss is refused with what to do instead.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastjax.errors import ConfigError, printable
+
+_OFF = (None, False, 0)
+_ON = (None, True)
+_ONE = (None, 1)
+_EMPTY = (None, [], ())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ForeignArguments:
+    """What a call makes of arguments that it does not have.
+
+    Attributes:
+      without_effect: Names that decide nothing here.
+      only: Name -> values that ask for nothing, and what to do for the others.
+    """
+
+    without_effect: frozenset[str]
+    only: Mapping[str, tuple[tuple[Any, ...], str]]
+
+    def require_harmless(
+        self, given: Mapping[str, Any], call: Callable[..., Any]
+    ) -> None:
+        """Raises one `ConfigError` for all arguments that `call` would leave undone."""
+        problems = []
+        for name, value in given.items():
+            if name in self.without_effect:
+                continue
+            harmless, advice = self.only.get(name, ((), ""))
+            if any(value is known or value == known for known in harmless):
+                continue
+            if advice:
+                shown = printable(value, 40)
+                problems.append(f"{name}={shown} is not supported: {advice}")
+            else:
+                own = list(inspect.signature(call).parameters)
+                near = difflib.get_close_matches(name, own, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                problems.append(f"{call.__name__} has no argument {name!r}{hint}")
+        if problems:
+            raise ConfigError.of(problems)
+
+
+LOADING = ForeignArguments(
+    without_effect=frozenset(
+        [
+            "attn_implementation",
+            "disable_log_stats",
+            "fix_tokenizer",
+            "float32_mixed_precision",
+            "gpu_memory_utilization",
+            "low_cpu_mem_usage",
+            "max_lora_rank",
+            "random_state",
+            "unsloth_tiled_mlp",
+            "use_cache",
+            "use_exact_model_name",
+            "use_safetensors",
+        ]
+    ),
+    only={
+        "cache_dir": ((None,), "set HF_HOME in the environment"),
+        "fast_inference": (_OFF, "vLLM is not used; leave it out, and call generate"),
+        "float8_kv_cache": (_OFF, "the cache of generate has the model's dtype"),
+        "load_in_fp8": (_OFF, "load_in_8bit=True holds weights in 8 bits"),
+        "local_files_only": (_OFF, "set HF_HUB_OFFLINE=1 in the environment"),
+        "offload_embedding": (_OFF, "embeddings stay on the device"),
+        "qat_scheme": (_OFF, "weights in 4 or 8 bits are trained as they are"),
+        "quantization_config": (
+            (None,),
+            "give load_in_4bit, load_in_8bit and bnb_4bit_quant_type",
+        ),
+        "resize_model_vocab": (_OFF, "call add_new_tokens(model, tokenizer, [...])"),
+        "torch_dtype": ((None,), "its name here is dtype"),
+    },
+)
+
+_TARGETS = "target_modules names the linear layers that get adapters"
+ADAPTING = ForeignArguments(
+    without_effect=frozenset(["inference_mode", "task_type", "temporary_location"]),
+    only={
+        "finetune_attention_modules": (_ON, _TARGETS),
+        "finetune_language_layers": (_ON, _TARGETS),
+        "finetune_mlp_modules": (_ON, _TARGETS),
+        "finetune_vision_layers": (_OFF, "models here have no vision layers"),
+        "layer_replication": (_OFF, "layers are as many as the model has"),
+        "layers_pattern": (_EMPTY, "layers_to_transform counts the decoder's layers"),
+        "qat_scheme": (_OFF, "weights in 4 or 8 bits are trained as they are"),
+        "target_parameters": (_EMPTY, _TARGETS),
+    },
+)
+
+_NO_CODE = "no code runs between tokens; a streamer gets each token as it comes"
+_SCORES = "model.logits(ids) gives the scores of all tokens"
+GENERATING = ForeignArguments(
+    without_effect=frozenset(
+        [
+            "bos_token_id",
+            "cache_implementation",
+            "early_stopping",
+            "length_penalty",
+            "remove_invalid_values",
+            "renormalize_logits",
+            "synced_gpus",
+            "tokenizer",
+        ]
+    ),
+    only={
+        "bad_words_ids": (_EMPTY, "every token may be drawn"),
+        "generation_config": ((None,), "give its values as arguments"),
+        "logits_processor": (_EMPTY, _NO_CODE),
+        "min_length": (_OFF, "eos_token_id=[] gives answers of max_new_tokens"),
+        "min_new_tokens": (_OFF, "eos_token_id=[] gives answers of max_new_tokens"),
+        "no_repeat_ngram_size": (
+            _OFF,
+            "do_sample=True with a temperature repeats less",
+        ),
+        "num_beams": (_ONE, "tokens are the likeliest, or drawn with do_sample=True"),
+        "num_return_sequences": (
+            _ONE,
+            "give the prompt so many times, with do_sample=True",
+        ),
+        "output_attentions": (_OFF, "no attention scores are ever held"),
+        "output_hidden_states": (_OFF, _SCORES),
+        "output_logits": (_OFF, _SCORES),
+        "output_scores": (_OFF, _SCORES),
+        "penalty_alpha": (_OFF, "do_sample=True with top_k, top_p or min_p draws"),
+        "prefix_allowed_tokens_fn": ((None,), _NO_CODE),
+        "repetition_penalty": (_ONE, "do_sample=True with a temperature repeats less"),
+        "return_dict_in_generate": (_OFF, "generate returns the token ids"),
+        "stop_strings": (
+            _EMPTY,
+            "eos_token_id names the tokens that end a text; cut the text at others",
+        ),
+        "stopping_criteria": (_EMPTY, _NO_CODE),
+        "suppress_tokens": (_EMPTY, "every token may be drawn"),
+        "typical_p": (_ONE, "do_sample=True with top_p or min_p draws"),
+    },
+)
+
+_MERGED = (
+    "model.save_pretrained_merged(folder) writes the merged model, and "
+    "FastLanguageModel.from_pretrained(folder) loads it"
+)
+_LOADED = "FastLanguageModel.from_pretrained(adapter_folder) loads model and adapter"
+_PUSHED = "save into a folder, then run: fastjax push FOLDER --hub_model_id NAME"
+_PLACED = "leave it out: arrays are on JAX's device already"
+_SWITCHED = "leave it out: training and generation need no switch"
+_REMAT = "give use_gradient_checkpointing to get_peft_model"
+# Methods of torch, transformers, PEFT and Unsloth -> what there is here.
+MODEL_METHODS = {
+    **dict.fromkeys(("merge_and_unload", "merge_adapter"), _MERGED),
+    **dict.fromkeys(("load_adapter", "load_lora"), _LOADED),
+    **dict.fromkeys(("push_to_hub", "push_to_hub_merged", "push_to_hub_gguf"), _PUSHED),
+    **dict.fromkeys(("to", "cuda", "cpu", "half", "bfloat16"), _PLACED),
+    **dict.fromkeys(("eval", "train"), _SWITCHED),
+    **dict.fromkeys(
+        ("enable_input_require_grads", "gradient_checkpointing_enable"), _REMAT
+    ),
+    "disable_adapter": "generate and logits take uses_adapter=False",
+    "fast_generate": "generate takes rows of token ids",
+    "forward": "logits(ids) gives the scores of all tokens",
+    "get_nb_trainable_parameters": "num_parameters(only_trainable=True) counts them",
+    "resize_token_embeddings": "fastjax.api.resize_token_embeddings(model, size) does",
+    "save_lora": "save_pretrained(folder) writes the adapter",
+}
