@@ -33,6 +33,21 @@ with contextlib.suppress(ImportError):
     settings.load_profile("quick")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests marked `gpu` without one, `gpu(HOPPER)` on any of another kind."""
+    wanted = [marker.args for marker in item.iter_markers("gpu")]
+    if not wanted:
+        return
+    from kernels.device import compute_capability  # not before it is instrumented
+
+    found = compute_capability()
+    if found is None:
+        pytest.skip("needs a CUDA GPU")
+    for (capability,) in filter(None, wanted):
+        if capability != found:
+            pytest.skip(f"needs a GPU of compute {capability}; found {found}")
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """Folder of checkpoints and numbers made with the reference libraries."""

@@ -24,7 +24,7 @@ from kernels.attention.cases import (
 )
 from kernels.attention.flash import chunk_attention
 from kernels.attention.spans import causal_spans
-from kernels.device import HOPPER, assume_compute_capability, compute_capability
+from kernels.device import HOPPER, assume_compute_capability
 from kernels.dispatch import UnsupportedOp, record
 from kernels.interpret import interpreted
 from kernels.numerics import relative_error, tolerance
@@ -103,27 +103,21 @@ def test_matches_in_the_interpreter(case, more, monkeypatch):
     check(case, run, **more)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(HOPPER)
 @named([*GPU_CASES, *LARGE, ALL_AT_ONCE])
 def test_matches_at_real_shapes(case):
-    if compute_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
     check(case, output_and_gradients)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(HOPPER)
 @named(GPU_CASES)
 def test_matches_with_scores_made_anew(case):
-    if compute_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
     check(case, output_and_gradients, keeps_dscores=False)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(HOPPER)
 @named(GPU_CASES[3:5])
 def test_the_same_bits_each_time(case):
-    if compute_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
     arrays = case.arrays(jnp.bfloat16)
 
     def op(*arrays):

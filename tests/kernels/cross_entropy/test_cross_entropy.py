@@ -15,7 +15,7 @@ from kernels.cross_entropy import (
     token_log_probs,
 )
 from kernels.cross_entropy.cases import INTERPRETED, LARGE, SMALL, TIMED, Case
-from kernels.device import HOPPER, assume_compute_capability, compute_capability
+from kernels.device import HOPPER, assume_compute_capability
 from kernels.dispatch import UnsupportedOp
 from kernels.interpret import interpreted
 from kernels.numerics import relative_error, tolerance
@@ -104,11 +104,9 @@ def test_the_kernel_matches_in_the_interpreter(logit_scale: float) -> None:
     assert not actual[1][0][np.asarray(targets) == -100].any()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(HOPPER)
 @pytest.mark.parametrize("case", TIMED, ids=lambda case: case.name)
 def test_the_kernel_matches_at_real_shapes(case: Case) -> None:
-    if compute_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
     hidden, head, targets = _inputs(case, "bfloat16")
     head = head / jnp.asarray(case.features**0.5, head.dtype)
     run = functools.partial(_loss_and_gradients, case, targets, False)
@@ -148,8 +146,6 @@ def test_the_kernel_says_what_it_lacks(changes: dict[str, Any], reason: str) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_large_float32_products_take_no_tf32(case: Case) -> None:
-    if compute_capability() is None:
-        pytest.skip("needs a CUDA GPU")
     hidden, head, targets = _inputs(case, "float32")
     # Logits of a spread near 1, as a model has them.
     head = head / case.features**0.5

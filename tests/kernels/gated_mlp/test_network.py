@@ -10,7 +10,7 @@ import pytest
 
 from kernels import dispatch
 from kernels.choice import fastest_first
-from kernels.device import HOPPER, assume_compute_capability, compute_capability
+from kernels.device import HOPPER, assume_compute_capability
 from kernels.dispatch import UnsupportedOp
 from kernels.gated_mlp import RESIDUAL_NAMES, gated_mlp
 from kernels.gated_mlp.cases import (
@@ -142,11 +142,9 @@ def test_kernels_match_in_the_interpreter(case):
     _check(case, arguments, actual)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(HOPPER)
 @named([*INTERPRETED_NETWORKS, *GPU_NETWORKS, RANK_64])
 def test_kernels_match_on_hopper(case):
-    if compute_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
     arguments = _arguments(case)
     actual, again = (_results(case, arguments, "mosaic_gpu") for _ in range(2))
     plain = _results(case, arguments, "xla")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels.device import HOPPER, compute_capability
+from kernels.device import HOPPER
 from kernels.dispatch import UnsupportedOp
 from kernels.gated_mlp.reference import gated_activation
 from kernels.gated_mlp.unit_cotangents import UnitCotangents, unit_cotangents
@@ -80,11 +80,9 @@ def test_matches_in_the_interpreter(case):
     _check(*case, actual)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(HOPPER)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[2])
 def test_matches_on_hopper(case):
-    if compute_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
     _check(*case, _actual(*case))
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels.device import HOPPER, compute_capability, multiprocessors
+from kernels.device import HOPPER, multiprocessors
 from kernels.dispatch import UnsupportedOp
 from kernels.gated_mlp import reference
 from kernels.gated_mlp.cases import GPU_NETWORKS, NetworkCase
@@ -52,11 +52,9 @@ def test_matches_in_the_interpreter(rows, features, rank, activation, dtype):
     _check(actual, arguments, activation)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(HOPPER)
 @pytest.mark.parametrize("case", GPU_NETWORKS, ids=lambda case: case.name)
 def test_matches_on_hopper(case: NetworkCase):
-    if compute_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
     arguments = _arguments(case.rows, case.features, case.ranks[-1], "bfloat16")
     blocks, activation = multiprocessors(), case.activation
     actual, again = (

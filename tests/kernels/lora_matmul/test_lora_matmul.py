@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kernels import dispatch
-from kernels.device import HOPPER, assume_compute_capability, compute_capability
+from kernels.device import HOPPER, assume_compute_capability
 from kernels.dispatch import UnsupportedOp
 from kernels.interpret import interpreted
 from kernels.lora_matmul import (
@@ -151,13 +151,11 @@ def test_kernels_lower_for_hopper(case: Case) -> None:
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(HOPPER)
 @pytest.mark.parametrize(
     "case", [*INTERPRETED, *LARGE, *SHORT], ids=lambda case: case.name
 )
 def test_kernels_match_on_hopper(case: Case) -> None:
-    if compute_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
     x, projections, keys = _inputs(case, "bfloat16")
     keys = (None,) * len(keys)
     run = _gradients(case, projections, keys, "mosaic_gpu")
@@ -521,8 +519,6 @@ def test_wrong_use_is_named() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_large_float32_products_take_no_tf32(case: Case) -> None:
-    if compute_capability() is None:
-        pytest.skip("needs a CUDA GPU")
     x, projections, keys = _inputs(case, "float32")
     actual = _value_and_grads(case, x, projections, keys, "xla")
     expected = _value_and_grads(case, x, projections, keys, "reference")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.flax import load_file
 
-from kernels.device import HOPPER, assume_compute_capability, compute_capability
+from kernels.device import HOPPER, assume_compute_capability
 from kernels.dispatch import UnsupportedOp
 from kernels.interpret import interpreted
 from kernels.line import NUMBERS_A_LINE, as_lines
@@ -100,8 +100,6 @@ def test_checkpoints_dequantise_bit_equal(
 def test_checkpoints_dequantise_bit_equal_on_cuda(
     fixtures: Path, checkpoint: str, tensors: int, implementation: str
 ) -> None:
-    if compute_capability() is None:
-        pytest.skip("needs a CUDA GPU")
     _check_checkpoint(fixtures / checkpoint, tensors, implementation)
 
 
@@ -133,8 +131,6 @@ def test_quantise_is_bit_equal(
 def test_quantise_is_bit_equal_on_cuda(
     quantise_cases: dict, code: str, dtype: str, double_quant: bool
 ) -> None:
-    if compute_capability() is None:
-        pytest.skip("needs a CUDA GPU")
     _check_quantised(quantise_cases, code, dtype, double_quant)
 
 
@@ -228,7 +224,7 @@ def test_a_group_is_dequantised_with_work_beside(implementation: str) -> None:
     np.testing.assert_array_equal(copied, source.astype(jnp.bfloat16))
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(HOPPER)
 @pytest.mark.parametrize("code", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -236,18 +232,14 @@ def test_a_group_is_dequantised_with_work_beside(implementation: str) -> None:
 def test_the_kernel_is_exact_on_a_gpu(
     case: Case, dtype: str, double_quant: bool, code: str
 ) -> None:
-    if compute_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
     w = jax.random.normal(jax.random.key(1), (case.inputs, case.outputs))
     _assert_kernel_is_exact(
         _quantize(w.astype(dtype), code=code, double_quant=double_quant)
     )
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(HOPPER)
 def test_the_kernel_is_exact_on_a_stack() -> None:
-    if compute_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
     _assert_kernel_is_exact(_random(INTERPRETED[2]))
 
 

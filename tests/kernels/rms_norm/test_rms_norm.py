@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.device import HOPPER, assume_compute_capability, compute_capability
+from kernels.device import HOPPER, assume_compute_capability
 from kernels.dispatch import UnsupportedOp, record
 from kernels.interpret import interpreted
 from kernels.numerics import relative_error, tolerance
@@ -115,13 +115,11 @@ def test_the_blocks_that_were_the_fastest_on_an_h200(features, inputs, expected)
 
 @pytest.mark.gpu
 @named(GPU_CASES)
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("mosaic_gpu", marks=pytest.mark.gpu(HOPPER))]
+)
 @pytest.mark.parametrize("function", [norm_and_gradients, add_norm_and_gradients])
 def test_matches_at_real_shapes(function, implementation, case):
-    if compute_capability() is None:
-        pytest.skip("needs a CUDA GPU")
-    if implementation == "mosaic_gpu" and compute_capability() != HOPPER:
-        pytest.skip("needs a Hopper GPU")
     check(function, case, jnp.bfloat16, implementation)
 
 
