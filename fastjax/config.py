@@ -11,6 +11,7 @@ from typing import Literal, get_args
 from fastjax.config_rules import Number as Number
 from fastjax.config_rules import is_positive, keep_floats, require
 from fastjax.errors import ConfigError
+from fastjax.implementation_config import Implementations as Implementations
 from fastjax.lora_config import ALL_LINEAR as ALL_LINEAR
 from fastjax.lora_config import LoRABias as LoRABias
 from fastjax.lora_config import LoRAConfig as LoRAConfig
@@ -63,18 +64,6 @@ GGUFKind = Literal[
     "iq4_nl",
     "iq4_xs",
 ]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Implementations:
-    """Implementation of each op by name; None takes the first that can run."""
-
-    attention: str | None = None
-    lora_matmul: str | None = None
-    rms_norm: str | None = None
-    rope: str | None = None
-    gated_mlp: str | None = None
-    cross_entropy: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import jax
 
-from fastjax.errors import ConfigError, EnvironmentFault, OutOfMemory
-from kernels.dispatch import UnknownImplementation, UnsupportedOp
+from fastjax.errors import EnvironmentFault, OutOfMemory
+from kernels.dispatch import UnsupportedOp
 
 
 @contextlib.contextmanager
@@ -18,14 +18,11 @@ def device_faults(action: str, *, memory_fix: str) -> Iterator[None]:
       memory_fix: What helps when it runs out of memory.
 
     Raises:
-      ConfigError: An implementation is named that does not exist.
       EnvironmentFault: The named implementation cannot run here.
       OutOfMemory: The device's memory is full.
     """
     try:
         yield
-    except UnknownImplementation as error:
-        raise ConfigError(str(error), fix="leave --implementation out") from error
     except UnsupportedOp as error:
         raise EnvironmentFault(
             f"cannot {action} here: {error}",

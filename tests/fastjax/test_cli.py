@@ -137,6 +137,7 @@ def test_the_command_that_goes_on(words: list[str], expected: str) -> None:
         ("check-data", [__file__], ["mean --dataset_name ", "check-data --help"]),
         ("generate", ["mode=x"], ["'mode=x' is no flag; did you mean --model?"]),
         ("train", ["--no-model"], ["model needs a value: text"]),
+        ("train", ["--implementation", "rope=nope"], ["rope='nope'", "xla, reference"]),
         ("sweep", ["--vary", "seed=1", "--no-lora_r"], ["lora_r needs a value"]),
         ("chat", ["--top_k", "1", "2"], ["takes one value, not 2"]),
         ("export", ["--format", "a", "--gguf_type", "b"], ["2 settings", "bnb-4bit"]),

@@ -228,7 +228,6 @@ def test_a_tokenizer_larger_than_the_vocabulary(
         (["--lora_target_modules", "query_proj"], 2, ["query_proj", "q_proj"]),
         (["--eval_steps", "1"], 2, ["needs evaluation data", "val_set_size"]),
         (["--val_set_size", "12"], 2, ["nothing of 12 rows"]),
-        (["--implementation", "attention=nope"], 2, ["nope", "reference"]),
         (["--implementation", "attention=cudnn"], 5, ["leave --implementation out"]),
         (["--resume", "outputs/none"], 4, ["no such folder"]),
     ],

@@ -2,22 +2,53 @@
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
+from fastjax.api import load_model
 from fastjax.config import (
     DataConfig,
+    Implementations,
     LoRAConfig,
     OptimizerConfig,
     QuantConfig,
     TrainConfig,
 )
 from fastjax.errors import ConfigError
+from fastjax.implementation_config import IMPLEMENTATION_NAMES
+from kernels import dispatch
+from kernels.cross_entropy import linear_cross_entropy
+
+
+def test_the_names_of_implementations_are_those_of_the_kernels(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: dict[str, set[str]] = {}
+    run = dispatch.run
+
+    def noting(op: str, implementations: dict, *args: Any, **kwargs: Any) -> Any:
+        known.setdefault(op, set()).update(implementations)
+        return run(op, implementations, *args, **kwargs)
+
+    monkeypatch.setattr(dispatch, "run", noting)
+    decoder = load_model(str(small_model), dtype="float32").decoder
+    ids = jnp.arange(6)[None]
+    hidden = decoder(ids, positions=ids)[0]
+    linear_cross_entropy(hidden, decoder.head_weight(), ids[0])
+    assert {op: set(names) for op, names in IMPLEMENTATION_NAMES.items()} == {
+        op: known[op] for op in IMPLEMENTATION_NAMES
+    }
+    assert known["add_rms_norm"] == known["rms_norm"]
 
 
 @pytest.mark.parametrize(
     ("part", "fields"),
     [
+        (Implementations, {"attention": "nope"}),
+        (Implementations, {"rope": "mosaic_gpu"}),
         (LoRAConfig, {"lora_r": 0}),
         (LoRAConfig, {"lora_alpha": math.nan}),
         (LoRAConfig, {"lora_alpha": 0}),
