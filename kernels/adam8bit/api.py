@@ -31,9 +31,11 @@ def adam8bit(
 ) -> tuple[Float32[Array, "*S"], Blocks, Blocks]:
     """Returns the direction `mû / (sqrt(nû) + eps)` and the new moments.
 
-    The moments are read and updated in float32, the direction is taken from them, and
-    then they are rounded to 8 bits: blocks of 256, dynamic maps, signed for the first
-    moment and unsigned for the second, as bitsandbytes does.
+    `mu` becomes `b1 mu + (1 - b1) g` and `nu` becomes `b2 nu + (1 - b2) g²`; mû and nû
+    are these over `1 - b1**step` and `1 - b2**step`. The moments are read and updated
+    in float32, the direction is taken from them, and then they are rounded to 8 bits:
+    blocks of 256, dynamic maps, signed for the first moment and unsigned for the
+    second, as bitsandbytes does.
 
     Args:
       gradient: Of any shape.

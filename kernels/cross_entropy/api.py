@@ -46,18 +46,20 @@ def linear_cross_entropy(
     head_is_trainable: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """Returns the sum of `-log softmax(hidden @ head^T)[target]`, and their number.
+    """Returns the sum of `-log softmax(logits)[target]`, and the number of targets.
 
-    Logits, log-sum-exp and loss are float32; products take the dtype of `hidden` as
-    input. When differentiated, the gradient of `hidden` is computed in the same pass.
-    "mosaic_gpu" wants bfloat16, a frozen head without an adapter, no softcap and a
-    vocabulary that is a multiple of 128.
+    The logits are `hidden @ head^T`, and `adapter.down @ adapter.up^T` is added where
+    there is an adapter. Logits, log-sum-exp and loss are float32; products take the
+    dtype of `hidden` as input. When differentiated, the gradient of `hidden` is
+    computed in the same pass. "mosaic_gpu" wants bfloat16, a frozen head without an
+    adapter, no softcap and a vocabulary that is a multiple of 128.
 
     Args:
       hidden: After the final norm.
       head: Output table; embedding tables can be passed as they are.
       targets: Indices into the vocabulary, already shifted.
-      adapter: Adds to the logits, before the softcap; trains whether the head does.
+      adapter: Adds to the logits, before the softcap; it gets its gradient whether the
+        head is trainable or not.
       softcap: Logits become `softcap * tanh(logits / softcap)` (Gemma 2).
       ignore_index: Target of rows that carry no loss.
       chunk_tokens: Rows whose logits exist at a time, 4 V bytes each; by "mosaic_gpu"
@@ -110,10 +112,10 @@ def token_log_probs(
     head_is_trainable: bool = False,
     implementation: str | None = None,
 ) -> Float32[Array, " M"]:
-    """Returns `log softmax(hidden @ head^T)[target]` of each row, 0 where ignored.
+    """Returns `log softmax(logits)[target]` of each row, 0 where ignored.
 
-    The backward pass computes the logits of each chunk again. Arguments and errors are
-    those of `linear_cross_entropy`, whose kernel has no part here.
+    The backward pass computes the logits of each chunk again. Logits, arguments and
+    errors are those of `linear_cross_entropy`, whose kernel has no part here.
     """
     options = Options(
         softcap=softcap,

@@ -89,6 +89,7 @@ def gated_mlp(
     Raises:
       ValueError: Unknown activation, widths disagree, or what `lora_matmul_group`
         raises.
+      UnsupportedOp: A named implementation cannot run this case here.
     """
     _check(activation)
     _check_network(x, gate_up, down)

@@ -70,7 +70,7 @@ def scaled(
 def dequantize(
     w: Int8Array, *, dtype: jax.typing.DTypeLike | None = None
 ) -> Float[Array, "*L I O"]:
-    """Returns the matrix that `w` stands for, rounded to `w.dtype`, then to `dtype`."""
+    """Returns `codes * absmax * STEP`, rounded to `w.dtype`, then cast to `dtype`."""
     values = scaled(w.codes, w.absmax[..., None, :]).astype(w.dtype)
     if dtype is None or values.dtype == dtype:
         return values

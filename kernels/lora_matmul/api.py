@@ -33,7 +33,28 @@ def lora_matmul(
     dropout_key: PRNGKeyArray | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*B O"]:
-    """Returns `x @ w + scaling * (drop(x) @ a) @ b + bias`; see `lora_matmul_group`."""
+    """Returns `x @ w + scaling * (drop(x) @ a) @ b + bias + residual`.
+
+    One projection of `lora_matmul_group`, where dtypes and gradients are described.
+
+    Args:
+      x: Activations.
+      w: Frozen weight, packed or dense.
+      a: Down projection; None without an adapter.
+      b: Up projection; None without an adapter.
+      scaling: alpha / R, or alpha / sqrt(R) for rsLoRA (arxiv.org/abs/2312.03732), as
+        a number or in float32; not differentiated. None only without an adapter.
+      bias: None adds nothing.
+      magnitude: Length of each output's column, for DoRA; None leaves it.
+      residual: Of the dtype of `x`; None adds nothing.
+      dropout_rate: Fraction of `x` that the adapter branch does not see.
+      dropout_key: Of its mask; None drops nothing, as in evaluation.
+      implementation: As in `lora_matmul_group`.
+
+    Raises:
+      ValueError: Sizes disagree, an adapter is incomplete, the rate is not in [0, 1).
+      UnsupportedOp: The named implementation cannot run this case here.
+    """
     projection = Projection(w, bias, a, b, scaling, magnitude)
     (y,) = lora_matmul_group(
         x,
@@ -55,11 +76,11 @@ def lora_matmul_group(
     dropout_keys: tuple[PRNGKeyArray | None, ...] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*B _"], ...]:
-    """Returns `x @ w + scaling * (drop(x) @ a) @ b + bias` of each projection.
+    """Returns `x @ w + scaling * (drop(x) @ a) @ b + bias + residual` of each one.
 
-    With a magnitude (DoRA, arxiv.org/abs/2402.09353) the first two terms are multiplied
-    by magnitude / |w + scaling * a @ b|, the length of each column, which counts as a
-    constant in the gradient.
+    LoRA, arxiv.org/abs/2106.09685. With a magnitude (DoRA, arxiv.org/abs/2402.09353)
+    the first two terms are multiplied by magnitude / |w + scaling * a @ b|, the length
+    of each column, which counts as a constant in the gradient.
 
     Products accumulate in float32; results have the dtype of `x`, to which weights and
     adapters are cast. Frozen weights get no gradient and no float copy of them is kept
@@ -69,15 +90,19 @@ def lora_matmul_group(
     Args:
       x: Activations that all projections read: for q, k and v, or for gate and up.
       projections: Weights of (I, O) with what is trained beside them.
-      residual: Added to the result of the only projection.
+      residual: Added to the result of the only projection, whose shape it has, and the
+        dtype of `x`; None adds nothing.
       dropout_rate: Fraction of `x` that the adapter branch does not see, to the
         nearest 1/65536.
       dropout_keys: One for each projection, its mask; None drops nothing, as in
         evaluation.
-      implementation: A name runs that one or fails; None takes the fastest able.
+      implementation: "mosaic_gpu" (16 bits, without dropout and DoRA), "xla" or
+        "reference": that one runs or fails; None takes the fastest able.
 
     Raises:
-      ValueError: Sizes disagree, an adapter is incomplete, the rate is not in [0, 1).
+      ValueError: Sizes disagree, an adapter is incomplete, the rate is not in [0, 1),
+        keys are not one a projection, or a residual is beside several projections.
+      UnsupportedOp: The named implementation cannot run this case here.
     """
     keys = dropout_keys if dropout_keys is not None else (None,) * len(projections)
     if not 0 <= dropout_rate < 1:

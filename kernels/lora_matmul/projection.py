@@ -27,8 +27,8 @@ class Projection:
       bias: Added last.
       lora_a: Down projection; None without an adapter.
       lora_b: Up projection; None without an adapter.
-      scaling: alpha / R, or alpha / sqrt(R) for rsLoRA, or a line of it; not
-        differentiated.
+      scaling: alpha / R, or alpha / sqrt(R) for rsLoRA (arxiv.org/abs/2312.03732), or
+        a line of it; not differentiated.
       magnitude: Length of each output's column, for DoRA (arxiv.org/abs/2402.09353).
     """
 
@@ -36,7 +36,7 @@ class Projection:
     bias: Float[Array, " O"] | None = None
     lora_a: Float[Array, "I R"] | None = None
     lora_b: Float[Array, "R O"] | None = None
-    scaling: Float32[Array, " line"] | float | None = None
+    scaling: Float32[Array, " line"] | Float32[Array, ""] | float | None = None
     magnitude: Float[Array, " O"] | None = None
 
     @property

@@ -18,6 +18,7 @@ BESIDE_NAME = "beside_nf4"
 """Name of the kernel where another implementation cannot take the work along."""
 
 Dequantized = tuple[list[jax.Array], list[list[jax.Array]]]
+"""Matrices, and the results of each work that ran beside."""
 
 
 def _one_by_one(
@@ -47,7 +48,8 @@ def dequantize(
 ) -> Float[Array, "*L I O"]:
     """Returns the matrix that `w` stands for, bit-equal with bitsandbytes.
 
-    `float32(code) * float32(scale)`, rounded once to `w.dtype`, then cast to `dtype`.
+    `code * scale` in float32, rounded once to `w.dtype`, then cast to `dtype`; a scale
+    of 8 bits is `code * nested scale + offset` (arxiv.org/abs/2305.14314, section 3).
 
     Args:
       w: One matrix, or a stack of them along leading axes.
@@ -69,13 +71,14 @@ def dequantize_group(
     beside: Sequence[Work] = (),
     implementation: str | None = None,
 ) -> Dequantized:
-    """Returns what each of `weights` stands for, as `dequantize`, from one launch.
+    """Returns (what each of `weights` stands for, results beside) of one launch.
+
+    The matrices are those of `dequantize`.
 
     Args:
       weights: Matrices, or stacks of them.
       dtype: Of the results; None keeps each one's own.
-      beside: What other blocks of the launch do; their results are returned too. They
-        need Hopper.
+      beside: What other blocks of the launch do; they need Hopper.
       implementation: A name runs that one or fails; None takes the fastest able.
 
     Raises:

@@ -15,11 +15,12 @@ def rope(
     *,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
-    """Returns q and k rotated by the angles of their positions.
+    """Returns q and k, halves (x, y) of a head as `(x cos - y sin, y cos + x sin)`.
 
-    arxiv.org/abs/2104.09864, with Hugging Face's pairing: feature i turns with feature
-    i + H/2. Computes in float32, returns the dtypes of `q` and `k`. The tables, which
-    `rotary_tables` makes, are constants: they get no gradient.
+    Rotated by the angles of their positions, arxiv.org/abs/2104.09864, with Hugging
+    Face's pairing: feature i turns with feature i + H/2. Computes in float32, returns
+    the dtypes of `q` and `k`. The tables, which `rotary_tables` makes, are constants:
+    they get no gradient.
 
     Args:
       q: Queries.
