@@ -1,4 +1,4 @@
-"""Gradient of tiled attention.
+"""Attention by XLA, tile by tile, and its gradient.
 
 Saved: q, k, v, the output (as many bytes as q) and the log-sum-exp, 4 bytes a query
 and head. Recomputed: the probabilities, a tile at a time. For Llama 3 8B in bf16 that
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from .tiles import Options, Placement
 from .xla import attention_backward, attention_forward
+from .xla_tiles import Options, Placement
 
 RESIDUAL_NAMES = ("attention_out", "attention_lse")
 """Names under which `jax.checkpoint` policies see what "xla" saves beside q, k, v."""

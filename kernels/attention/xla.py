@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from .tiles import (
+from .xla_tiles import (
     Options,
     Pair,
     Placement,

@@ -1,4 +1,4 @@
-"""Cuts attention into tiles, and says which pairs of tiles to visit."""
+"""Cuts attention by XLA into tiles, and says which pairs of tiles to visit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
