@@ -97,14 +97,25 @@ def load_model(
     return model
 
 
+def find_files(config: TrainConfig) -> FoundModel:
+    """Returns where a run's model is, without its weights.
+
+    Raises:
+      FastJaxError: The model cannot be found, or is an adapter where all weights train.
+    """
+    name, revision = config.model, config.model_revision
+    found = find_model(name, revision=revision, with_weights=False)
+    _require_no_adapter(found, full_finetuning=config.full_finetuning)
+    return found
+
+
 def files_of(config: TrainConfig) -> tuple[Path, ...]:
     """Returns the files that hold the weights of a run's model.
 
     Raises:
       FastJaxError: The model cannot be found or read, or is not downloaded yet.
     """
-    name, revision = config.model, config.model_revision
-    found = find_model(name, revision=revision, with_weights=False)
+    found = find_files(config)
     base, adapter = read_config(found.folder), found.adapter
     return files_to_load(
         Checkpoint(found.folder),
@@ -131,9 +142,7 @@ def load_text_side(
         adapter has no rows for new tokens; says why.
     """
     runtime.configure()
-    name, revision = config.model, config.model_revision
-    found = find_model(name, revision=revision, with_weights=False)
-    _require_no_adapter(found, full_finetuning=config.full_finetuning)
+    found = find_files(config)
     tokenizer = load_tokenizer(*found.tokenizer_folders)
     if tokenizer is None:
         raise ModelError(

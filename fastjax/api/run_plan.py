@@ -11,9 +11,8 @@ from rich.text import Text
 from conversions.hf import read_config
 from fastjax import runtime
 from fastjax.api.context import note_context, require_context
-from fastjax.api.finding import find_model
 from fastjax.api.loaders import data_seed, in_steps, train_loader
-from fastjax.api.loading import load_text_side
+from fastjax.api.loading import find_files, load_text_side
 from fastjax.api.memory import Planner, limit_here, memory_limit, planned_spec
 from fastjax.api.remat_auto import compiled_memory, planned_remat
 from fastjax.api.step_cache import StepCache
@@ -119,10 +118,9 @@ def compiling_ahead(
     On a GPU alone: elsewhere the compiler would take the processor from the reader. Not
     where an adapter's own settings, or measured ranks, will decide about the step.
     """
-    name, revision = config.model, config.model_revision
     if not _compiles_beside() or config.lora.auto_rank:
         return planned
-    if find_model(name, revision=revision, with_weights=False).adapter is not None:
+    if find_files(config).adapter is not None:
         return planned
     spec = planned_spec(config, sizes)
     graphdef, trainable, frozen = nnx.split(abstract_decoder(spec), nnx.Param, ...)
@@ -198,8 +196,5 @@ def _sizes(config: TrainConfig) -> TransformerConfig:
     if found is not None and not Path(config.model).is_dir():
         sizes = found.config
     else:
-        name, revision = config.model, config.model_revision
-        sizes = read_config(
-            find_model(name, revision=revision, with_weights=False).folder
-        )
+        sizes = read_config(find_files(config).folder)
     return sizes.stretched(config.rope_scaling, config.reach)

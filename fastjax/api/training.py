@@ -12,11 +12,10 @@ from conversions.hf import folder_fingerprint
 from fastjax import nvidia, requirements, runtime
 from fastjax.api.context import require_context
 from fastjax.api.device_faults import device_faults
-from fastjax.api.finding import find_model
 from fastjax.api.hub import push_folder
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loaders import data_seed, eval_loader, evaluation_loader, in_steps
-from fastjax.api.loading import add_adapter, load_model, load_text_side
+from fastjax.api.loading import add_adapter, find_files, load_model, load_text_side
 from fastjax.api.model_card import write_model_card
 from fastjax.api.ranks import set_ranks
 from fastjax.api.reading_ahead import reading_ahead
@@ -60,7 +59,7 @@ def run_training(
     config, folder, console = _begun(config, notes)
     note, settings = functools.partial(say, console), folder / "config.yaml"
     # Before the reader looks for it too, since that one does not tell what is missing.
-    find_model(config.model, revision=config.model_revision, with_weights=False)
+    find_files(config)
     with reading_ahead(config):
         # Before any weight is loaded, so that a broken file shows in seconds.
         tokenizer, sizes = load_text_side(config)

@@ -177,6 +177,17 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("plan", ["--model", "tiny", "--memory_gib", "0.001"]) == 6
 
 
+def test_what_a_run_refuses_has_no_plan(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"base_model_name_or_path": str(small_model), "peft_type": "LORA"}
+    facts |= {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(facts))
+    words = ["--model", str(tmp_path), "--full_finetuning"]
+    assert cli.run("plan", words) == 2
+    assert "this is an adapter" in capsys.readouterr().err
+
+
 def test_the_plan_knows_the_rows_of_named_data(
     small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
