@@ -171,6 +171,10 @@ class DataConfig:
         require(
             self,
             max_length=(self.max_length >= 2, "at least 2"),
+            dataset_text_field=(
+                self.dataset_text_field is None or self.data_format in ("auto", "text"),
+                f"left out: data_format={self.data_format} has no column of texts",
+            ),
             val_set_size=(
                 size >= 0 and is_share_or_count,
                 "a count of rows, or a share below 1",

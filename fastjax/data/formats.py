@@ -73,7 +73,7 @@ class ExampleReader:
         self.empty_rows = 0
         self.notes: list[str] = []
         self._known = known
-        self._text_field = text_field if data_format == "text" else None
+        self._text_field = text_field
         self._renames = parsed_column_map(column_map)
         self._is_first = True
 

@@ -55,6 +55,7 @@ def test_the_names_of_implementations_are_those_of_the_kernels(
         (LoRAConfig, {"lora_dropout": 1.0}),
         (LoRAConfig, {"lora_target_modules": ()}),
         (DataConfig, {"max_length": 1}),
+        (DataConfig, {"dataset_text_field": "text", "data_format": "alpaca"}),
         (DataConfig, {"val_set_size": -1}),
         (DataConfig, {"val_set_size": 1.5}),
         (DataConfig, {"skip_bad_rows": -1}),
