@@ -1,9 +1,9 @@
 """Keeps tokenised documents for the next run, under a hash of all that made them.
 
 An entry is a folder: tokens and masks end to end, the documents' lengths and rows, and
-`entry.json` with the hash of each file, which is checked before use. It is written
-aside and renamed, so that an entry is whole or absent. Entries may be deleted at any
-time.
+`entry.json`: facts of them, and the hashes of all of these, which are checked before
+use. It is written aside and renamed, so that an entry is whole or absent. Entries may
+be deleted at any time.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ class DocumentCache:
         folder = self._root / key
         try:
             entry = json.loads((folder / _ENTRY_NAME).read_text(encoding="utf-8"))
-            if entry["hashes"] != _hashes(folder):
+            if entry["hashes"] != _hashes(folder, entry["facts"]):
                 return None
             lengths, rows = np.load(folder / _PLACES_NAME, allow_pickle=False)
             os.utime(folder)
@@ -107,7 +107,8 @@ class DocumentCache:
         places = np.stack([entry.documents.lengths, entry.documents.rows])
         with contextlib.suppress(OSError):
             np.save(aside / _PLACES_NAME, places)
-            text = json.dumps({"hashes": _hashes(aside), "facts": entry.facts})
+            hashes = _hashes(aside, entry.facts)
+            text = json.dumps({"hashes": hashes, "facts": entry.facts})
             (aside / _ENTRY_NAME).write_text(text, encoding="utf-8")
             for path in aside.iterdir():
                 fsync(path)
@@ -122,8 +123,10 @@ class DocumentCache:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    return {name: _file_hash(folder / name) for name in _HASHED_NAMES}
+def _hashes(folder: Path, facts: dict[str, Any]) -> dict[str, str]:
+    of_facts = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    of_files = {name: _file_hash(folder / name) for name in _HASHED_NAMES}
+    return of_files | {"facts": of_facts}
 
 
 def _file_hash(path: Path) -> str:

@@ -167,8 +167,8 @@ class _Reader:
             # On the disk while the run lasts: a set may be larger than the memory.
             with cache.new_writer() as writer:
                 return self._tokenised(sources, options, writer)
-        if kept := self._restored(cache.get(key)):
-            return kept
+        if kept := cache.get(key):
+            return self._restored(kept)
         with cache.new_writer() as writer:
             prepared = self._tokenised(sources, options, writer)
             facts = {
@@ -207,27 +207,19 @@ class _Reader:
             notes=(*notes, *bad_rows.notes),
         )
 
-    def _restored(self, entry: document_cache.Entry | None) -> _Prepared | None:
-        """Returns what an entry holds; None where it holds other facts than these."""
-        if entry is None:
-            return None
-        facts = entry.facts
-        try:
-            report = facts["report"]
-            histogram = tuple((length, count) for length, count in report["histogram"])
-            report |= {"histogram": histogram, "notes": tuple(report["notes"])}
-            prepared = _Prepared(
-                documents=entry.documents,
-                report=DataReport(**report),
-                data_formats=tuple(facts["data_formats"]),
-                notes=(*facts["notes"], "tokenised data was kept from an earlier run"),
-            )
-            uses_template = facts["uses_template"]
-        except (LookupError, TypeError, ValueError):
-            return None
-        if uses_template:
+    def _restored(self, entry: document_cache.Entry) -> _Prepared:
+        """Returns what an entry holds, which this very code has written."""
+        facts, report = entry.facts, entry.facts["report"]
+        histogram = tuple((length, count) for length, count in report["histogram"])
+        report |= {"histogram": histogram, "notes": tuple(report["notes"])}
+        if facts["uses_template"]:
             self._template()
-        return prepared
+        return _Prepared(
+            documents=entry.documents,
+            report=DataReport(**report),
+            data_formats=tuple(facts["data_formats"]),
+            notes=(*facts["notes"], "tokenised data was kept from an earlier run"),
+        )
 
     def _is_from_hub(self, sources: Sequence[Source]) -> bool:
         names = [source for source in sources if isinstance(source, str)]

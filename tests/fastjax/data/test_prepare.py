@@ -182,11 +182,13 @@ def test_the_cache_gives_back_equal_documents(tokenizer, tmp_path, monkeypatch):
     assert load()[0].train.fingerprint() == expected
     (entry / "places.npy").unlink()
     assert load()[0].notes == first.notes
-    # Facts of other fields are none; other code and libraries have other entries.
-    facts = json.loads((entry / "entry.json").read_text())
-    facts["facts"]["report"]["of_later"] = 1
-    (entry / "entry.json").write_text(json.dumps(facts))
-    assert load()[0].notes == first.notes
+    # So are other facts, of these fields or others.
+    for name in ("rows", "of_later"):
+        facts = json.loads((entry / "entry.json").read_text())
+        facts["facts"]["report"][name] = 1
+        (entry / "entry.json").write_text(json.dumps(facts))
+        assert load()[0].notes == first.notes
+    # Other code and libraries have other entries.
     with monkeypatch.context() as patched:
         patched.setattr(document_cache, "version", lambda _: "0")
         assert load()[0].notes == first.notes
