@@ -55,7 +55,8 @@ class TrainerState:
     @classmethod
     def of(cls, result: TrainResult, folder: Path) -> "TrainerState":
         """Returns the state after a run whose files are in a folder."""
-        lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        file = folder / METRICS_FILE  # Of a run that had ended before it may be gone.
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else ()
         own = {k: v for k, v in result.metrics.items() if not k.startswith("eval_")}
         records = [*map(json.loads, lines), {"step": result.step, **own}]
         return cls(

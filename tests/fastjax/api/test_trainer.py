@@ -92,6 +92,10 @@ def test_the_state_tells_of_the_run_as_scripts_plot_it(
     assert history[-1]["train_loss"] == stats.training_loss
     assert trainer.state.global_step == 2
     assert trainer.state.epoch == history[-1]["epoch"]
+    (Path(trainer.config.output_dir) / "metrics.jsonl").unlink()
+    trainer.train(resume_from_checkpoint=True)
+    (last,) = trainer.state.log_history
+    assert last["train_loss"] == stats.training_loss
 
 
 def test_the_rows_that_train_can_be_looked_at(model: Any, trainer_of: Make) -> None:
