@@ -160,7 +160,7 @@ _PLACED = "leave it out: arrays are on JAX's device already"
 _SWITCHED = "leave it out: training and generation need no switch"
 _REMAT = "give use_gradient_checkpointing to get_peft_model"
 # Methods of torch, transformers, PEFT and Unsloth -> what there is here.
-MODEL_METHODS = {
+_MODEL_METHODS = {
     **dict.fromkeys(("merge_and_unload", "merge_adapter"), _MERGED),
     **dict.fromkeys(("load_adapter", "load_lora"), _LOADED),
     **dict.fromkeys(("push_to_hub", "push_to_hub_merged", "push_to_hub_gguf"), _PUSHED),
@@ -176,3 +176,9 @@ MODEL_METHODS = {
     "resize_token_embeddings": "fastjax.api.resize_token_embeddings(model, size) does",
     "save_lora": "save_pretrained(folder) writes the adapter",
 }
+
+
+def no_method(name: str) -> str:
+    """Returns what to say of a method that `LanguageModel` lacks."""
+    advice = _MODEL_METHODS.get(name)
+    return f"LanguageModel has no {name!r}" + (f": {advice}" if advice else "")

@@ -17,7 +17,7 @@ from conversions.peft import Stretch, stretch_of, write_adapter
 from fastjax import lora as adapters
 from fastjax.api import saving
 from fastjax.api.device_faults import device_faults
-from fastjax.api.foreign_arguments import GENERATING, MODEL_METHODS
+from fastjax.api.foreign_arguments import GENERATING, no_method
 from fastjax.api.gguf_folder import write_gguf_folder
 from fastjax.api.merging import Merge, added_model
 from fastjax.api.rows import (
@@ -105,6 +105,11 @@ class LanguageModel:
     def config(self) -> Any:
         """Sizes and switches of the model."""
         return self.spec.config
+
+    @property
+    def device(self) -> Any:
+        """Where the weights are; what scripts send their inputs to."""
+        return next(iter(self.decoder.norm.weight.get_value().devices()))
 
     @property
     def stretch(self) -> Stretch | None:
@@ -384,10 +389,7 @@ class LanguageModel:
 
     def __getattr__(self, name: str) -> Any:
         """Says what to call in place of a method of torch or PEFT."""
-        advice = MODEL_METHODS.get(name)
-        raise AttributeError(
-            f"LanguageModel has no {name!r}" + (f": {advice}" if advice else "")
-        )
+        raise AttributeError(no_method(name))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -51,7 +51,7 @@ def test_scripts_written_for_torch_run(loaded: tuple[Any, Any]) -> None:
         tokenize=True,
         add_generation_prompt=True,
         return_tensors="pt",
-    ).to("cuda")
+    ).to(model.device)
     sampled = model.generate(
         input_ids=chat, max_new_tokens=3, do_sample=True, temperature=1.5, min_p=0.1
     )
