@@ -72,19 +72,15 @@ class StepCache:
             "code": code_digest((*fastjax.__path__, *kernels.__path__)),
         }
 
-    def has(self, arguments: tuple[Any, ...]) -> bool:
-        """Returns whether there is a step for such arguments; it may be damaged."""
-        return _is_ours(self._folder) and _is_ours(self._path(arguments))
-
     def load(self, arguments: tuple[Any, ...]) -> CompiledStep | None:
         """Returns the step for arguments of these shapes, None where there is none.
 
         Args:
           arguments: State, frozen weights and batch, or their shapes.
         """
-        if not self.has(arguments):
-            return None
         path = self._path(arguments)
+        if not (_is_ours(self._folder) and _is_ours(path)):
+            return None
         try:
             file = SafetensorsFile(path)
             payload = file.read("step").tobytes()

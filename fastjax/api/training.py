@@ -74,9 +74,6 @@ def run_training(
         if is_new or not settings.exists():
             write_settings(settings, config)
         say(console, f"loading {config.model}")
-        if planned.steps_ahead is not None:
-            # The system reads the files meanwhile.
-            planned.steps_ahead.wait_until_lowered()
         model = load_for_training(config)
     model.tokenizer = tokenizer
     given, config = config, _with_adapter_of(model, config, console)

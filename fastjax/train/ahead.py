@@ -1,7 +1,6 @@
 """The training step, compiled on shapes while the weights are still being read."""
 
 import contextvars
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,18 +18,13 @@ from fastjax.train.step import make_train_step
 
 
 def steps_of(
-    job: Job,
-    note: Callable[[str], None],
-    *,
-    when_lowered: Callable[[], None] = lambda: None,
-    kept: KeptSteps | None = None,
+    job: Job, note: Callable[[str], None], *, kept: KeptSteps | None = None
 ) -> CompiledSteps:
     """Returns the steps of a job, not compiled yet.
 
     Args:
       job: With weights or their shapes.
       note: Is told when one is about to be compiled.
-      when_lowered: Called when XLA has the program of one, or none is to be made.
       kept: Of earlier processes.
     """
     return CompiledSteps(
@@ -43,7 +37,6 @@ def steps_of(
         ),
         job.frozen,
         before_compile=lambda: note(COMPILING),
-        when_lowered=when_lowered,
         compiler_options=runtime.step_compiler_options(
             job.remat.policies if job.remat else ()
         ),
@@ -90,19 +83,10 @@ class StepsAhead:
         """
         self._job = job
         self._kept, self._note = kept, note
-        self._is_lowered = threading.Event()
         pool = ThreadPoolExecutor(1, thread_name_prefix="compile-ahead")
         run = contextvars.copy_context().run
         self._compiled = pool.submit(run, self._compile, note)
         pool.shutdown(wait=False)
-
-    def wait_until_lowered(self) -> None:
-        """Waits until the thread leaves the interpreter to others, or has failed.
-
-        Tracing and lowering are all Python's: what else needs Python meanwhile takes
-        turns with them, and both end later. XLA, which follows, needs none of it.
-        """
-        self._is_lowered.wait()
 
     def steps(self, job: Job) -> CompiledSteps | None:
         """Returns the steps for a job with weights; None if it is another one.
@@ -118,12 +102,9 @@ class StepsAhead:
         return steps
 
     def _compile(self, note: Callable[[str], None]) -> CompiledSteps:
-        job, when_lowered = self._job, self._is_lowered.set
-        try:
-            steps = steps_of(job, note, when_lowered=when_lowered, kept=self._kept)
-            steps.compile(shapes(job), put_batch(job.train_loader, 0))
-        finally:
-            when_lowered()
+        job = self._job
+        steps = steps_of(job, note, kept=self._kept)
+        steps.compile(shapes(job), put_batch(job.train_loader, 0))
         return steps
 
 

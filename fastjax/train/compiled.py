@@ -68,8 +68,6 @@ class CompiledStep:
 class KeptSteps(Protocol):
     """Steps of earlier processes."""
 
-    def has(self, arguments: tuple[Any, ...]) -> bool: ...
-
     def load(self, arguments: tuple[Any, ...]) -> CompiledStep | None: ...
 
     def store(self, arguments: tuple[Any, ...], step: CompiledStep) -> None: ...
@@ -93,7 +91,6 @@ class CompiledSteps:
         before_compile: Callable[[], None],
         *,
         compiler_options: Mapping[str, Any] | None = None,
-        when_lowered: Callable[[], None] = lambda: None,
         kept: KeptSteps | None = None,
     ) -> None:
         self.compile_seconds = 0.0
@@ -101,7 +98,7 @@ class CompiledSteps:
         self.memory: StepMemory | None = None
         self.implementations: dict[str, list[str]] = {}
         self._jitted, self.frozen = jitted, frozen
-        self._before_compile, self._when_lowered = before_compile, when_lowered
+        self._before_compile = before_compile
         self._compiler_options = dict(compiler_options or {})
         self._kept = kept
         self._steps: dict[tuple[int, ...], Any] = {}
@@ -140,10 +137,7 @@ class CompiledSteps:
         """
         start = time.perf_counter()
         arguments = (state, self.frozen, batch.arrays)
-        made = None
-        if self._kept is not None and self._kept.has(arguments):
-            self._when_lowered()
-            made = self._kept.load(arguments)
+        made = None if self._kept is None else self._kept.load(arguments)
         if made is None:
             made, is_fresh = self._made(arguments)
             self.is_cached = self.is_cached and not is_fresh
@@ -167,7 +161,6 @@ class CompiledSteps:
             compiled_side_by_side(),
         ):
             lowered = self._jitted.lower(*arguments)
-            self._when_lowered()
             with cache_hits() as hits:
                 run = lowered.compile(compiler_options=self._compiler_options)
         implementations = {op: sorted(names) for op, names in chosen.items()}

@@ -1,6 +1,5 @@
 """The step that a thread compiles on shapes while weights are read."""
 
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,6 @@ from fastjax.config import DataConfig, LoRAConfig
 from fastjax.remat import RematPlan
 from fastjax.train.ahead import StepsAhead, settings_of, steps_of
 from fastjax.train.batches import put_batch
-from fastjax.train.compiled import CompiledSteps
 from fastjax.train.start import shapes
 
 
@@ -39,67 +37,6 @@ def test_a_run_takes_the_steps_made_beforehand(
     other = {"steps_ahead": steps, "head_is_trainable": True}
     assert adapter("other", **other) == adapter("plain")
     assert taken[1] is None
-
-
-class _Kept:
-    """A step of an earlier process, whose reading takes as long as is wanted."""
-
-    def __init__(self, is_there: bool) -> None:
-        self.is_there, self.is_read = is_there, threading.Event()
-
-    def has(self, _: Any) -> bool:
-        return self.is_there
-
-    def load(self, _: Any) -> None:
-        assert self.is_read.wait(60)
-
-    def store(self, *_: Any) -> None: ...
-
-
-def test_what_needs_the_interpreter_waits_for_the_lowering_alone(
-    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    is_lowered, may_compile = threading.Event(), threading.Event()
-    make = CompiledSteps._made
-
-    def made(steps: CompiledSteps, arguments: Any) -> Any:
-        tell = steps._when_lowered
-
-        def lowered() -> None:
-            tell()
-            is_lowered.set()
-            assert may_compile.wait(60)
-
-        steps._when_lowered = lowered
-        return make(steps, arguments)
-
-    monkeypatch.setattr(CompiledSteps, "_made", made)
-    job = _job(tiny)
-    ahead = StepsAhead(job, lambda _: None, kept=_Kept(is_there=False))
-    ahead.wait_until_lowered()
-    assert is_lowered.wait(60)
-    assert not ahead._compiled.done()
-    may_compile.set()
-    assert ahead.steps(job) is not None
-    kept = _Kept(is_there=True)
-    ahead = StepsAhead(job, lambda _: None, kept=kept)
-    ahead.wait_until_lowered()  # before it is read
-    kept.is_read.set()
-    assert ahead.steps(job) is not None
-
-
-def test_nobody_waits_for_a_step_that_cannot_be_lowered(
-    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: Any) -> Any:
-        raise ValueError("not lowered")
-
-    monkeypatch.setattr(CompiledSteps, "_made", fails)
-    job = _job(tiny)
-    ahead = StepsAhead(job, lambda _: None)
-    ahead.wait_until_lowered()
-    with pytest.raises(ValueError, match="not lowered"):
-        ahead.steps(job)
 
 
 def _job(tiny: SimpleNamespace, **changes: Any) -> Any:
