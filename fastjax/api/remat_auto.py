@@ -95,7 +95,7 @@ def _written_out_where_it_pays(
     micro_batches = steps * planner.shape.accumulation
     written = written_out(choice, micro_batches=micro_batches).remat
     if written.is_unrolled:
-        note("the layers are written out in the program, which a run so long gains by")
+        note("a run of this length gains by layers that are written out in the program")
     return written
 
 
