@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from conversions.hf.families import checkpoint_tensors
-from conversions.peft.adapter_config import read_adapter_config
+from conversions.peft.adapter_config import AdapterConfig, read_adapter_config
 from conversions.peft.names import (
     TABLES,
     is_of_table,
@@ -61,8 +61,7 @@ def read_adapter(folder: Path, config: TransformerConfig) -> Adapter:
     recorded = read_adapter_config(folder)
     config = grown_config(folder, config)
     base = checkpoint_tensors(config)
-    names = [full_name(_module(tensor)) for tensor in base if tensor.is_linear]
-    lora, modules = recorded.resolved(names, is_tied=config.tie_word_embeddings)
+    lora, modules = _resolved(recorded, base, config)
     adapted = set(map(own_name, modules))
     recorded.check_tables(adapted, is_tied=config.tie_word_embeddings)
     file = SafetensorsFile(_weights_path(folder))
@@ -102,6 +101,16 @@ def read_adapter(folder: Path, config: TransformerConfig) -> Adapter:
     )
 
 
+def read_lora(folder: Path, config: TransformerConfig) -> LoRAConfig:
+    """Returns the kind of an adapter for a base of these sizes; reads no weight.
+
+    Raises:
+      ModelError: The file is missing or broken, or fits no module of the base.
+    """
+    recorded = read_adapter_config(folder)
+    return _resolved(recorded, checkpoint_tensors(config), config)[0]
+
+
 def grown_config(folder: Path, config: TransformerConfig) -> TransformerConfig:
     """Returns the base's sizes as the training of an adapter changed them.
 
@@ -117,6 +126,13 @@ def grown_config(folder: Path, config: TransformerConfig) -> TransformerConfig:
     if len(rows) != 1 or max(rows) <= config.vocab_size:
         return config
     return dataclasses.replace(config, vocab_size=rows.pop())
+
+
+def _resolved(
+    recorded: AdapterConfig, base: tuple[Tensor, ...], config: TransformerConfig
+) -> tuple[LoRAConfig, tuple[str, ...]]:
+    names = [full_name(_module(tensor)) for tensor in base if tensor.is_linear]
+    return recorded.resolved(names, is_tied=config.tie_word_embeddings)
 
 
 def _expected(

@@ -9,6 +9,7 @@ from flax import nnx
 from rich.text import Text
 
 from conversions.hf import read_config
+from conversions.peft import grown_config, read_lora
 from fastjax import runtime
 from fastjax.api.context import note_context, require_context
 from fastjax.api.loaders import data_seed, in_steps, train_loader
@@ -95,6 +96,7 @@ def planned_run(
     """
     if spec is None:
         assert sizes is not None
+        config = _with_lora_of(find_files(config).adapter, config, sizes)
         spec = planned_spec(config, sizes)
     note_context(spec.config, config, data, note=note)
     loader = train_loader(config, data)
@@ -155,7 +157,8 @@ def plan_lines(config: TrainConfig) -> Iterator[str]:
       FastJaxError: The model is not found, or the run cannot fit; says what would.
     """
     runtime.configure()
-    spec = planned_spec(config, _sizes(config))
+    config, sizes = _settled(config)
+    spec = planned_spec(config, sizes)
     loader = None if config.data.dataset_name is None else _loader(config)
     tokens = None if loader is None else loader.row_length
     documents = 1 if loader is None else loader.max_segments
@@ -190,11 +193,27 @@ def _loader(config: TrainConfig) -> Loader:
     return train_loader(config, data)
 
 
-def _sizes(config: TrainConfig) -> TransformerConfig:
-    """Returns the sizes of a preset as it is listed, of others as their files say."""
+def _settled(config: TrainConfig) -> tuple[TrainConfig, TransformerConfig]:
+    """Returns the settings with an adapter's own kind, and the sizes of the model.
+
+    A preset's are as it is listed, those of others as their files say.
+    """
     found = PRESETS.get(config.model.lower())
     if found is not None and not Path(config.model).is_dir():
         sizes = found.config
     else:
-        sizes = read_config(find_files(config).folder)
-    return sizes.stretched(config.rope_scaling, config.reach)
+        files = find_files(config)
+        sizes = read_config(files.folder)
+        if files.adapter is not None:
+            sizes = grown_config(files.adapter, sizes)
+        config = _with_lora_of(files.adapter, config, sizes)
+    return config, sizes.stretched(config.rope_scaling, config.reach)
+
+
+def _with_lora_of(
+    adapter: Path | None, config: TrainConfig, sizes: TransformerConfig
+) -> TrainConfig:
+    """Returns the settings with the kind that the adapter keeps when it trains on."""
+    if adapter is None:
+        return config
+    return dataclasses.replace(config, lora=read_lora(adapter, sizes))

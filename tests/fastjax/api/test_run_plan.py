@@ -17,8 +17,11 @@ from fastjax.api.loaders import in_steps
 from fastjax.api.memory import Planner, limit_here, planned_spec
 from fastjax.api.random_step import RandomStep, StepArgs, planner_of
 from fastjax.api.remat_auto import planned_remat
+from fastjax.api.run_plan import planned_run
+from fastjax.api.training import load_for_training, prepare_data
 from fastjax.config import (
     DataConfig,
+    LoRAConfig,
     OptimizerConfig,
     QuantConfig,
     RematChoice,
@@ -186,6 +189,27 @@ def test_what_a_run_refuses_has_no_plan(
     words = ["--model", str(tmp_path), "--full_finetuning"]
     assert cli.run("plan", words) == 2
     assert "this is an adapter" in capsys.readouterr().err
+
+
+def test_the_plan_of_an_adapter_is_of_its_own_rank_and_targets(
+    small_model: Path, tmp_path: Path
+) -> None:
+    lora = LoRAConfig(lora_r=512, lora_target_modules=("q_proj", "up_proj"))
+    fresh = TrainConfig(model=str(small_model), lora=lora)
+    model = load_for_training(fresh)
+    folder = model.save_pretrained(tmp_path / "adapter")
+    plain = TrainConfig(model=str(small_model))
+    again = TrainConfig(model=str(folder))
+    assert str(plan_run(again)) == str(plan_run(fresh)) != str(plan_run(plain))
+
+    def need(config: TrainConfig) -> str:
+        config = dataclasses.replace(config, memory_gib=1e-4)
+        data = prepare_data(config, model, train_source=[{"text": "one two three"}])
+        with pytest.raises(OutOfMemory) as caught:
+            planned_run(config, data, sizes=model.config, note=str)
+        return caught.value.what
+
+    assert need(again) == need(fresh) != need(plain)
 
 
 def test_the_plan_knows_the_rows_of_named_data(
