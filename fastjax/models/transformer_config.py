@@ -169,3 +169,21 @@ class TransformerConfig:
                     f"longrope needs {turning // 2} short and long factors, "
                     f"not {len(rope.short_factors)} and {len(rope.long_factors)}"
                 )
+
+
+def _set(config: TransformerConfig, name: str, value: object) -> None:
+    """Takes what scripts set on a model's config where it decides nothing here."""
+    if name in _WITHOUT_EFFECT or (name == "pretraining_tp" and value == 1):
+        return
+    raise ConfigError(
+        f"{name} of a model's config cannot be set: it is what the weights were made "
+        "for",
+        fix="leave the line out; what can be chosen are arguments of from_pretrained, "
+        "as dtype, max_seq_length and rope_scaling, and of generate, as eos_token_id",
+    )
+
+
+# The cache is used by generate alone, and padding is the tokenizer's.
+_WITHOUT_EFFECT = ("use_cache", "pad_token_id")
+# The one that dataclasses give a frozen class with slots fails on other names.
+TransformerConfig.__setattr__ = _set

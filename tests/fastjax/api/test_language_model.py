@@ -143,6 +143,19 @@ def test_methods_of_other_tools_name_what_to_call(loaded: tuple[Any, Any]) -> No
     assert copy.copy(model).spec == model.spec
 
 
+def test_scripts_may_set_what_decides_nothing(loaded: tuple[Any, Any]) -> None:
+    model, _ = loaded
+    before = copy.deepcopy(model.config)
+    model.config.use_cache = False
+    model.config.pretraining_tp = 1
+    model.config.pad_token_id = 7
+    assert model.config == before
+    for name in ("pretraining_tp", "num_hidden_layers", "nosuch"):
+        with pytest.raises(ConfigError, match=f"{name} of a model's config cannot be"):
+            setattr(model.config, name, 2)
+    assert model.config == before
+
+
 def test_settings_of_drawing_without_drawing_are_warned_of(
     loaded: tuple[Any, Any],
 ) -> None:
