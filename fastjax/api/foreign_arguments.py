@@ -150,12 +150,40 @@ GENERATING = ForeignArguments(
     },
 )
 
+_PUSHED = "save into a folder, then run: fastjax push FOLDER --hub_model_id NAME"
+SAVING = ForeignArguments(
+    without_effect=frozenset(
+        [
+            "create_pr",
+            "first_conversion",
+            "max_shard_size",
+            "maximum_memory_usage",
+            "private",
+            "save_embedding_layers",
+            "save_peft_format",
+            "temporary_location",
+            "token",
+        ]
+    ),
+    only={
+        "is_main_process": (_ON, "one process writes"),
+        "push_to_hub": (_OFF, _PUSHED),
+        "safe_serialization": (_ON, "weights are written as safetensors alone"),
+        "save_function": ((None,), "weights are written as safetensors alone"),
+        "selected_adapters": (
+            (None, ["default"], ("default",)),
+            "a model has one adapter",
+        ),
+        "state_dict": ((None,), "the model's own weights are written"),
+        "variant": ((None,), "files have their usual names"),
+    },
+)
+
 _MERGED = (
     "model.save_pretrained_merged(folder) writes the merged model, and "
     "FastLanguageModel.from_pretrained(folder) loads it"
 )
 _LOADED = "FastLanguageModel.from_pretrained(adapter_folder) loads model and adapter"
-_PUSHED = "save into a folder, then run: fastjax push FOLDER --hub_model_id NAME"
 _PLACED = "leave it out: arrays are on JAX's device already"
 _SWITCHED = "leave it out: training and generation need no switch"
 _REMAT = "give use_gradient_checkpointing to get_peft_model"

@@ -1,7 +1,6 @@
 """What `from_pretrained` returns: a decoder, where it came from, its tokenizer."""
 
 import dataclasses
-import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from conversions.peft import Stretch, stretch_of, write_adapter
 from fastjax import lora as adapters
 from fastjax.api import saving
 from fastjax.api.device_faults import device_faults
-from fastjax.api.foreign_arguments import GENERATING, no_method
+from fastjax.api.foreign_arguments import GENERATING, SAVING, no_method
 from fastjax.api.gguf_folder import write_gguf_folder
 from fastjax.api.merging import Merge, added_model
 from fastjax.api.rows import (
@@ -35,6 +34,7 @@ from fastjax.errors import ConfigError, ModelError
 from fastjax.files import require_free_name
 from fastjax.inference.generate import generate, require_known_tokens
 from fastjax.inference.sampling import sampling_of
+from fastjax.inference.scores import next_token_scores
 from fastjax.models.build import DecoderSpec, num_weights
 from fastjax.models.transformer_config import TransformerConfig
 from fastjax.nn.decoder import Decoder
@@ -171,8 +171,7 @@ class LanguageModel:
         """
         decoder = self.for_inference() if uses_adapter else self.base_decoder()
         require_known_tokens(np.asarray(input_ids).tolist(), decoder)
-        ids = jnp.asarray(input_ids, jnp.int32)
-        return _logits(*nnx.split(decoder), ids)
+        return next_token_scores(decoder, jnp.asarray(input_ids, jnp.int32))
 
     def generate(
         self,
@@ -237,11 +236,7 @@ class LanguageModel:
             sampling=sampling,
             seed=seed,
         )
-        pad_id = (
-            pad_id_of(self.tokenizer, self.config)
-            if pad_token_id is None
-            else pad_token_id
-        )
+        pad_id = pad_id_of(self.tokenizer, self.config, pad_token_id)
         return np.concatenate(
             [padded_in_front(given, pad_id), stacked_rows(answers, pad_id)], 1
         )
@@ -264,11 +259,12 @@ class LanguageModel:
             streamer.end()
         return answers
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, **others: Any) -> Path:
         """Writes the adapter as a PEFT folder, or all weights without an adapter.
 
-        Other files of an existing folder stay.
+        Other files of an existing folder stay. `others` are as of `generate`.
         """
+        SAVING.require_harmless(others, self.save_pretrained)
         folder = Path(folder)
         if self.lora is not None:
             self.write_adapter(folder, self.split()[1])
@@ -306,6 +302,7 @@ class LanguageModel:
         base_precision: str = "original",
         dtype: str | None = None,
         overwrite: bool = False,
+        **others: Any,
     ) -> Path:
         """Writes the model with its adapters merged as a Hugging Face folder.
 
@@ -321,7 +318,9 @@ class LanguageModel:
             "dequantised" onto the 4-bit ones, which is the function that was trained.
           dtype: Of the weights, as "float16"; None takes that of the activations.
           overwrite: Replace an existing folder.
+          others: As of `generate`.
         """
+        SAVING.require_harmless(others, self.save_pretrained_merged)
         method = saving.save_method_of(save_method)
         if method == "lora":
             return self.save_pretrained(folder)
@@ -348,6 +347,7 @@ class LanguageModel:
         quantization_method: str | Sequence[str] = "q8_0",
         base_precision: str = "original",
         overwrite: bool = False,
+        **others: Any,
     ) -> Path:
         """Writes the model with its adapters merged for llama.cpp and Ollama.
 
@@ -357,8 +357,10 @@ class LanguageModel:
           quantization_method: Of the matrices; K-quants need `llama-quantize`.
           base_precision: As in `save_pretrained_merged`.
           overwrite: Replace an existing folder.
+          others: As of `generate`.
         """
         del tokenizer
+        SAVING.require_harmless(others, self.save_pretrained_gguf)
         precision = saving.base_precision_of(base_precision)
         target, merge = Path(folder), self._merge()
         require_free_name(target, overwrite=overwrite, sources=merge.sources)
@@ -390,10 +392,3 @@ class LanguageModel:
     def __getattr__(self, name: str) -> Any:
         """Says what to call in place of a method of torch or PEFT."""
         raise AttributeError(no_method(name))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array) -> jax.Array:
-    decoder = nnx.merge(graphdef, state)
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
-    return decoder.logits(decoder(ids, positions=positions))

@@ -44,10 +44,10 @@ def room_of(
     return max_length - width
 
 
-def pad_id_of(tokenizer: Any, config: Any) -> int:
-    """Returns what fills rows: the tokenizer's padding, the model's, or an end."""
+def pad_id_of(tokenizer: Any, config: Any, given: int | None) -> int:
+    """Returns what fills rows: given, the tokenizer's, the model's, or an end."""
     own = getattr(tokenizer, "pad_token_id", None)
-    known = (own, config.pad_token_id, *config.eos_token_ids)
+    known = (given, own, config.pad_token_id, *config.eos_token_ids)
     return next((int(value) for value in known if value is not None), 0)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fastjax.config import BasePrecision, DType, GGUFKind
+from fastjax.errors import ConfigError
 from fastjax.flat_config import coerced
 
 SaveMethod = Literal["merged_16bit", "merged_4bit", "lora"]
@@ -38,6 +39,10 @@ def gguf_kind_of(name: str | Sequence[str], dtype: DType) -> GGUFKind:
     """
     if isinstance(name, list | tuple) and len(name) == 1:
         (name,) = name
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"quantization_method names {len(name)} kinds, and a folder holds one",
+            fix="call it once for each, with a folder for each",
+        )
     names = _KINDS | {"not_quantized": _UNQUANTISED[dtype]}
-    known = names.get(name, name) if isinstance(name, str) else name
-    return coerced("quantization_method", known, GGUFKind)
+    return coerced("quantization_method", names.get(name, name), GGUFKind)

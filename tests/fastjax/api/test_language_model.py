@@ -233,3 +233,29 @@ def test_a_fresh_model_saves_itself_whole(
     model.save_pretrained(tmp_path / "whole")
     again = load_model(str(tmp_path / "whole"), dtype="float32")
     np.testing.assert_array_equal(again.logits(IDS), model.logits(IDS))
+
+
+@pytest.mark.parametrize(
+    "save", ["save_pretrained", "save_pretrained_merged", "save_pretrained_gguf"]
+)
+def test_arguments_of_saving_that_ask_for_nothing(
+    loaded: tuple[Any, Any], tmp_path: Path, save: str
+) -> None:
+    write = getattr(loaded[0], save)
+    with pytest.raises(ConfigError) as caught:
+        write(tmp_path / "a", safe_serialization=False, push_to_hub=True, token="hf_s")
+    assert "safetensors alone" in str(caught.value)
+    assert "fastjax push" in str(caught.value)
+    assert "hf_s" not in str(caught.value)
+    with pytest.raises(ConfigError, match="has no argument 'save_metod'"):
+        write(tmp_path / "a", save_metod="lora")
+    assert not (tmp_path / "a").exists()
+    write(tmp_path / "a", safe_serialization=True, max_shard_size="5GB", token=None)
+    assert (tmp_path / "a").is_dir()
+
+
+def test_a_gguf_folder_holds_one_kind(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names 2 kinds, and a folder holds one"):
+        loaded[0].save_pretrained_gguf(
+            tmp_path / "a", quantization_method=["q8_0", "f16"]
+        )
