@@ -1,10 +1,11 @@
 """Rows of a pandas DataFrame, which need not be installed."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
+from fastjax.errors import DataError
 
 
 def is_frame(source: object) -> bool:
@@ -13,13 +14,28 @@ def is_frame(source: object) -> bool:
 
 
 def frame_rows(frame: Any) -> Iterator[dict[str, object]]:
-    """Yields the rows of a DataFrame; what it holds as NaN is missing."""
+    """Yields the rows of a DataFrame; NaN, NaT and NA are None.
+
+    Raises:
+      DataError: Two columns have one name.
+    """
     names = [str(name) for name in frame.columns]
-    for values in frame.itertuples(index=False, name=None):
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(
+            f"columns of one name: {', '.join(twice)}",
+            fix="rename one of them in the DataFrame",
+        )
+    present = frame.astype(object).where(frame.notna(), None)
+    for values in present.itertuples(index=False, name=None):
         yield dict(zip(names, map(_plain, values), strict=True))
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    return None if isinstance(value, float) and math.isnan(value) else value
+    """Returns a cell without NumPy's types, as which Parquet's lists are read."""
+    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
+        return value.tolist()
+    if isinstance(value, np.ndarray | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value

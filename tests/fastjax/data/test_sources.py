@@ -192,6 +192,27 @@ def test_a_dataframe_is_a_source(tmp_path: Path):
     assert isinstance(example, Conversation)
 
 
+def test_cells_of_a_dataframe_are_plain(tmp_path: Path):
+    texts = pandas.array(["a", None], dtype="string")  # Holds NA, which is not NaN.
+    found = load_examples(pandas.DataFrame({"text": texts}))
+    assert [example.text for example in found.examples] == ["a"]
+    assert "1 row left out: null or empty" in found.notes
+    parts = [{"type": "text", "text": "hi"}]
+    rows = [{"messages": [{"role": "user", "content": parts}]}]
+    file = tmp_path / "rows.parquet"
+    pandas.DataFrame(rows).to_parquet(file)  # Arrays within arrays.
+    assert (
+        load_examples(pandas.read_parquet(file)).examples
+        == load_examples(rows).examples
+    )
+
+
+def test_columns_of_one_name_are_refused():
+    frame = pandas.DataFrame([["a", "b"]], columns=["text", "text"])
+    with pytest.raises(DataError, match="columns of one name: text"):
+        load_examples(frame)
+
+
 def test_folders_globs_and_lists(tmp_path):
     for name in ("train-2.jsonl", "train-1.jsonl", "validation.json", "notes.md"):
         (tmp_path / name).write_text(json.dumps({"text": name}))
