@@ -73,6 +73,8 @@ class FastLanguageModel:
         del device_map
         LOADING.require_harmless(others, FastLanguageModel.from_pretrained)
         _require_none(token)
+        if load_in_8bit and load_in_16bit:
+            raise ConfigError("load_in_8bit and load_in_16bit contradict each other")
         settings = {
             "bnb_4bit_quant_type": bnb_4bit_quant_type,
             "load_in_4bit": load_in_4bit

@@ -39,13 +39,19 @@ class ForeignArguments:
             if name in self.without_effect:
                 continue
             harmless, advice = self.only.get(name, ((), ""))
-            if any(value is known or value == known for known in harmless):
+            # An array asks for something, and has no truth when compared.
+            is_array = hasattr(value, "__array__")
+            if not is_array and any(value == known for known in harmless):
                 continue
             if advice:
                 shown = printable(value, 40)
                 problems.append(f"{name}={shown} is not supported: {advice}")
             else:
-                own = list(inspect.signature(call).parameters)
+                own = [
+                    each.name
+                    for each in inspect.signature(call).parameters.values()
+                    if each.kind is not inspect.Parameter.VAR_KEYWORD
+                ]
                 near = difflib.get_close_matches(name, own, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 problems.append(f"{call.__name__} has no argument {name!r}{hint}")

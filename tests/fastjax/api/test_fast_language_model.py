@@ -65,6 +65,8 @@ def test_wrong_dtypes_are_refused(small_model: Path) -> None:
         ({"fast_inference": True}, "vLLM is not used"),
         ({"torch_dtype": "float16"}, "its name here is dtype"),
         ({"max_seq_lenght": 64}, "did you mean 'max_seq_length'"),
+        ({"other": 1}, "no argument 'other'$"),
+        ({"load_in_8bit": True, "load_in_16bit": True}, "contradict each other"),
     ],
 )
 def test_options_that_are_refused(

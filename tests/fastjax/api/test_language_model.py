@@ -105,6 +105,7 @@ def test_lists_of_different_lengths_are_padded_in_front(
         ([[7]], {"num_beams": 4}, ConfigError, "num_beams=4 .* do_sample=True"),
         ([[7]], {"repetition_penalty": 1.1}, ConfigError, "repetition_penalty=1.1"),
         ([[7]], {"stop_strings": ["x"]}, ConfigError, "eos_token_id"),
+        ([[7]], {"suppress_tokens": np.arange(2)}, ConfigError, "may be drawn"),
         ([[7]], {"max_token": 3}, ConfigError, "did you mean 'max_new_tokens'"),
     ],
 )
