@@ -65,8 +65,7 @@ def test_it_runs_again_in_the_same_folder(finished: tuple[Path, str]) -> None:
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns > before
 
 
-def test_only_its_import_lines_are_unusual() -> None:
-    """Every call has the name and the arguments of the tutorials."""
+def test_it_imports_the_names_of_the_tutorials() -> None:
     tree = ast.parse((EXAMPLES / "alpaca_qlora.py").read_text())
     (ours,) = (
         node
