@@ -322,17 +322,19 @@ class LanguageModel:
         """
         SAVING.require_harmless(others, self.save_pretrained_merged)
         method = saving.save_method_of(save_method)
+        target = Path(folder)
         if method == "lora":
-            return self.save_pretrained(folder)
-        target, merge = Path(folder), self._merge()
-        require_free_name(target, overwrite=overwrite, sources=merge.sources)
-        merge.write_folder(
-            target,
-            base_precision=saving.base_precision_of(base_precision),
-            dtype=saving.dtype_of(dtype or self.spec.compute_dtype),
-            is_4bit=method == "merged_4bit",
-            overwrite=overwrite,
-        )
+            self.save_pretrained(target)
+        else:
+            merge = self._merge()
+            require_free_name(target, overwrite=overwrite, sources=merge.sources)
+            merge.write_folder(
+                target,
+                base_precision=saving.base_precision_of(base_precision),
+                dtype=saving.dtype_of(dtype or self.spec.compute_dtype),
+                is_4bit=method == "merged_4bit",
+                overwrite=overwrite,
+            )
         if tokenizer is None and self.new_rows:
             tokenizer = self.tokenizer
         if tokenizer is not None:

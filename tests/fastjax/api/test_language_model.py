@@ -223,8 +223,11 @@ def test_merging_gives_the_function_that_was_trained(
     assert merged.tokenizer.get_vocab() == model.tokenizer.get_vocab()
     with pytest.raises(StorageError, match="exists already"):
         model.save_pretrained_merged(folder)
-    adapter = model.save_pretrained_merged(tmp_path / "a", save_method="lora")
+    adapter = model.save_pretrained_merged(
+        tmp_path / "a", tokenizer, save_method="lora"
+    )
     assert (adapter / "adapter_model.safetensors").is_file()
+    assert (adapter / "tokenizer.json").is_file()
 
 
 def test_a_fresh_model_saves_itself_whole(
