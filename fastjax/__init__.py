@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         add_new_tokens,
         get_chat_template,
         is_bfloat16_supported,
+        standardize_sharegpt,
         train_on_responses_only,
     )
 
@@ -28,6 +29,7 @@ __all__ = [
     "add_new_tokens",
     "get_chat_template",
     "is_bfloat16_supported",
+    "standardize_sharegpt",
     "train_on_responses_only",
 ]
 

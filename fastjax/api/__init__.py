@@ -22,6 +22,7 @@ from fastjax.api.random_checkpoint import (
     make_random_checkpoint as make_random_checkpoint,
 )
 from fastjax.api.run_plan import plan_run as plan_run
+from fastjax.api.sharegpt import standardize_sharegpt as standardize_sharegpt
 from fastjax.api.sweep import run_sweep as run_sweep
 from fastjax.api.sweep_plan import grid as grid
 from fastjax.api.sweep_result import SweepResult as SweepResult

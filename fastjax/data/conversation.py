@@ -26,6 +26,7 @@ _OTHER_NAMES = {
     "observation": "tool",
     "function": "tool",
 }
+_SHAREGPT = ("from", "value")
 _KEPT = ("name", "tool_call_id", "reasoning_content")
 
 
@@ -73,8 +74,9 @@ def sharegpt_messages(turns: object, system: object = None) -> list[dict[str, ob
     if system:
         messages.append({"role": "system", "content": system})
     for i, turn in enumerate(_message_list(turns, "conversations")):
-        if "from" not in turn:
-            messages.append({str(key): value for key, value in turn.items()})
+        if turn.get("from") is None:  # Arrow gives every turn the keys of all.
+            kept = {str(key): value for key, value in turn.items()}
+            messages.append({k: v for k, v in kept.items() if k not in _SHAREGPT})
             continue
         speaker, value = turn["from"], turn.get("value")
         kept = {key: turn[key] for key in ("train", "weight") if key in turn}
