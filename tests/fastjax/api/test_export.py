@@ -181,7 +181,6 @@ def test_a_model_in_memory_is_written_in_4_bits_and_as_gguf(
         {"base_precision": "dequantized"},
         {"save_method": "merged_3bit"},
         {"quantization_method": "q9_0"},
-        {"quantization_method": ["q8_0", "f16"]},
     ],
 )
 def test_saving_refuses_values_that_it_does_not_know(
