@@ -122,7 +122,8 @@ def get_chat_template(
     if renamed:
         raise ConfigError(
             f"mapping of {', '.join(renamed)} is not supported",
-            fix="rename the keys in dataset.map: role and content, user and assistant",
+            fix="leave it out, and give the rows of standardize_sharegpt(dataset), or "
+            "rename the keys in dataset.map: role and content, user and assistant",
         )
     plain = tokenizer.wrapped if isinstance(tokenizer, Tokenizer) else tokenizer
     eos_token = plain.eos_token

@@ -203,17 +203,17 @@ class SFTTrainer:
 
     def train_on_responses(self, markers: ResponseMarkers) -> None:
         """Trains only what follows the response marker in each row."""
+        self.data = self._prepared(markers)
         self._markers = markers
-        self.data = self._prepared()
 
-    def _prepared(self) -> TrainingData:
+    def _prepared(self, markers: ResponseMarkers | None = None) -> TrainingData:
         train_source, eval_source = self._sources
         return prepare_data(
             self.config,
             self.model,
             train_source=train_source,
             eval_source=eval_source,
-            markers=self._markers,
+            markers=markers,
         )
 
     def _evaluation(self, dataset: Source | None) -> TrainingData:

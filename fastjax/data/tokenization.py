@@ -129,7 +129,7 @@ class ExampleTokenizer:
             notes=tuple(f"{note} ({count} rows)" for note, count in notes.items()),
         )
         if not documents:
-            raise _nothing_trained(report, self._max_length)
+            raise _nothing_trained(report, self._max_length, self._markers)
         return documents, report
 
     def _numbered(
@@ -327,7 +327,9 @@ def _single_id(token_id: object) -> int | None:
     return token_id if isinstance(token_id, int) else None
 
 
-def _nothing_trained(report: DataReport, max_length: int) -> DataError:
+def _nothing_trained(
+    report: DataReport, max_length: int, markers: ResponseMarkers | None
+) -> DataError:
     reasons = []
     if report.cut_to_nothing:
         late = "rows are trained only after the first"
@@ -339,11 +341,15 @@ def _nothing_trained(report: DataReport, max_length: int) -> DataError:
         longer = f"rows are longer than {max_length}"
         reasons.append(counted(report.dropped_overlong, longer))
     others = report.dropped_untrained - report.cut_to_nothing
+    fix = "raise --max_length, or check --chat_template_path and --train_on"
     if others:
         none = "rows have no answer, or the chat template marks none"
+        if markers is not None:
+            none = f"rows have nothing after {markers.response_part!r}"
+            fix = "copy instruction_part and response_part from a row as it is rendered"
         reasons.append(counted(others, none))
     return DataError(
         f"no token of any row would be trained: {'; '.join(reasons) or 'no rows'}",
-        fix="raise --max_length, or check --chat_template_path and --train_on",
+        fix=fix,
         code="FJ-DATA-MASKED",
     )

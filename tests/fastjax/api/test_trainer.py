@@ -266,8 +266,11 @@ def test_responses_only(model: Any, trainer_of: Make) -> None:
     for ours, theirs in zip(trainer.data.train, masked.data.train, strict=True):
         assert ours.input_ids.tolist() == theirs.input_ids.tolist()
         assert ours.trained.tolist() == theirs.trained.tolist()
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="8 rows have nothing after 'A:'") as caught:
         train_on_responses_only(plain, instruction_part="U:", response_part="A:")
+    assert "response_part" in caught.value.fix
+    assert plain.data is masked.data
+    assert plain.evaluate(rendered)["eval_rows"] == len(rendered)
 
 
 @pytest.mark.parametrize("name", ["llama-3", "llama-3.1", "llama-3.3", "alpaca"])
@@ -285,7 +288,7 @@ def test_chat_templates_that_do_not_fit(small_model: Path) -> None:
         get_chat_template(tokenizer, chat_template="qwen-2.5")
     with pytest.raises(ConfigError, match="must be one of llama-3"):
         get_chat_template(tokenizer, chat_template="zephyr-7")
-    with pytest.raises(ConfigError, match="role and content"):
+    with pytest.raises(ConfigError, match=r"standardize_sharegpt.*role and content"):
         get_chat_template(tokenizer, "llama-3", {"role": "from"})
     eos = tokenizer.eos_token
     tokenizer.eos_token = "<|pad|>"
