@@ -59,7 +59,7 @@ def planned_remat(
 
     Args:
       planner: Of the run.
-      steps: Of the run, 0 when not known.
+      steps: Of the run, for each shape that is compiled; 0 when not known.
       note: Is told what is going on.
 
     Raises:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from rich.text import Text
 
@@ -104,8 +105,7 @@ def planned_run(
         config, spec, tokens=loader.row_length, documents=loader.max_segments
     )
     planner.require_fit(limit_here(config))
-    steps = steps_of_run(config, loader.steps_per_epoch)
-    remat, _ = planned_remat(planner, steps=steps, note=note)
+    remat, _ = planned_remat(planner, steps=_steps(config, loader), note=note)
     return PlannedRun(loader=loader, remat=remat)
 
 
@@ -173,7 +173,7 @@ def plan_lines(config: TrainConfig) -> Iterator[str]:
     planner.require_fit(limit)
     if jax.default_backend() == "gpu":
         notes: list[str] = []
-        steps = 0 if loader is None else steps_of_run(config, loader.steps_per_epoch)
+        steps = 0 if loader is None else _steps(config, loader)
         remat, _ = planned_remat(planner, steps=steps, note=notes.append)
         yield from notes
         memory = compiled_memory(planner, remat)
@@ -181,6 +181,16 @@ def plan_lines(config: TrainConfig) -> Iterator[str]:
             yield f"compiled: {binary_size(memory.total_bytes)} on the device"
             if limit is not None and memory.total_bytes > limit:
                 planner.refuse(limit, need=memory.total_bytes)
+
+
+def _steps(config: TrainConfig, loader: Loader) -> int:
+    """Returns the steps of a run for each shape, counted as those of its longest rows.
+
+    Each length of rows is compiled once, and steps of shorter ones take less time.
+    """
+    lengths = loader.step_lengths
+    share = float(lengths.mean()) / loader.row_length / len(np.unique(lengths))
+    return int(steps_of_run(config, loader.steps_per_epoch) * share)
 
 
 def _loader(config: TrainConfig) -> Loader:

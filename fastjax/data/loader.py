@@ -109,13 +109,18 @@ class Loader:
         return int(self._padded.max())
 
     @property
+    def step_lengths(self) -> Int32[np.ndarray, " steps"]:
+        """Positions of the rows of each step of an epoch, the longest first."""
+        accumulation, batch_size = self._shape
+        # Steps are cut from rows in order of length: the first of each is its longest.
+        return np.sort(self._padded)[::-1][:: accumulation * batch_size]
+
+    @property
     def fill(self) -> float:
         """Share of the positions of an epoch that hold a token."""
         accumulation, batch_size = self._shape
-        per_step = accumulation * batch_size
-        # Steps are cut from rows in order of length: the first of each is its longest.
-        longest = np.sort(self._padded)[::-1][::per_step]
-        return self._documents.tokens / (int(longest.sum()) * per_step)
+        rows = accumulation * batch_size
+        return self._documents.tokens / (int(self.step_lengths.sum()) * rows)
 
     @property
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from fastjax import cli, runtime
-from fastjax.api import plan_run, remat_auto
+from fastjax.api import load_model, plan_run, remat_auto
 from fastjax.api.benchmark import BenchmarkArgs, run_benchmark
 from fastjax.api.loaders import in_steps
 from fastjax.api.memory import Planner, limit_here, planned_spec
@@ -28,6 +28,7 @@ from fastjax.config import (
     RematPolicy,
     TrainConfig,
 )
+from fastjax.data import load_data
 from fastjax.errors import ConfigError, OutOfMemory
 from fastjax.models.build import abstract_decoder
 from fastjax.models.registry import preset
@@ -378,6 +379,19 @@ def test_long_runs_write_layers_out(
         plan, _ = planned_remat(asked, steps=steps, note=notes.append)
     assert str(plan) == expected
     assert len(notes) == (flag is None and plan.is_unrolled)
+
+
+@pytest.mark.parametrize(("shorter", "expected"), [(4096, True), (64, False)])
+def test_rows_of_two_lengths_compile_twice_and_gain_less(
+    planner: Planner, small_model: Path, shorter: int, expected: bool
+) -> None:
+    config = dataclasses.replace(planner.config, max_steps=5_000, memory_gib=80)
+    rows = [{"input_ids": [5] * tokens} for tokens in (4096, shorter) * 20]
+    tokenizer = load_model(str(small_model)).tokenizer
+    data = load_data(config.data, tokenizer, seed=0, train_source=rows)
+    with assume_compute_capability(HOPPER):
+        planned = planned_run(config, data, spec=planner.spec, note=str)
+    assert planned.remat.is_unrolled == expected
 
 
 def test_devices_without_the_kernels_scan_layers(planner: Planner) -> None:
