@@ -25,9 +25,15 @@ def frame_rows(frame: Any) -> Iterator[dict[str, object]]:
             f"columns of one name: {', '.join(twice)}",
             fix="rename one of them in the DataFrame",
         )
-    present = frame.astype(object).where(frame.notna(), None)
-    for values in present.itertuples(index=False, name=None):
-        yield dict(zip(names, map(_plain, values), strict=True))
+    rows, missing = (
+        each.itertuples(index=False, name=None) for each in (frame, frame.isna())
+    )
+    for values, absent in zip(rows, missing, strict=True):
+        cells = (
+            None if is_absent else _plain(value)
+            for value, is_absent in zip(values, absent, strict=True)
+        )
+        yield dict(zip(names, cells, strict=True))
 
 
 def _plain(value: object) -> object:
