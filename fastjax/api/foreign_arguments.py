@@ -193,7 +193,7 @@ _LOADED = "FastLanguageModel.from_pretrained(adapter_folder) loads model and ada
 _PLACED = "leave it out: arrays are on JAX's device already"
 _SWITCHED = "leave it out: training and generation need no switch"
 _REMAT = "give use_gradient_checkpointing to get_peft_model"
-# Methods of torch, transformers, PEFT and Unsloth -> what there is here.
+# Methods of models of torch, transformers, PEFT, Unsloth -> what there is here.
 _MODEL_METHODS = {
     **dict.fromkeys(("merge_and_unload", "merge_adapter"), _MERGED),
     **dict.fromkeys(("load_adapter", "load_lora"), _LOADED),
@@ -210,9 +210,29 @@ _MODEL_METHODS = {
     "resize_token_embeddings": "fastjax.api.resize_token_embeddings(model, size) does",
     "save_lora": "save_pretrained(folder) writes the adapter",
 }
+_LOGGED = "train and evaluate return the numbers, metrics.jsonl of the run holds them"
+_COMPILED = "the step is compiled as a whole, as TrainingArguments say"
+# The same of transformers' trainer.
+_TRAINER_METHODS = {
+    **dict.fromkeys(("add_callback", "pop_callback", "remove_callback"), _LOGGED),
+    **dict.fromkeys(("log", "log_metrics", "save_metrics"), _LOGGED),
+    **dict.fromkeys(
+        ("accelerator", "create_optimizer_and_scheduler", "lr_scheduler", "optimizer"),
+        _COMPILED,
+    ),
+    **dict.fromkeys(
+        ("get_eval_dataloader", "get_train_dataloader"),
+        "train_dataset and eval_dataset show the rows as they are trained",
+    ),
+    "hyperparameter_search": "fastjax.api.run_sweep trains several adapters",
+    "push_to_hub": _PUSHED,
+    "save_state": "leave it out: each checkpoint of the run holds its state",
+    "tokenizer": "its name here is processing_class",
+}
+_METHODS = {"LanguageModel": _MODEL_METHODS, "SFTTrainer": _TRAINER_METHODS}
 
 
-def no_method(name: str) -> str:
-    """Returns what to say of a method that `LanguageModel` lacks."""
-    advice = _MODEL_METHODS.get(name)
-    return f"LanguageModel has no {name!r}" + (f": {advice}" if advice else "")
+def no_method(owner: str, name: str) -> str:
+    """Returns what to say of a method that a class of ours lacks."""
+    advice = _METHODS[owner].get(name)
+    return f"{owner} has no {name!r}" + (f": {advice}" if advice else "")

@@ -393,4 +393,4 @@ class LanguageModel:
 
     def __getattr__(self, name: str) -> Any:
         """Says what to call in place of a method of torch or PEFT."""
-        raise AttributeError(no_method(name))
+        raise AttributeError(no_method("LanguageModel", name))

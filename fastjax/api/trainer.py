@@ -15,6 +15,7 @@ from rich.console import Console
 from fastjax.api.arguments import TrainingArguments
 from fastjax.api.context import require_context, settled_scaling
 from fastjax.api.device_faults import device_faults
+from fastjax.api.foreign_arguments import no_method
 from fastjax.api.language_model import LanguageModel
 from fastjax.api.loaders import evaluation_loader
 from fastjax.api.run_folder import default_output_dir
@@ -125,6 +126,11 @@ class SFTTrainer:
         """The rows that are evaluated; None without any."""
         return TokenRows(self.data.evaluation) if self.data.evaluation else None
 
+    @property
+    def processing_class(self) -> Tokenizer:
+        """The tokenizer of the rows."""
+        return Tokenizer(self.model.tokenizer)
+
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """Trains and returns the metrics, train_runtime among them.
 
@@ -229,6 +235,10 @@ class SFTTrainer:
         return prepare_data(
             config, self.model, train_source=dataset, markers=self._markers
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """Says what to call in place of what transformers' trainer has."""
+        raise AttributeError(no_method("SFTTrainer", name))
 
 
 def train_on_responses_only(

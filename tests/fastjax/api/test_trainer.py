@@ -1,5 +1,6 @@
 """`SFTTrainer` as scripts use it."""
 
+import copy
 import json
 import math
 import re
@@ -271,6 +272,25 @@ def test_responses_only(model: Any, trainer_of: Make) -> None:
     assert "response_part" in caught.value.fix
     assert plain.data is masked.data
     assert plain.evaluate(rendered)["eval_rows"] == len(rendered)
+
+
+def test_methods_of_other_trainers_name_what_to_use(
+    model: Any, trainer_of: Make
+) -> None:
+    trainer = trainer_of(model)
+    assert trainer.processing_class.wrapped is model.tokenizer
+    for name, advice in (
+        ("save_state", "holds its state"),
+        ("tokenizer", "processing_class"),
+        ("push_to_hub", "fastjax push"),
+    ):
+        with pytest.raises(
+            AttributeError, match=f"SFTTrainer has no '{name}': .*{advice}"
+        ):
+            getattr(trainer, name)
+    with pytest.raises(AttributeError, match=r"has no 'nothing'$"):
+        _ = trainer.nothing
+    assert copy.copy(trainer).data is trainer.data
 
 
 @pytest.mark.parametrize("name", ["llama-3", "llama-3.1", "llama-3.3", "alpaca"])
