@@ -42,7 +42,11 @@ def parse_json_object(raw: bytes, *, where: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ModelError("JSON is nested too deeply", where=where) from error
     except ValueError as error:
-        raise ModelError(f"not valid JSON: {printable(error)}", where=where) from error
+        raise ModelError(
+            f"not valid JSON: {printable(error)}",
+            where=where,
+            fix="copy or download the file again, or correct it",
+        ) from error
     if not isinstance(value, dict):
         raise ModelError(
             f"a JSON object is needed, this is {type(value).__name__}", where=where

@@ -22,8 +22,10 @@ from fastjax.errors import FastJaxError, ModelError
     ],
 )
 def test_refusals(raw: bytes, reason: str):
-    with pytest.raises(ModelError, match=reason):
+    with pytest.raises(ModelError, match=reason) as caught:
         parse_json_object(raw, where="x.json")
+    assert caught.value.where == "x.json"
+    assert ("download" in caught.value.fix) == (reason != "this is str")
 
 
 def test_large_and_missing_files_are_refused(tmp_path: Path):
