@@ -121,7 +121,7 @@ def test_markers_choose_the_responses(tokenizer):
     markers = ResponseMarkers(instruction_part="Q:", response_part="A:")
     document = one(tokenizer, text, markers=markers)
     assert trained_text(tokenizer, document) == " yo  a<|eot_id|>"
-    with pytest.raises(DataError, match="no answer"):
+    with pytest.raises(DataError, match="nothing after 'A:'"):
         one(tokenizer, Text(text="no marker here"), markers=markers)
     with pytest.raises(ConfigError, match="must not be empty"):
         ResponseMarkers(instruction_part="", response_part="A:")
