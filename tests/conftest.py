@@ -2,6 +2,12 @@
 
 import contextlib
 import os
+import signal
+
+# Shells let what runs behind them ignore it, and its children with it: runs that tests
+# interrupt would go on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
